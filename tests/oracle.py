@@ -174,11 +174,9 @@ class Oracle:
             u = np.abs(d) ** (p - 1) * np.sign(d)
             q = u.sum() / n
             sigma2 = (self.k * m ** (1 / p)) ** 2
-            if m == 0:
-                ds_dm_over_s2 = self.k**2 / (2 * s**3) if p == 2 else 0.0
-            else:
-                ds_dm_over_s2 = sigma2 / (p * m * s**3)
-            g_m = -(incoming * (x - mu)).sum() / n * ds_dm_over_s2
+            limit = self.k**2 / 2 if p == 2 else 0.0
+            slope = (sigma2 / (p * m) if m != 0 else limit) / s**3
+            g_m = -(incoming * (x - mu)).sum() / n * slope
             new_short_g_m = running(self.short_g_m[g], self.grad_count[g], g_m, n)
             hat_g_m = mix(b, self.long_g_m[g], new_short_g_m, g_m)
             g_mu = -(incoming / s).sum() / n
