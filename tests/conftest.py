@@ -1,0 +1,27 @@
+"""What every test starts from: one thread, the same random numbers, and no warning let through (pyproject.toml)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# Test processes share the cores between them (make test).
+torch.set_num_threads(1)
+
+# An example that is slow once is no failure, and a failure in CI has to be found again by everyone else.
+hypothesis.settings.register_profile("streamnorm", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+hypothesis.settings.load_profile("streamnorm")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Seed PyTorch, and give the next test the defaults that this one may have changed."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
