@@ -1,0 +1,27 @@
+"""Sphinx configuration: `make docs` builds it with warnings as errors."""
+
+from importlib.metadata import version as installed_version
+
+project = "streamnorm"
+author = "The streamnorm authors"
+copyright = author
+release = version = installed_version("streamnorm")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"streamnorm {release}"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
