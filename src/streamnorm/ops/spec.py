@@ -68,8 +68,9 @@ class View(NamedTuple):
 class Formula(NamedTuple):
     """The constants of sections 2.2 and 2.3: all that a step needs to know and that does not change.
 
-    ``alpha`` and ``beta`` mix the statistics and their gradients; with a ``window`` they are None and follow
-    from the samples seen. Without a stream they are ``PRESENT_ONLY``.
+    ``alpha`` and ``beta`` mix the statistics and their gradients, ``kappa`` says what a weight update keeps and
+    takes; with a ``window`` the three are None and follow from the samples seen. Without a stream alpha and beta
+    are ``PRESENT_ONLY`` and there is no kappa.
     """
 
     p: float
@@ -78,6 +79,7 @@ class Formula(NamedTuple):
     eps: float
     alpha: Mix | None = PRESENT_ONLY
     beta: Mix | None = PRESENT_ONLY
+    kappa: tuple[float, float, float, float] | None = None
     window: float | None = None
 
 

@@ -1,0 +1,35 @@
+"""Normalization for PyTorch that works where Batch Normalization does not: one sample at a time, tiny mini-batches."""
+
+from .moments import LpMoment
+from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from .normref import NormRef
+from .ops import engines
+from .stream import Stream
+from .updates import bind, commit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GeneralBatchNorm",
+    "LpMoment",
+    "Norm",
+    "NormRef",
+    "SampleNorm",
+    "Stream",
+    "StreamingNorm1d",
+    "StreamingNorm2d",
+    "StreamingNorm3d",
+    "accumulate",
+    "bind",
+    "calibrate",
+    "commit",
+    "convert",
+    "engines",
+    "fold",
+    "freeze",
+    "frozen",
+    "register_converter",
+    "reset_stats",
+    "to_batchnorm",
+    "unfreeze",
+]

@@ -1,0 +1,48 @@
+"""LpMoment: the p-th absolute moment that a scale is computed from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LpMoment:
+    """The scale σ = k·(E|d|^p)^(1/p) of Lp normalization (paper, section 3.4).
+
+    Args:
+        p: the order, any real number ≥ 1. 2 gives the standard deviation; 1, the mean absolute deviation, is as
+            good, cheaper, and stable in pure online learning.
+        center: ``"mean"`` takes deviations d about the location μ, ``"zero"`` takes the raw moments of x.
+        scale: ``"raw"`` is the moment's root itself (k = 1); ``"gaussian"`` multiplies it so that σ of normal data is
+            their standard deviation.
+
+    Raises:
+        ValueError: if p < 1, or ``center`` or ``scale`` is unknown.
+
+    Example:
+        >>> LpMoment(p=1, scale="gaussian").k == math.sqrt(math.pi / 2)
+        True
+    """
+
+    p: float = 2.0
+    center: str = "mean"
+    scale: str = "raw"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.p) and self.p >= 1):
+            raise ValueError(f"p must be a finite number of at least 1, got {self.p}; 1 and 2 are the usual ones")
+        if self.center not in ("mean", "zero"):
+            raise ValueError(f"center must be 'mean' or 'zero', got {self.center!r}")
+        if self.scale not in ("raw", "gaussian"):
+            raise ValueError(f"scale must be 'raw' or 'gaussian', got {self.scale!r}")
+
+    @property
+    def k(self) -> float:
+        """The factor before the root: 1, or 1 / E|N(0,1)|^p^(1/p)."""
+        if self.scale == "raw" or self.p == 2:
+            return 1.0
+        if self.p == 1:
+            return math.sqrt(math.pi / 2)
+        log_moment = self.p / 2 * math.log(2) + math.lgamma((self.p + 1) / 2) - math.log(math.pi) / 2
+        return math.exp(-log_moment / self.p)

@@ -1,0 +1,524 @@
+"""Norm, which joins a reference, a moment and a stream, and the layers that are made of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, updates
+from .moments import LpMoment
+from .normref import NormRef, RefName
+from .ops.spec import Formula, State, View
+from .stream import Stream
+
+_REDUCED = (torch.float16, torch.bfloat16)
+_UNPICKLED = {"_watched": False, "_optimizer": None, "_owner": None, "_grad_scale": None}
+
+
+class Norm(nn.Module):
+    """Normalization over any reference, with any moment, with or without a stream (paper, section 3).
+
+    Without a stream, training and evaluation are the same: statistics are those of the input (Sample and General
+    Batch Normalization). With a stream, training mixes them with their past, and evaluation is a fixed affine map.
+
+    Args:
+        num_features: C, the channels of the input.
+        ref: which elements share a statistic.
+        moment: how the scale is measured.
+        stream: how the past is mixed in, or None for none.
+        eps: added to sigma², ≥ 0.
+        affine: whether to learn a gain (``weight``) and a bias per channel.
+        bias: with ``affine``, whether to learn the bias too.
+        device: of parameters and state.
+        dtype: of parameters; the state is float64 for float64 and float32 for all others.
+
+    Shape:
+        - Input: ``(N, C)`` or ``(N, C, ...)``, any rank.
+        - mask: ``(N,)`` or ``(N, ...)`` without the channel axis, bool; True where an element counts.
+        - Output: as the input; zero where the mask is False.
+
+    Raises:
+        ValueError: for an eps below 0, a group count that does not divide C, or a stream on a reference inside
+            the sample.
+
+    Example:
+        >>> layer = Norm(6, NormRef.of("n (g k) ... -> g", g=2), LpMoment(p=1), Stream(window=50))
+        >>> layer(torch.randn(4, 6, 8, 8)).shape
+        torch.Size([4, 6, 8, 8])
+    """
+
+    _version = 1
+    _watched = False
+    _optimizer: Optional[weakref.ref[torch.optim.Optimizer]] = None
+    _owner: Optional[weakref.ref[torch.optim.Optimizer]] = None
+    _grad_scale: Optional[Tensor] = None
+
+    weight: Optional[nn.Parameter]
+    bias: Optional[nn.Parameter]
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: NormRef,
+        moment: LpMoment = LpMoment(),
+        stream: Optional[Stream] = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        if not eps >= 0:
+            raise ValueError(f"eps is added to sigma² and must be at least 0, such as 1e-5, got {eps}")
+        if num_features < 1:
+            raise ValueError(f"num_features is the number of channels, at least 1, got {num_features}")
+        self.num_features = num_features
+        self.ref, self.moment, self.stream = ref, moment, stream
+        self.eps, self.affine = eps, affine
+        self.frozen = False
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None
+            )
+        if stream is not None:
+            for name, tensor in stream.new_state(ref.num_stats(num_features), device, _state_dtype(dtype))._asdict().items():
+                self.register_buffer(name, tensor)
+        self.formula = self._make_formula()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set gain to 1 and bias to 0, and forget all statistics."""
+        self.reset_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def reset_stats(self) -> None:
+        """Set the stream back to its prior."""
+        if self.stream is not None:
+            for buffer, fresh in zip(self.state, self.stream.new_state(1, None, torch.float64)):
+                buffer.copy_(fresh.expand_as(buffer))
+
+    def set_stream(self, stream: Stream) -> None:
+        """Change the constants of a streaming layer; its state stays."""
+        if self.stream is None:
+            raise ValueError(f"{type(self).__name__} carries no stream; make the layer with one")
+        self.stream = stream
+        self.formula = self._make_formula()
+
+    def _make_formula(self) -> Formula:
+        constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
+        return Formula(*constants) if self.stream is None else self.stream.formula(*constants)
+
+    @property
+    def state(self) -> State:
+        """The stream's buffers, as an engine takes them."""
+        b = self._buffers
+        return State(  # type: ignore[arg-type]
+            b["long"], b["short"], b["long_grad"], b["short_grad"], b["count"], b["grad_count"], b["samples"], b["grad_samples"]
+        )
+
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Normalize x."""
+        self._check_input(x)
+        if mask is not None:
+            mask = _full_mask(mask, x)
+        if x.numel() == 0:
+            return self._pass_empty(x)
+        view = self._view(x)
+        if self.training and not self.frozen:
+            return self._train(x, mask, view)
+        return self._evaluate(x, mask, view)
+
+    def _pass_empty(self, x: Tensor) -> Tensor:
+        """An empty output that still leads back to gain and bias, so that their gradients are zero and not missing."""
+        for parameter in self.parameters(recurse=False):
+            x = x * parameter.sum().to(x.dtype)
+        return x * 1
+
+    def _view(self, x: Tensor) -> View:
+        return self.ref.view(x.shape)
+
+    def _train(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+        if self.stream is None:
+            return self._normalize_alone(x, mask, view)
+        if not self._watched:
+            updates.watch(self)
+        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
+
+    def _normalize_alone(self, x: Tensor, mask: Optional[Tensor], view: View, stats: Optional[Tensor] = None) -> Tensor:
+        """Normalize by the statistics of this input."""
+        if self.training and self.formula.centered and view.num_elements == 1:
+            raise ValueError(
+                f"{type(self).__name__} has one value per statistic for an input of shape {tuple(x.shape)}, and a value "
+                "less its own mean is 0. Use StreamingNorm, which remembers earlier samples, or a wider reference"
+            )
+        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, stats=stats)
+
+    def _evaluate(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+        if self.stream is None:
+            return self._normalize_alone(x, mask, view)
+        mu, variance = self.eval_stats()
+        return _affine_map(x, mu, variance, self, mask, view)
+
+    @torch.no_grad()
+    def eval_stats(self) -> tuple[Tensor, Tensor]:
+        """mu and sigma² that evaluation uses, each of shape ``(G,)``; sigma² without eps.
+
+        Raises:
+            ValueError: if the layer carries no statistics from call to call.
+
+        Example:
+            >>> mu, variance = StreamingNorm1d(3).eval_stats()
+            >>> mu.tolist(), variance.tolist()
+            ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+        """
+        if self.stream is None:
+            raise ValueError(f"{type(self).__name__} takes its statistics from each input and keeps none")
+        mu, m = self.stream.evaluation(self.state)
+        return mu, self.formula.k**2 * m ** (2 / self.formula.p)
+
+    def _check_input(self, x: Tensor) -> None:
+        self._check_rank(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels in axis 1, got an input of shape {tuple(x.shape)}; "
+                f"write {type(self).__name__}({x.shape[1]}) for it, or move the channels to axis 1"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating point input, got {x.dtype}; write x.float()")
+        if self.stream is not None and (x.dtype == torch.float64) != (self._buffers["long"].dtype == torch.float64):  # type: ignore[union-attr]
+            raise TypeError(f"the input is {x.dtype} and the layer's state {self.long.dtype}: convert one of them with .double() or .float()")
+
+    def _check_rank(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected an input of shape (N, C, ...), got {x.dim()}D of shape {tuple(x.shape)}; a batch of one is x[None]")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
+        """As nn.Module: ``.double()`` converts the statistics, ``.half()`` and ``.bfloat16()`` leave them float32."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype in _REDUCED:
+                self._buffers[name] = old.to(buffer.device, torch.float32)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the ties to this process's optimizers."""
+        return {**self.__dict__, **_UNPICKLED}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any, error_msgs: list[str]) -> None:  # fmt: skip
+        if self.stream is not None and prefix + "running_var" in state_dict:
+            error_msgs.append(
+                f"{prefix}running_var: this is the state of a BatchNorm. Load it into the BatchNorm model, then "
+                "write streamnorm.convert(model)"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from layer to layer."""
+        parts = [f"{self.num_features}", f"ref={self.ref.pattern!r}", *(f"{k}={v}" for k, v in self.ref.sizes)]
+        parts += [f"p={self.moment.p:g}", f"center={self.moment.center!r}", f"scale={self.moment.scale!r}"]
+        if self.stream is not None:
+            parts.append(self.stream.describe())
+        return ", ".join([*parts, f"eps={self.eps}", f"affine={self.affine}"] + ["frozen"] * self.frozen)
+
+
+class SampleNorm(Norm):
+    """Sample Normalization: statistics from inside each sample (paper, section 3.2.1).
+
+    With the defaults it is Layer Normalization over channels and places with a gain and a bias per channel;
+    ``"channel"`` is Instance Normalization, ``("group", g)`` Group Normalization, ``"position"`` normalizes across the
+    channels at each place. Training and evaluation are the same.
+
+    Args:
+        num_features: C.
+        ref: ``"layer"``, ``"channel"``, ``"position"``, ``("group", g)``, or a NormRef inside the sample.
+        eps: added to sigma², ≥ 0.
+        affine: whether to learn a gain and a bias per channel.
+        p: order of the moment, ≥ 1.
+        center: ``"mean"`` or ``"zero"``, see LpMoment.
+        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        bias: with ``affine``, whether to learn the bias too.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        - Input: ``(N, C)`` or ``(N, C, ...)``.
+        - Output: the same.
+
+    Example:
+        >>> x = torch.randn(2, 6, 4, 4)
+        >>> torch.allclose(SampleNorm(6, ("group", 3))(x), nn.GroupNorm(3, 6)(x), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: Union[RefName, NormRef] = "layer",
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        p: float = 2,
+        center: str = "mean",
+        scale: str = "raw",
+        bias: bool = True,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        reference = ref if isinstance(ref, NormRef) else NormRef.sample(ref)
+        _check_groups(ref, num_features)
+        super().__init__(num_features, reference, LpMoment(p, center, scale), None, eps, affine, bias=bias, device=device, dtype=dtype)
+
+
+class GeneralBatchNorm(Norm):
+    """General Batch Normalization: statistics of the mini-batch, over any reference and moment (paper, section 3.2.2).
+
+    With the defaults it is Batch Normalization, state names included: ``running_mean`` and ``running_var`` follow the
+    mini-batches and serve evaluation. For other p ``running_var`` holds sigma², with the same correction n/(n−1),
+    which is exact for normal data.
+
+    Args:
+        num_features: C.
+        ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
+        momentum: share of the present mini-batch in the running statistics, in [0, 1]; None averages over all.
+        ghosts: number of ghost batches: sample i is normalized with the samples of its index modulo ``ghosts``
+            (lowered to a divisor of N). Evaluation is as without.
+        eps: added to sigma², ≥ 0.
+        affine: whether to learn a gain and a bias per channel.
+        p: order of the moment, ≥ 1.
+        center: ``"mean"`` or ``"zero"``, see LpMoment.
+        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        bias: with ``affine``, whether to learn the bias too.
+        device: of parameters and state.
+        dtype: of parameters; the state is float64 for float64 and float32 for all others.
+
+    Shape:
+        - Input: ``(N, C)`` or ``(N, C, ...)``.
+        - Output: the same.
+
+    Example:
+        >>> ours, theirs, x = GeneralBatchNorm(3), nn.BatchNorm1d(3), torch.randn(8, 3)
+        >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+        True
+        >>> torch.allclose(ours.running_var, theirs.running_var)
+        True
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: Union[RefName, NormRef] = "channel",
+        momentum: Optional[float] = 0.1,
+        ghosts: int = 1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        p: float = 2,
+        center: str = "mean",
+        scale: str = "raw",
+        bias: bool = True,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is the share of the present mini-batch, in [0, 1] or None, got {momentum}")
+        if ghosts < 1:
+            raise ValueError(f"ghosts is a number of partitions of the batch, at least 1, got {ghosts}")
+        reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
+        super().__init__(num_features, reference, LpMoment(p, center, scale), None, eps, affine, bias=bias, device=device, dtype=dtype)
+        self.momentum, self.ghosts = momentum, ghosts
+        num_stats = reference.num_stats(num_features)
+        self.register_buffer("running_mean", torch.zeros(num_stats, device=device, dtype=_state_dtype(dtype)))
+        self.register_buffer("running_var", torch.ones(num_stats, device=device, dtype=_state_dtype(dtype)))
+        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
+
+    def reset_stats(self) -> None:
+        """Set the running statistics back to mean 0 and variance 1."""
+        if "running_mean" in self._buffers:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def eval_stats(self) -> tuple[Tensor, Tensor]:
+        """mu and sigma² that evaluation uses, each of shape ``(G,)``."""
+        return self.running_mean, self.running_var
+
+    def _view(self, x: Tensor) -> View:
+        if self.ghosts == 1 or not self.training:
+            return self.ref.view(x.shape)
+        partitions = next(p for p in range(min(self.ghosts, len(x)), 0, -1) if len(x) % p == 0)
+        return self.ref.ghosts(partitions).view(x.shape)
+
+    def _train(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+        stats = self.running_mean.new_empty(2, view.num_stats)
+        y = self._normalize_alone(x, mask, view, stats)
+        self._track(stats, ops.plain.elements(view, None if mask is None else mask.view(view.mask_shape)))
+        return y
+
+    @torch.no_grad()
+    def _track(self, stats: Tensor, n: Union[int, Tensor]) -> None:
+        """Move the running statistics towards those of a call; an index that is not finite stays where it is."""
+        formula = self.formula
+        mean, variance = stats[0], formula.k**2 * stats[1] ** (2 / formula.p)
+        if formula.centered:
+            variance = variance * (n / (n - 1) if isinstance(n, int) else (n / (n - 1)).flatten())
+        self.num_batches_tracked += 1
+        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
+            value = value.view(-1, len(running)).mean(0)
+            running.copy_(torch.where(value.isfinite(), running + share * (value - running), running))
+
+    def _evaluate(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+        return _affine_map(x, *self.eval_stats(), self, mask, self.ref.view(x.shape))
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from layer to layer."""
+        return f"{super().extra_repr()}, momentum={self.momentum}, ghosts={self.ghosts}"
+
+
+class _StreamingNorm(Norm):
+    """What StreamingNorm1d, 2d and 3d share: the arguments, and the ranks that each accepts."""
+
+    _ranks: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        p: float = 1,
+        center: str = "mean",
+        scale: str = "raw",
+        ref: Union[RefName, NormRef] = "channel",
+        window: Optional[float] = None,
+        alpha: Optional[Sequence[float]] = None,
+        beta: Optional[Sequence[float]] = None,
+        kappa: Optional[Union[float, Sequence[float]]] = None,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        if ref == "position":
+            raise ValueError("ref='position' takes its statistics from inside a sample; a stream spans samples: use SampleNorm")
+        reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
+        stream = Stream(window, alpha, beta, kappa)
+        super().__init__(num_features, reference, LpMoment(p, center, scale), stream, eps, affine, bias=bias, device=device, dtype=dtype)
+
+    def _check_rank(self, x: Tensor) -> None:
+        if x.dim() not in self._ranks:
+            ranks = " or ".join(f"{rank}D" for rank in self._ranks)
+            fitting = {2: "StreamingNorm1d", 3: "StreamingNorm1d", 4: "StreamingNorm2d", 5: "StreamingNorm3d"}.get(x.dim())
+            hint = f"; {fitting} takes it" if fitting else ""
+            raise ValueError(f"expected {ranks} input, got {x.dim()}D input of shape {tuple(x.shape)}{hint}")
+
+
+_STREAMING_DOC = """Streaming Normalization over a {shape} input (paper, section 3.3): a drop-in for ``nn.BatchNorm{d}d``.
+
+    Statistics and their gradients are averaged over the samples seen so far, so that one sample at a time is
+    enough. The training loop stays as it is: the layer notices ``optimizer.step()`` by itself.
+
+    Args:
+        num_features: C.
+        eps: added to sigma², ≥ 0.
+        affine: whether to learn a gain and a bias per channel.
+        p: order of the moment, ≥ 1; 1 is recommended.
+        center: ``"mean"`` or ``"zero"``, see LpMoment.
+        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
+        window: memory in samples, > 0; 200 if none of the four is given. See Stream.
+        alpha: weights of long-term, short-term and present statistics, in place of the window.
+        beta: the same for their gradients.
+        kappa: what a weight update keeps of the long-term and takes of the short-term average.
+        bias: with ``affine``, whether to learn the bias too.
+        device: of parameters and state.
+        dtype: of parameters; the state is float64 for float64 and float32 for all others.
+
+    Shape:
+        - Input: {shape}.
+        - mask: ``(N,)`` or ``(N, ...)`` without the channel axis, bool; True where an element counts.
+        - Output: as the input.
+
+    Raises:
+        ValueError: if a constant is out of its range, ``window`` meets α, β or κ, or the reference lies inside a sample.
+
+    Example:
+        >>> layer = StreamingNorm{d}d(8)
+        >>> layer(torch.randn({example})).shape
+        torch.Size([{example}])
+    """
+
+
+class StreamingNorm1d(_StreamingNorm):
+    __doc__ = _STREAMING_DOC.format(d=1, shape="``(N, C)`` or ``(N, C, L)``", example="1, 8")
+    _ranks = (2, 3)
+
+
+class StreamingNorm2d(_StreamingNorm):
+    __doc__ = _STREAMING_DOC.format(d=2, shape="``(N, C, H, W)``", example="1, 8, 4, 4")
+    _ranks = (4,)
+
+
+class StreamingNorm3d(_StreamingNorm):
+    __doc__ = _STREAMING_DOC.format(d=3, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
+    _ranks = (5,)
+
+
+def streaming_layers(model: nn.Module) -> list[Norm]:
+    """The layers of a model that carry a stream."""
+    return [module for module in model.modules() if isinstance(module, Norm) and module.stream is not None]
+
+
+def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Optional[Tensor], view: View) -> Tensor:
+    """Normalize by given statistics. Where they are the same all over a channel, PyTorch's own kernel does it."""
+    if all(view.axes[i] == 1 for i in view.kept):
+        repeats = layer.num_features // len(mu)
+        mu, variance = mu.repeat_interleave(repeats), variance.repeat_interleave(repeats)
+        y = F.batch_norm(x, mu, variance, layer.weight, layer.bias, training=False, eps=layer.eps)
+    else:
+        shape = view.stats_shape
+        y = (x.view(view.split) - mu.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
+        if layer.weight is not None:
+            y = y * layer.weight.view(view.channel_shape)
+        if layer.bias is not None:
+            y = y + layer.bias.view(view.channel_shape)
+        y = y.view(x.shape).to(x.dtype)
+    return y if mask is None else y.masked_fill(~mask.unsqueeze(1), 0)
+
+
+def _full_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as ``(N, ...)``, one value per sample and place."""
+    places = (x.shape[0], *x.shape[2:])
+    if mask.dtype != torch.bool or tuple(mask.shape) not in (places, places[:1]):
+        raise ValueError(
+            f"a mask is a bool tensor of shape {places[:1]} or {places} for an input of shape {tuple(x.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}; write mask.bool() for zeros and ones"
+        )
+    return mask.view(mask.shape + (1,) * (len(places) - mask.dim())).expand(places).contiguous()
+
+
+def _check_groups(ref: Union[RefName, NormRef], num_features: int) -> None:
+    if isinstance(ref, tuple) and num_features % ref[1]:
+        raise ValueError(f"{num_features} channels do not fall into {ref[1]} equal groups; choose a divisor of {num_features}")
+
+
+def _state_dtype(dtype: Optional[torch.dtype]) -> torch.dtype:
+    """The dtype of statistics beside parameters of this dtype."""
+    return ops.plain.wide(dtype or torch.get_default_dtype())

@@ -1,0 +1,207 @@
+"""NormRef: which elements share a statistic."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Union
+
+from .ops.spec import View
+
+RefName = Union[str, tuple[str, int]]
+"""``"channel"``, ``"layer"``, ``"position"`` or ``("group", g)``."""
+
+_AXIS = re.compile(r"\(([^()]*)\)|(\.\.\.)|(\w+)")
+
+
+@dataclass(frozen=True)
+class NormRef:
+    """The normalization reference: the set of activations that a statistic is collected from (paper, section 3).
+
+    A reference is one line of text. To the left of the arrow stand the axes of the input, samples first,
+    channels second; a pair of brackets splits an axis, and ``...`` stands for all spatial axes. To the right stand
+    the axes that keep a statistic of their own; over all others it is collected.
+
+    ====================================  ==========================================
+    Batch Normalization                   ``"n c ... -> c"``
+    one statistic for the whole layer     ``"n c ... ->"``
+    channel groups over the batch         ``"n (g k) ... -> g"`` with ``g=4``
+    ghost batches (sample i mod p)        ``"(a p) c ... -> p c"`` with ``p=2``
+    Layer Normalization over C and S      ``"n c ... -> n"``
+    Instance Normalization                ``"n c ... -> n c"``
+    Group Normalization                   ``"n (g k) ... -> n g"`` with ``g=4``
+    across channels at one place          ``"n c ... -> n ..."``
+    one's own: rows of an image           ``"n c h w -> c h"`` with ``h=32``
+    ====================================  ==========================================
+
+    Args:
+        pattern: the line of text.
+        sizes: sizes of named axes as ``(name, size)`` pairs; :meth:`of` takes them as keywords.
+
+    Raises:
+        ValueError: if the pattern cannot be read, or an axis on the right is not on the left.
+
+    Example:
+        >>> NormRef.of("n (g k) ... -> n g", g=2).view((8, 6, 5, 5)).split
+        (8, 2, 3, 5, 5)
+        >>> NormRef.sample(("group", 2)) == NormRef.of("n (g k) ... -> n g", g=2)
+        True
+    """
+
+    pattern: str
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        axes, kept = _parse(self.pattern)
+        names = [name for axis in axes for name in axis]
+        if len(axes) < 2 or "..." in axes[0] + axes[1]:
+            raise ValueError(f"a NormRef names the samples and the channels first, as 'n c ... -> c' does, got {self.pattern!r}")
+        if len(set(names)) != len(names) or not set(kept) <= set(names):
+            raise ValueError(f"every axis stands once on the left, and those on the right on the left too, got {self.pattern!r}")
+        for name, size in self.sizes:
+            if name not in names or size < 1:
+                raise ValueError(f"{name}={size}: give a positive size of an axis that {self.pattern!r} names")
+
+    @classmethod
+    def of(cls, pattern: str, **sizes: int) -> NormRef:
+        """A reference from a pattern and the sizes of its split axes.
+
+        Example:
+            >>> NormRef.of("(a p) c ... -> p c", p=4).view((8, 3)).num_stats
+            12
+        """
+        return cls(pattern, tuple(sorted(sizes.items())))
+
+    @classmethod
+    def sample(cls, ref: RefName) -> NormRef:
+        """The reference inside one sample: ``"layer"``, ``"channel"``, ``"position"`` or ``("group", g)``.
+
+        Raises:
+            ValueError: if ``ref`` is none of these.
+
+        Example:
+            >>> NormRef.sample("layer").pattern
+            'n c ... -> n'
+        """
+        patterns = {"layer": "n c ... -> n", "channel": "n c ... -> n c", "position": "n c ... -> n ..."}
+        return cls._named(ref, patterns, "n (g k) ... -> n g")
+
+    @classmethod
+    def batch(cls, ref: RefName) -> NormRef:
+        """The reference that spans the mini-batch: ``"channel"``, ``"layer"`` or ``("group", g)``.
+
+        Raises:
+            ValueError: if ``ref`` is none of these.
+
+        Example:
+            >>> NormRef.batch("channel").pattern
+            'n c ... -> c'
+        """
+        return cls._named(ref, {"channel": "n c ... -> c", "layer": "n c ... ->"}, "n (g k) ... -> g")
+
+    @classmethod
+    def _named(cls, ref: RefName, patterns: dict[str, str], group_pattern: str) -> NormRef:
+        if isinstance(ref, str) and ref in patterns:
+            return cls(patterns[ref])
+        if isinstance(ref, tuple) and len(ref) == 2 and ref[0] == "group" and isinstance(ref[1], int) and ref[1] > 0:
+            return cls.of(group_pattern, g=ref[1])
+        choices = ", ".join(repr(name) for name in patterns)
+        raise ValueError(f"ref must be {choices} or ('group', g) with g groups of channels, got {ref!r}")
+
+    def ghosts(self, partitions: int) -> NormRef:
+        """The same reference in each of ``partitions`` parts of the batch: sample i belongs to part i mod partitions.
+
+        Example:
+            >>> NormRef.batch("channel").ghosts(2).pattern
+            '(n ghost) c ... -> ghost c'
+        """
+        samples, rest = self.pattern.split(" ", 1)
+        left, right = rest.split("->")
+        return NormRef.of(f"({samples} ghost) {left.strip()} -> ghost {right.strip()}".rstrip(), **dict(self.sizes), ghost=partitions)
+
+    @property
+    def spans_samples(self) -> bool:
+        """Whether every statistic is collected over all samples, so that a stream can carry it from call to call."""
+        axes, kept = _parse(self.pattern)
+        return not set(axes[0]) & set(kept)
+
+    def num_stats(self, num_features: int) -> int:
+        """G, for an input with this many channels.
+
+        Raises:
+            ValueError: if G depends on the batch or on a spatial size that the reference does not give.
+
+        Example:
+            >>> NormRef.batch(("group", 4)).num_stats(64)
+            4
+        """
+        axes, kept = _parse(self.pattern)
+        sizes = dict(self.sizes)
+        if not self.spans_samples or any(name not in sizes and name not in axes[1] for name in kept):
+            raise ValueError(
+                f"{self.pattern!r} has a number of statistics that depends on the input: a stream cannot carry it. "
+                "Use SampleNorm for statistics of one sample, or give the size of each kept spatial axis"
+            )
+        count = 1
+        for name, size in zip(axes[1], _split_axis(axes[1], num_features, sizes, self.pattern)):
+            count *= size if name in kept else 1
+        for name in kept:
+            count *= 1 if name in axes[1] else sizes[name]
+        return count
+
+    def view(self, shape: tuple[int, ...]) -> View:
+        """How an input of this shape, ``(N, C, ...)``, is seen as ``(A, G, B)``.
+
+        Raises:
+            ValueError: if the rank does not fit the pattern, or an axis does not divide as the pattern asks.
+        """
+        return _view(self, tuple(shape))
+
+
+@lru_cache(maxsize=4096)
+def _view(ref: NormRef, shape: tuple[int, ...]) -> View:
+    axes, kept_names = _parse(ref.pattern)
+    if "..." in axes[-1]:
+        spatial = tuple((f"...{i}",) for i in range(len(shape) - len(axes) + 1))
+        axes = (*axes[:-1], *spatial)
+        dots = tuple(name for (name,) in spatial)
+        kept_names = tuple(n for name in kept_names for n in (dots if name == "..." else (name,)))
+    if len(axes) != len(shape):
+        raise ValueError(f"{ref.pattern!r} does not fit an input of shape {shape}: it has {len(shape)} axes")
+    split: list[int] = []
+    origin: list[int] = []
+    kept: list[int] = []
+    for axis, (names, size) in enumerate(zip(axes, shape)):
+        for name, part in zip(names, _split_axis(names, size, dict(ref.sizes), ref.pattern)):
+            if name in kept_names:
+                kept.append(len(split))
+            split.append(part)
+            origin.append(axis)
+    return View(tuple(split), tuple(kept), tuple(origin))
+
+
+def _split_axis(names: tuple[str, ...], size: int, sizes: dict[str, int], pattern: str) -> list[int]:
+    """The sizes of the parts of an axis; at most one of them is not given and follows from the others."""
+    known = 1
+    for name in names:
+        known *= sizes.get(name, 1)
+    unknown = [name for name in names if name not in sizes]
+    if len(unknown) > 1:
+        raise ValueError(f"{pattern!r}: give the size of all but one of {', '.join(names)}")
+    if size % known or (not unknown and size != known):
+        parts = ", ".join(f"{name}={sizes[name]}" for name in names if name in sizes)
+        raise ValueError(f"{parts} does not divide an axis of size {size} (NormRef {pattern!r})")
+    return [sizes.get(name, size // known) for name in names]
+
+
+@lru_cache(maxsize=256)
+def _parse(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """The axes on the left, each as the names it is split into, and the names on the right."""
+    left, arrow, right = pattern.partition("->")
+    if not arrow or _AXIS.sub("", left).strip() or _AXIS.sub("", right).strip() or "(" in right:
+        raise ValueError(f"a NormRef is written like 'n c ... -> c', got {pattern!r}")
+    axes = tuple(tuple((m[1] or m[2] or m[3]).split()) for m in _AXIS.finditer(left))
+    if ("...",) in axes[:-1] or any("..." in axis and len(axis) > 1 for axis in axes):
+        raise ValueError(f"'...' stands for all spatial axes and so comes last on the left, got {pattern!r}")
+    return axes, tuple(right.split())

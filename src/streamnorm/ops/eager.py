@@ -1,0 +1,252 @@
+"""The PyTorch engine: one autograd.Function on tensor operations, for every device and dtype.
+
+It saves x and three vectors per statistic for the backward pass, as Batch Normalization does, and computes what
+``plain`` does. Written for few passes over memory; the mathematics is explained there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from . import plain
+from .first_order import first_order_only
+from .plain import Scalar, at_least_one, elements, hide, mix, num_samples, running_average, wide
+from .spec import Formula, Mix, State, View
+
+NAME = "torch"
+
+
+def status() -> str:
+    """What this engine is, for ``streamnorm.engines()``."""
+    return "available: PyTorch operations, on every device"
+
+
+def supports(x: Tensor, mask: Optional[Tensor], view: View, formula: Formula, state: Optional[State]) -> bool:
+    """Every input."""
+    return True
+
+
+def normalize(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    view: View,
+    formula: Formula,
+    state: Optional[State] = None,
+    grad_scale: Optional[Tensor] = None,
+    stats: Optional[Tensor] = None,
+) -> Tensor:
+    """As ``plain.normalize``."""
+    y: Tensor = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+    return y
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        mask: Optional[Tensor],
+        view: View,
+        formula: Formula,
+        state: Optional[State],
+        grad_scale: Optional[Tensor],
+        stats: Optional[Tensor],
+    ) -> Tensor:
+        dtype = wide(x.dtype)
+        keep = None if mask is None else mask.view(view.mask_shape)
+        v = hide(x.view(view.split), keep)
+        n = elements(view, keep)
+        samples = num_samples(x, mask)
+
+        b_mu = (v.sum(view.reduced, keepdim=True, dtype=dtype) / at_least_one(n)).flatten()
+        if state is None:
+            mu = b_mu
+        else:
+            state.samples.add_(samples)
+            alpha = _mix_weights(formula.alpha, formula.window, state.samples)
+            per_index = n if isinstance(n, int) else n.flatten()
+            short_mu = running_average(state.short[0], state.count, b_mu, per_index)
+            mu = mix(alpha, state.long[0], short_mu, b_mu)
+
+        from_mu = v - mu.view(view.stats_shape)
+        d = hide(from_mu, keep) if formula.centered else v.to(dtype)
+        b_m = _mean_power(d, formula.p, view, n)
+        finite = b_mu.isfinite() & b_m.isfinite()
+        if state is None:
+            m = b_m
+        else:
+            short_m = running_average(state.short[1], state.count, b_m, per_index)
+            m = mix(alpha, state.long[1], short_m, b_m)
+            _keep_finite(state.short, state.count, (short_mu, short_m), per_index, finite)
+        if stats is not None:
+            torch.stack((mu, m), out=stats)
+
+        inverse = (formula.k**2 * m ** (2 / formula.p) + formula.eps).rsqrt()
+        scale = inverse.view(view.stats_shape)
+        if weight is not None:
+            scale = scale * weight.to(dtype).view(view.channel_shape)
+        if bias is None:
+            y = from_mu.mul_(scale)
+        else:
+            y = torch.addcmul(bias.to(dtype).view(view.channel_shape), from_mu, scale)
+        if keep is not None:
+            y.masked_fill_(~keep, 0)
+
+        ctx.save_for_backward(x, weight, mask, torch.stack((mu, inverse, _slope(m, inverse, finite, formula))))
+        ctx.view, ctx.formula, ctx.state, ctx.grad_scale = view, formula, state, grad_scale
+        ctx.n, ctx.samples, ctx.has_bias = n, samples, bias is not None
+        return y.view(x.shape).to(x.dtype)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, weight, mask, saved = ctx.saved_tensors
+        view, formula = ctx.view, ctx.formula
+        keep = None if mask is None else mask.view(view.mask_shape)
+        mu, inverse, slope = saved
+        inverse_wide = inverse.view(view.stats_shape)
+        v = hide(x.view(view.split), keep)
+        from_mu = hide(v - mu.view(view.stats_shape), keep)
+        g = hide(dy.reshape(x.shape).view(view.split), keep).to(from_mu.dtype)
+
+        over_channels = tuple(i for i, size in enumerate(view.channel_shape) if size == 1 and view.axes[i] != 1)
+        dweight = dbias = dx = None
+        if weight is not None and ctx.needs_input_grad[1]:
+            dweight = (g * from_mu * inverse_wide).sum(over_channels).flatten().to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            dbias = g.sum(over_channels).flatten()
+        if ctx.needs_input_grad[0]:
+            if weight is not None:
+                g = g * weight.to(g.dtype).view(view.channel_shape)
+            d = from_mu if formula.centered else v.to(g.dtype)
+            dx = _input_gradient(ctx, g, from_mu, d, inverse, slope)
+            dx = hide(dx, keep).view(x.shape).to(x.dtype)
+        return dx, dweight, dbias, None, None, None, None, None, None
+
+
+def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Tensor, slope: Tensor) -> Tensor:
+    """dx = dx̂/s + ĝ_mu + ĝ_m·p·u, with the gradients of the statistics streamed."""
+    view, formula, state, p = ctx.view, ctx.formula, ctx.state, ctx.formula.p
+    divisor = at_least_one(ctx.n)
+    per_index = ctx.n if isinstance(ctx.n, int) else ctx.n.flatten()
+    cut = slope.isnan()
+    u = _derivative_of_power(d, p)
+    if p > 2:  # where the moment overflowed, u may have done so too
+        u = u.masked_fill(cut.view(view.stats_shape), 0)
+
+    g_m = -((g * from_mu).sum(view.reduced, keepdim=True) / divisor).flatten() * slope
+    g_mu = -(g.sum(view.reduced, keepdim=True) / divisor).flatten() * inverse
+    if ctx.grad_scale is not None:
+        unscale = ctx.grad_scale.to(g.dtype)
+        g_m, g_mu = g_m / unscale, g_mu / unscale
+
+    if state is None:
+        beta, long, short_m = formula.beta, (g_m, g_m), g_m
+    else:
+        state.grad_samples.add_(ctx.samples)
+        beta = _mix_weights(formula.beta, formula.window, state.grad_samples)
+        long = state.long_grad
+        short_m = running_average(state.short_grad[1], state.grad_count, g_m, per_index)
+    moment_path = mix(beta, long[1], short_m, g_m).masked_fill(cut, 0)
+    if formula.centered:
+        q = (u.sum(view.reduced, keepdim=True) / divisor).flatten()
+        g_mu = g_mu - moment_path * p * q
+    if state is None:
+        location_path = mix(beta, g_mu, g_mu, g_mu)
+    else:
+        short_mu = running_average(state.short_grad[0], state.grad_count, g_mu, per_index)
+        location_path = mix(beta, long[0], short_mu, g_mu)
+        finite = g_m.isfinite() & g_mu.isfinite()
+        _keep_finite(state.short_grad, state.grad_count, (short_mu, short_m), per_index, finite)
+    if ctx.grad_scale is not None:
+        moment_path, location_path = moment_path * unscale, location_path * unscale
+
+    dx = torch.addcmul(location_path.view(view.stats_shape), g, inverse.view(view.stats_shape))
+    return dx.addcmul_(u, (p * moment_path).view(view.stats_shape))
+
+
+def _mean_power(d: Tensor, p: float, view: View, n: Union[int, Tensor]) -> Tensor:
+    """mean(|d|^p), without a temporary for the usual orders."""
+    if p == 1:
+        total = torch.linalg.vector_norm(d, 1, view.reduced, keepdim=True)
+    elif p == 2:
+        total = torch.linalg.vector_norm(d, 2, view.reduced, keepdim=True).square()
+    else:
+        total = d.abs().pow_(p).sum(view.reduced, keepdim=True)
+    return (total / at_least_one(n)).flatten()
+
+
+def _derivative_of_power(d: Tensor, p: float) -> Tensor:
+    """u = |d|^(p−1)·sgn d."""
+    if p == 1:
+        return d.sgn()
+    if p == 2:
+        return d
+    return d.abs().pow_(p - 1).mul_(d.sgn())
+
+
+def _slope(m: Tensor, inverse: Tensor, finite: Tensor, formula: Formula) -> Tensor:
+    """sigma²/(p·m·s³), how the normalized value falls as m grows; NaN marks an index whose statistic is not finite."""
+    exponent = 2 / formula.p - 1
+    power = torch.ones_like(m) if exponent == 0 else torch.where(m > 0, m, 1) ** exponent * (m > 0)
+    return (formula.k**2 / formula.p * power * inverse**3).masked_fill(~finite, torch.nan)
+
+
+def _keep_finite(short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: Union[int, Tensor], finite: Tensor) -> None:
+    torch.where(finite, torch.stack(fresh), short, out=short)
+    count.add_(n * finite)
+
+
+def _mix_weights(constants: Optional[Mix], window: Optional[float], samples: Tensor) -> tuple[Scalar, Scalar, Scalar]:
+    """α (or β). On an accelerator the samples stay there: reading them would wait for it."""
+    if window is None or samples.device.type == "cpu":
+        return plain.mix_weights(constants, window, samples)
+    seen = samples.to(torch.float32)
+    return window / (window + seen), seen / (window + seen), 0.0
+
+
+def commit(uses: Sequence[tuple[State, Formula]]) -> None:
+    """As ``plain.commit``, for all layers at once: the number of kernel launches does not grow with the layers."""
+    for fixed in (True, False):
+        group = [(state, formula) for state, formula in uses if (formula.kappa is not None) == fixed]
+        if not group:
+            continue
+        states = [state for state, _ in group]
+        forward, backward = zip(*(_rates(state, formula) for state, formula in group))
+        _commit([s.long for s in states], [s.short for s in states], [s.count for s in states], forward)
+        _commit([s.long_grad for s in states], [s.short_grad for s in states], [s.grad_count for s in states], backward)
+        torch._foreach_zero_([s.samples for s in states] + [s.grad_samples for s in states])
+
+
+def _commit(longs: list[Tensor], shorts: list[Tensor], counts: list[Tensor], rates: Sequence[tuple[Any, Any]]) -> None:
+    """long ← (1 + (κ1 − 1)·[count > 0])·long + κ2·short; the short of an index without a count is zero."""
+    keep_less_one, take = ([rate[i] for rate in rates] for i in (0, 1))
+    factors = [count.clamp(max=1).to(long.dtype) for count, long in zip(counts, longs)]
+    torch._foreach_mul_(factors, keep_less_one)
+    torch._foreach_add_(factors, 1.0)
+    torch._foreach_mul_(longs, factors)
+    torch._foreach_mul_(shorts, take)
+    torch._foreach_add_(longs, shorts)
+    torch._foreach_zero_(shorts)
+    torch._foreach_zero_(counts)
+
+
+def _rates(state: State, formula: Formula) -> tuple[tuple[Scalar, Scalar], tuple[Scalar, Scalar]]:
+    """(κ1 − 1, κ2) and (κ3 − 1, κ4)."""
+    if formula.kappa is not None:
+        keep, take, keep_grad, take_grad = formula.kappa
+        return (keep - 1, take), (keep_grad - 1, take_grad)
+    assert formula.window is not None
+    rates = []
+    for samples in (state.samples, state.grad_samples):
+        exponent = samples.to(state.long.dtype) / -formula.window
+        rates.append((exponent.expm1(), -exponent.expm1()))
+    return rates[0], rates[1]

@@ -1,0 +1,39 @@
+"""Streaming gradients have no derivative of their own: refuse it with a message that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+_MESSAGE = (
+    "a second derivative through a streamnorm layer is not defined: what its statistics pass back is a running average "
+    "over calls. Leave create_graph=True away, freeze the layer (streamnorm.frozen(model)) where a gradient penalty is "
+    "computed, or use torch.nn's own layer in that network"
+)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_MESSAGE)
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a Function's backward: under ``create_graph`` its results are gradients that refuse to be differentiated."""
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        return _Refuse.apply(*(r.detach().requires_grad_() if isinstance(r, torch.Tensor) else r for r in results))
+
+    return once

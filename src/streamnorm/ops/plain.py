@@ -1,0 +1,237 @@
+"""The reference engine: the formulas, and autograd over them. Read this one to learn the mathematics.
+
+Everything follows the order of ``docs/mathematics.md``. A statistic enters the formulas through one node, ``_Streamed``:
+forward it turns the statistic of this call into the streamed one, backward it does the same to the gradient. All
+other derivatives are autograd's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from .first_order import first_order_only
+from .spec import Formula, Mix, State, View
+
+NAME = "plain"
+
+Scalar = Union[float, Tensor]
+
+
+def status() -> str:
+    """What this engine is, for ``streamnorm.engines()``."""
+    return "available: the reference, autograd over the formulas; only used when forced"
+
+
+def supports(x: Tensor, mask: Optional[Tensor], view: View, formula: Formula, state: Optional[State]) -> bool:
+    """The reference takes every input."""
+    return True
+
+
+def normalize(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    view: View,
+    formula: Formula,
+    state: Optional[State] = None,
+    grad_scale: Optional[Tensor] = None,
+    stats: Optional[Tensor] = None,
+) -> Tensor:
+    """Normalize ``x`` over a reference, apply gain and bias, and advance the stream.
+
+    An index whose statistic b_mu or b_m is not finite leaves its stream untouched, forward and backward, and passes
+    no gradient through its moment: a moment that overflowed (say |d|^7 in float32) has no useful derivative.
+
+    Args:
+        x: ``(N, C, ...)``, N > 0.
+        weight: gain, ``(C,)``, or None for 1.
+        bias: ``(C,)``, or None for 0.
+        mask: bool, ``(N, ...)`` without the channel axis: True where an element counts. Others come out as zero,
+            pass no gradient and enter no statistic.
+        view: how x is seen as ``(A, G, B)``.
+        formula: the constants.
+        state: the stream's averages, changed in place; None without a stream.
+        grad_scale: a scalar by which the loss was multiplied: gradients are streamed without it.
+        stats: ``(2, G)``, filled with the mu and m that this call used.
+
+    Returns:
+        y, of the shape and dtype of ``x``.
+    """
+    p, k, eps = formula.p, formula.k, formula.eps
+    keep = None if mask is None else mask.view(view.mask_shape)
+    v = hide(x.to(wide(x.dtype)).view(view.split), keep)
+    n = elements(view, keep)
+    use = None if state is None else _Use(state, formula, n, num_samples(x, mask), grad_scale)
+
+    b_mu = v.sum(view.reduced, keepdim=True) / at_least_one(n)
+    mu = b_mu if use is None else _Streamed.apply(b_mu, 0, use)
+
+    d = hide(v - mu, keep) if formula.centered else v
+    overflow = ~(d.detach().abs() ** p).sum(view.reduced, keepdim=True).isfinite()
+    b_m = (d.masked_fill(overflow, 0).abs() ** p).sum(view.reduced, keepdim=True) / at_least_one(n)
+    b_m = b_m.masked_fill(overflow, math.inf)
+    m = b_m if use is None else _Streamed.apply(b_m, 1, use)
+
+    s = (k**2 * power(m, 2 / p) + eps).sqrt()
+    y = (v - mu) / s
+    if weight is not None:
+        y = y * weight.to(y.dtype).view(view.channel_shape)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(view.channel_shape)
+    if stats is not None:
+        stats.copy_(torch.stack((mu.detach().flatten(), m.detach().flatten())))
+    return hide(y, keep).view(x.shape).to(x.dtype)
+
+
+class _Use:
+    """One use of a stream: what it makes of a statistic, and later of its gradient.
+
+    Both rows (mu, then m) are needed before the state may change, since one that is not finite keeps both out.
+    """
+
+    def __init__(
+        self, state: State, formula: Formula, n: Union[int, Tensor], samples: Union[int, Tensor], grad_scale: Optional[Tensor]
+    ) -> None:
+        self.state, self.formula, self.samples, self.grad_scale = state, formula, samples, grad_scale
+        self.n = n if isinstance(n, int) else n.flatten()
+        self.seen: dict[int, Tensor] = {}
+        self.fresh: dict[int, Tensor] = {}
+        self.finite = torch.ones_like(state.count, dtype=torch.bool)
+        state.samples.add_(samples)
+        self.alpha = mix_weights(formula.alpha, formula.window, state.samples)
+
+    def statistic(self, b: Tensor, row: int) -> Tensor:
+        """What a use sees: α1·long + α2·short + α3·b. After mu comes m, and then short takes both in."""
+        state = self.state
+        fresh = running_average(state.short[row], state.count, b.flatten(), self.n)
+        self.fresh[row] = fresh
+        self.finite &= b.flatten().isfinite()
+        if row == 1:
+            keep_finite(state.short, state.count, self.fresh, self.n, self.finite)
+        return mix(self.alpha, state.long[row], fresh, b.flatten()).view(b.shape)
+
+    def gradient(self, total: Tensor, row: int) -> Tensor:
+        """The streaming gradient. m's arrives before mu's, and short_grad takes both in after mu's."""
+        state = self.state
+        if row == 1:
+            state.grad_samples.add_(self.samples)
+            self.beta = mix_weights(self.formula.beta, self.formula.window, state.grad_samples)
+        g = total.flatten() / at_least_one(self.n)
+        if self.grad_scale is not None:
+            g = g / self.grad_scale.to(g.dtype)
+        fresh = running_average(state.short_grad[row], state.grad_count, g, self.n)
+        self.seen[row] = g
+        self.fresh[row] = fresh
+        mixed = mix(self.beta, state.long_grad[row], fresh, g)
+        if row == 1:
+            mixed = mixed.masked_fill(~self.finite, 0)
+        else:
+            finite = self.finite & self.seen[0].isfinite() & self.seen[1].isfinite()
+            keep_finite(state.short_grad, state.grad_count, self.fresh, self.n, finite)
+        if self.grad_scale is not None:
+            mixed = mixed * self.grad_scale.to(g.dtype)
+        return (mixed * at_least_one(self.n)).view(total.shape)
+
+
+class _Streamed(torch.autograd.Function):
+    """Stands between the statistic of this call and the one that the formulas use."""
+
+    @staticmethod
+    def forward(ctx, b: Tensor, row: int, use: _Use) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.row, ctx.use = row, use
+        return use.statistic(b, row)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+        return ctx.use.gradient(grad, ctx.row), None, None
+
+
+def commit(uses: Sequence[tuple[State, Formula]]) -> None:
+    """Say that the weights changed: move every stream's short-term averages into its long-term ones."""
+    for state, formula in uses:
+        keep, take, keep_grad, take_grad = formula.kappa or (*forgetting(formula, state.samples), *forgetting(formula, state.grad_samples))
+        for long, short, count, kept, taken in (
+            (state.long, state.short, state.count, keep, take),
+            (state.long_grad, state.short_grad, state.grad_count, keep_grad, take_grad),
+        ):
+            long.copy_(torch.where(count > 0, kept * long + taken * short, long))
+            short.zero_()
+            count.zero_()
+        state.samples.zero_()
+        state.grad_samples.zero_()
+
+
+def forgetting(formula: Formula, samples: Tensor) -> tuple[float, float]:
+    """The window rule at a commit: κ1 = exp(−S/W), κ2 = 1 − κ1."""
+    assert formula.window is not None
+    ratio = samples.item() / formula.window
+    return math.exp(-ratio), -math.expm1(-ratio)
+
+
+def mix_weights(constants: Optional[Mix], window: Optional[float], samples: Tensor) -> tuple[float, float, float]:
+    """α (or β): the stream's constants, or (W, S, 0)/(W + S) under the window rule."""
+    if window is None:
+        assert constants is not None
+        return constants
+    seen = samples.item()
+    return window / (window + seen), seen / (window + seen), 0.0
+
+
+def mix(weights: tuple[Scalar, Scalar, Scalar], long: Tensor, short: Tensor, present: Tensor) -> Tensor:
+    """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
+    terms = [weight * value for weight, value in zip(weights, (long, short, present)) if isinstance(weight, Tensor) or weight]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(long)
+
+
+def running_average(average: Tensor, count: Tensor, value: Tensor, n: Union[int, Tensor]) -> Tensor:
+    """The average over ``count`` elements so far, and over ``n`` more whose average is ``value``."""
+    share = n / (count + n).clamp(min=1).to(average.dtype)
+    return average + (value - average) * share
+
+
+def keep_finite(short: Tensor, count: Tensor, fresh: dict[int, Tensor], n: Union[int, Tensor], finite: Tensor) -> None:
+    """Let the fresh averages into the state where both of an index are finite."""
+    short.copy_(torch.where(finite, torch.stack((fresh[0], fresh[1])), short))
+    count.add_(n * finite)
+
+
+def power(m: Tensor, exponent: float) -> Tensor:
+    """m^exponent, whose derivative at m = 0 is 0 where the formula has no limit (exponent < 1)."""
+    if exponent >= 1:
+        return m**exponent
+    return torch.where(m > 0, m, 1) ** exponent * (m > 0)
+
+
+def elements(view: View, keep: Optional[Tensor]) -> Union[int, Tensor]:
+    """n, the number of elements behind each statistic; with a mask one number per index, which may be 0."""
+    if keep is None:
+        return view.num_elements
+    channels = math.prod(view.split[i] for i in view.reduced if view.axes[i] == 1)
+    return (keep.sum(view.reduced, keepdim=True) * channels).expand(view.stats_shape)
+
+
+def at_least_one(n: Union[int, Tensor]) -> Union[int, Tensor]:
+    """n as a divisor: an index without an element has a sum of 0, and its average is 0."""
+    return n if isinstance(n, int) else n.clamp(min=1)
+
+
+def num_samples(x: Tensor, mask: Optional[Tensor]) -> Union[int, Tensor]:
+    """N, or with a mask the number of samples that have an element left."""
+    return x.shape[0] if mask is None else mask.reshape(len(mask), -1).any(1).sum()
+
+
+def hide(t: Tensor, keep: Optional[Tensor]) -> Tensor:
+    """Zero where the mask says padding."""
+    return t if keep is None else t.masked_fill(~keep, 0)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and state: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,138 @@
+"""Stream: how a layer's long memory, short memory and present are mixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from .ops.spec import Formula, Mix, State
+
+WINDOW = 200.0
+"""The default memory, in samples."""
+
+PAPER_ALPHA = (0.7, 0.3)
+PAPER_BETA = (0.7, 0.3, 0.0)
+PAPER_KAPPA = 0.7
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The constants of Streaming Normalization (paper, section 3.3), or the window rule in their place.
+
+    Statistics and their gradients are averaged over all uses since the last weight update (short), and these
+    averages over all weight updates (long). A use of the layer sees ``α1·long + α2·short + α3·present``, its
+    backward pass the same with β; at a weight update ``long ← κ1·long + κ2·short``, for gradients κ3 and κ4.
+
+    The window rule needs one number W, the memory in samples, and weighs long and short by their evidence: with S
+    samples seen since the last update, α = (W, S, 0)/(W + S) and κ1 = exp(−S/W). It is the default. If any of
+    ``alpha``, ``beta``, ``kappa`` is given, the paper's constants stand for the rest: α = (0.7, 0.3),
+    β = (0.7, 0.3, 0), κ = 0.7.
+
+    Args:
+        window: W > 0, in samples. Default: 200, if none of the four is given.
+        alpha: two or three numbers ≥ 0 that sum to 1; two mean α3 = 0.
+        beta: two or three finite numbers; ``(0, 0, 0)`` lets no gradient through the statistics.
+        kappa: four numbers in [0, 1], or one number k that means (k, 1−k, k, 1−k).
+        prior: where long_mu and long_m start.
+
+    Raises:
+        ValueError: if a number is out of its range, or ``window`` is given together with α, β or κ.
+
+    Example:
+        >>> Stream().window
+        200.0
+        >>> Stream(kappa=0.5)
+        Stream(alpha=(0.7, 0.3, 0.0), beta=(0.7, 0.3, 0.0), kappa=(0.5, 0.5, 0.5, 0.5))
+    """
+
+    window: Optional[float] = None
+    alpha: Optional[Sequence[float]] = None
+    beta: Optional[Sequence[float]] = None
+    kappa: Optional[Union[float, Sequence[float]]] = None
+    prior: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        constants = {"alpha": self.alpha, "beta": self.beta, "kappa": self.kappa}
+        given = [name for name, value in constants.items() if value is not None]
+        if self.window is not None and given:
+            raise ValueError(
+                f"window={self.window} and {given[0]}={constants[given[0]]} exclude each other: "
+                "give either the window or the constants alpha, beta, kappa"
+            )
+        if not given:
+            window = WINDOW if self.window is None else float(self.window)
+            if not (math.isfinite(window) and window > 0):
+                raise ValueError(f"window is a memory in samples, a number above 0, got {self.window}")
+            object.__setattr__(self, "window", window)
+        else:
+            object.__setattr__(self, "alpha", _alpha(PAPER_ALPHA if self.alpha is None else self.alpha))
+            object.__setattr__(self, "beta", _beta(PAPER_BETA if self.beta is None else self.beta))
+            object.__setattr__(self, "kappa", _kappa(PAPER_KAPPA if self.kappa is None else self.kappa))
+        if len(self.prior) != 2 or not math.isfinite(self.prior[0]) or not 0 < self.prior[1] < math.inf:
+            raise ValueError(f"prior is a location and a moment above 0, such as (0, 1), got {self.prior}")
+
+    def __repr__(self) -> str:
+        return f"Stream({self.describe()})"
+
+    def describe(self) -> str:
+        """The constants as they would be written in a call."""
+        parts = [f"window={self.window:g}"] if self.window is not None else []
+        parts += [f"{name}={getattr(self, name)}" for name in ("alpha", "beta", "kappa") if getattr(self, name) is not None]
+        if self.prior != (0.0, 1.0):
+            parts.append(f"prior={self.prior}")
+        return ", ".join(parts)
+
+    def new_state(self, num_stats: int, device: torch.device | str | None, dtype: torch.dtype) -> State:
+        """The state of a stream that has seen nothing: the prior, and zeros."""
+        long = torch.tensor(self.prior, device=device, dtype=dtype)[:, None].repeat(1, num_stats)
+        averages = [torch.zeros(2, num_stats, device=device, dtype=dtype) for _ in range(3)]
+        counts = [torch.zeros(num_stats, device=device, dtype=torch.int64) for _ in range(2)]
+        samples = [torch.zeros((), device=device, dtype=torch.int64) for _ in range(2)]
+        return State(long, *averages, *counts, *samples)
+
+    def evaluation(self, state: State) -> Tensor:
+        """mu and m for evaluation, shape ``(2, G)``: long and short in the ratio α1 : α2; long alone without a short."""
+        short_share = (state.count > 0).to(state.long.dtype)
+        if self.window is not None:
+            short_share = short_share * state.samples / (self.window + state.samples)
+        else:
+            alpha1, alpha2, _ = self.alpha  # type: ignore[misc]
+            short_share = short_share * (alpha2 / (alpha1 + alpha2) if alpha1 + alpha2 > 0 else 0.0)
+        return torch.lerp(state.long, state.short, short_share)
+
+    def formula(self, p: float, centered: bool, k: float, eps: float) -> Formula:
+        """What an engine is told of this stream, with the moment's constants."""
+        return Formula(p, centered, k, eps, self.alpha, self.beta, self.kappa, self.window)  # type: ignore[arg-type]
+
+
+def _alpha(alpha: Sequence[float]) -> Mix:
+    mix = _three("alpha", alpha)
+    if min(mix) < 0 or not math.isclose(sum(mix), 1.0, abs_tol=1e-6):
+        raise ValueError(f"alpha must be numbers of at least 0 that sum to 1, such as (0.7, 0.3), got {tuple(alpha)} with sum {sum(mix):g}")
+    return mix
+
+
+def _beta(beta: Sequence[float]) -> Mix:
+    mix = _three("beta", beta)
+    if not all(map(math.isfinite, mix)):
+        raise ValueError(f"beta must be finite numbers, such as (0.7, 0.3, 0), got {tuple(beta)}")
+    return mix
+
+
+def _three(name: str, values: Sequence[float]) -> Mix:
+    if isinstance(values, (int, float)) or len(values) not in (2, 3):
+        raise ValueError(f"{name} takes two or three numbers (long, short, present), such as (0.7, 0.3), got {values}")
+    first, second, *rest = map(float, values)
+    return first, second, rest[0] if rest else 0.0
+
+
+def _kappa(kappa: float | Sequence[float]) -> tuple[float, float, float, float]:
+    four = (kappa, 1 - kappa, kappa, 1 - kappa) if isinstance(kappa, (int, float)) else tuple(map(float, kappa))
+    if len(four) != 4 or not all(0 <= value <= 1 for value in four):
+        raise ValueError(f"kappa must be one number in [0, 1], such as 0.7, or four of them, got {kappa}")
+    return four[0], four[1], four[2], four[3]

@@ -1,0 +1,123 @@
+"""Noticing weight updates: the layers commit their statistics after ``optimizer.step()``, and no loop changes for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from . import ops
+
+if TYPE_CHECKING:
+    from .norm import Norm
+
+_layers: dict[int, weakref.ref[Norm]] = {}
+"""The streaming layers that were used in training, in the order of their first use."""
+
+_hook: Optional[RemovableHandle] = None
+
+
+def watch(layer: Norm) -> None:
+    """Let a layer commit at its optimizer's steps; called at its first forward pass in training."""
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+    key = id(layer)
+    _layers[key] = weakref.ref(layer, lambda _: _layers.pop(key, None))
+    layer._watched = True
+
+
+def commit(model: nn.Module) -> None:
+    """Say that the weights of ``model`` changed: short-term statistics move into the long-term ones.
+
+    Needed only where no ``torch.optim`` optimizer makes the update. A second call changes nothing, since nothing was
+    collected in between.
+
+    Args:
+        model: a layer, or any module that holds some.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> layer = sn.StreamingNorm1d(2)
+        >>> _ = layer(torch.randn(4, 2))
+        >>> sn.commit(layer)
+        >>> int(layer.samples)
+        0
+    """
+    from .norm import streaming_layers
+
+    _commit(streaming_layers(model))
+
+
+def bind(model: nn.Module, optimizer: Optimizer, scaler: Optional[torch.amp.GradScaler] = None) -> None:
+    """Name the optimizer, and the GradScaler if any, of a model's streaming layers.
+
+    Needed in two cases. Layers whose gain and bias no optimizer owns commit at any optimizer's step: where there are
+    several optimizers, say which one is theirs. And a GradScaler multiplies the loss by a number that changes, while
+    streamed gradients have a memory: given the scaler, layers stream unscaled gradients, and a change of scale changes nothing.
+
+    Args:
+        model: a layer, or any module that holds some.
+        optimizer: the one whose step changes the weights of this model.
+        scaler: the GradScaler of the training loop.
+
+    Raises:
+        ValueError: if the model holds no streaming layer.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> model = nn.Sequential(nn.Linear(3, 2), sn.StreamingNorm1d(2, affine=False))
+        >>> sn.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    """
+    from .norm import streaming_layers
+
+    layers = streaming_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no streaming layer to bind; call streamnorm.convert(model) first")
+    for layer in layers:
+        layer._optimizer = weakref.ref(optimizer)
+        layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)
+
+
+def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> Optional[torch.Tensor]:
+    """The scaler's own tensor, which it changes in place; made by the first call of ``scale``."""
+    if not scaler.is_enabled():
+        return None
+    if scaler._scale is None:
+        scaler.scale(torch.zeros((), device=layer.state.long.device))
+    return scaler._scale
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """The hook that torch.optim calls after every step of any optimizer."""
+    if not _layers:
+        return
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and found_inf.item():
+        return  # fused optimizers are called on a step that the GradScaler skips: no weight changed
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers = (reference() for reference in list(_layers.values()))
+    _commit(layer for layer in layers if layer is not None and _follows(layer, optimizer, trained))
+
+
+def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
+    """Whether a step of this optimizer is an update of the layer's network."""
+    if layer._optimizer is not None and layer._optimizer() is not None:
+        return layer._optimizer() is optimizer
+    if id(layer.weight) in trained or id(layer.bias) in trained:
+        layer._owner = weakref.ref(optimizer)
+        return True
+    return layer._owner is None or layer._owner() is None
+
+
+@torch.no_grad()
+def _commit(layers: Iterable[Norm]) -> None:
+    uses = [(layer.state, layer.formula) for layer in layers]
+    if uses:
+        ops.commit(uses)
