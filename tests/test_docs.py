@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 # A block of another library's may say what it needs in the line before it: <!-- needs: accelerate -->
-BLOCK = re.compile(r"(?:^<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)|<img[^>]*src=\"(?P<source>[^\"]+)\"")
+BLOCK = re.compile(r"(?:^<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 
 
-def examples(page: Path) -> list[tuple[str, list[str], str]]:
-    """The Python blocks of a page: a name, the libraries it needs, and the code at its own line numbers."""
+def examples(page: Path) -> list[tuple[list[str], str]]:
+    """The Python blocks of a page: the libraries that each needs, and its code at its own line numbers."""
     text = page.read_text(encoding="utf-8")
     found = []
     for block in BLOCK.finditer(text):
-        line = text.count("\n", 0, block.start("code"))
-        needs = re.findall(r"\w+", block["needs"] or "")
-        found.append((f"line {line}", needs, "\n" * line + block["code"]))
+        lines_before = "\n" * text.count("\n", 0, block.start("code"))
+        found.append((re.findall(r"\w+", block["needs"] or ""), lines_before + block["code"]))
     return found
 
 
@@ -38,14 +38,14 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The blocks of a page run one after the other, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
-    for _, needs, code in examples(page):
-        if all(_is_installed(library) for library in needs):
+    for needs, code in examples(page):
+        if all(find_spec(library) for library in needs):
             exec(compile(code, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = [link["target"] or link["image"] or link["source"] for link in LINK.finditer(page.read_text(encoding="utf-8"))]
+    targets = [link[1] or link[2] for link in LINK.finditer(page.read_text(encoding="utf-8"))]
     files = [target.split("#")[0] for target in targets if not re.match(r"https?:|mailto:|#", target)]
     missing = [name for name in files if not (page.parent / name).exists()]
     assert not missing
@@ -54,11 +54,3 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_public_name_is_documented() -> None:
     documented = set(re.findall(r"\b\w+\b", (ROOT / "docs" / "api.md").read_text(encoding="utf-8")))
     assert not {name for name in streamnorm.__all__ if not name.startswith("_")} - documented
-
-
-def _is_installed(library: str) -> bool:
-    try:
-        __import__(library)
-    except ImportError:
-        return False
-    return True
