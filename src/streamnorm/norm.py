@@ -88,7 +88,9 @@ class Norm(nn.Module):
                 name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None
             )
         if stream is not None:
-            for name, tensor in stream.new_state(ref.num_stats(num_features), device, _state_dtype(dtype))._asdict().items():
+            for name, tensor in (
+                stream.new_state(ref.num_stats(num_features), device, _state_dtype(dtype))._asdict().items()
+            ):
                 self.register_buffer(name, tensor)
         self.formula = self._make_formula()
         self.reset_parameters()
@@ -124,7 +126,14 @@ class Norm(nn.Module):
         """The stream's buffers, as an engine takes them."""
         b = self._buffers
         return State(  # type: ignore[arg-type]
-            b["long"], b["short"], b["long_grad"], b["short_grad"], b["count"], b["grad_count"], b["samples"], b["grad_samples"]
+            b["long"],
+            b["short"],
+            b["long_grad"],
+            b["short_grad"],
+            b["count"],
+            b["grad_count"],
+            b["samples"],
+            b["grad_samples"],
         )
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
@@ -197,11 +206,15 @@ class Norm(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"expected a floating point input, got {x.dtype}; write x.float()")
         if self.stream is not None and (x.dtype == torch.float64) != (self._buffers["long"].dtype == torch.float64):  # type: ignore[union-attr]
-            raise TypeError(f"the input is {x.dtype} and the layer's state {self.long.dtype}: convert one of them with .double() or .float()")
+            raise TypeError(
+                f"the input is {x.dtype} and the layer's state {self.long.dtype}: convert one of them with .double() or .float()"
+            )
 
     def _check_rank(self, x: Tensor) -> None:
         if x.dim() < 2:
-            raise ValueError(f"expected an input of shape (N, C, ...), got {x.dim()}D of shape {tuple(x.shape)}; a batch of one is x[None]")
+            raise ValueError(
+                f"expected an input of shape (N, C, ...), got {x.dim()}D of shape {tuple(x.shape)}; a batch of one is x[None]"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
         """As nn.Module: ``.double()`` converts the statistics, ``.half()`` and ``.bfloat16()`` leave them float32."""
@@ -224,7 +237,9 @@ class Norm(nn.Module):
                 "write streamnorm.convert(model)"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         """The arguments that differ from layer to layer."""
@@ -280,7 +295,17 @@ class SampleNorm(Norm):
     ) -> None:
         reference = ref if isinstance(ref, NormRef) else NormRef.sample(ref)
         _check_groups(ref, num_features)
-        super().__init__(num_features, reference, LpMoment(p, center, scale), None, eps, affine, bias=bias, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            reference,
+            LpMoment(p, center, scale),
+            None,
+            eps,
+            affine,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
 
 
 class GeneralBatchNorm(Norm):
@@ -342,7 +367,17 @@ class GeneralBatchNorm(Norm):
         if ghosts < 1:
             raise ValueError(f"ghosts is a number of partitions of the batch, at least 1, got {ghosts}")
         reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
-        super().__init__(num_features, reference, LpMoment(p, center, scale), None, eps, affine, bias=bias, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            reference,
+            LpMoment(p, center, scale),
+            None,
+            eps,
+            affine,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
         self.momentum, self.ghosts = momentum, ghosts
         num_stats = reference.num_stats(num_features)
         self.register_buffer("running_mean", torch.zeros(num_stats, device=device, dtype=_state_dtype(dtype)))
@@ -417,15 +452,29 @@ class _StreamingNorm(Norm):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         if ref == "position":
-            raise ValueError("ref='position' takes its statistics from inside a sample; a stream spans samples: use SampleNorm")
+            raise ValueError(
+                "ref='position' takes its statistics from inside a sample; a stream spans samples: use SampleNorm"
+            )
         reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
         stream = Stream(window, alpha, beta, kappa)
-        super().__init__(num_features, reference, LpMoment(p, center, scale), stream, eps, affine, bias=bias, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            reference,
+            LpMoment(p, center, scale),
+            stream,
+            eps,
+            affine,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
 
     def _check_rank(self, x: Tensor) -> None:
         if x.dim() not in self._ranks:
             ranks = " or ".join(f"{rank}D" for rank in self._ranks)
-            fitting = {2: "StreamingNorm1d", 3: "StreamingNorm1d", 4: "StreamingNorm2d", 5: "StreamingNorm3d"}.get(x.dim())
+            fitting = {2: "StreamingNorm1d", 3: "StreamingNorm1d", 4: "StreamingNorm2d", 5: "StreamingNorm3d"}.get(
+                x.dim()
+            )
             hint = f"; {fitting} takes it" if fitting else ""
             raise ValueError(f"expected {ranks} input, got {x.dim()}D input of shape {tuple(x.shape)}{hint}")
 
@@ -516,7 +565,9 @@ def _full_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _check_groups(ref: Union[RefName, NormRef], num_features: int) -> None:
     if isinstance(ref, tuple) and num_features % ref[1]:
-        raise ValueError(f"{num_features} channels do not fall into {ref[1]} equal groups; choose a divisor of {num_features}")
+        raise ValueError(
+            f"{num_features} channels do not fall into {ref[1]} equal groups; choose a divisor of {num_features}"
+        )
 
 
 def _state_dtype(dtype: Optional[torch.dtype]) -> torch.dtype:

@@ -56,9 +56,13 @@ class NormRef:
         axes, kept = _parse(self.pattern)
         names = [name for axis in axes for name in axis]
         if len(axes) < 2 or "..." in axes[0] + axes[1]:
-            raise ValueError(f"a NormRef names the samples and the channels first, as 'n c ... -> c' does, got {self.pattern!r}")
+            raise ValueError(
+                f"a NormRef names the samples and the channels first, as 'n c ... -> c' does, got {self.pattern!r}"
+            )
         if len(set(names)) != len(names) or not set(kept) <= set(names):
-            raise ValueError(f"every axis stands once on the left, and those on the right on the left too, got {self.pattern!r}")
+            raise ValueError(
+                f"every axis stands once on the left, and those on the right on the left too, got {self.pattern!r}"
+            )
         for name, size in self.sizes:
             if name not in names or size < 1:
                 raise ValueError(f"{name}={size}: give a positive size of an axis that {self.pattern!r} names")
@@ -118,7 +122,9 @@ class NormRef:
         """
         samples, rest = self.pattern.split(" ", 1)
         left, right = rest.split("->")
-        return NormRef.of(f"({samples} ghost) {left.strip()} -> ghost {right.strip()}".rstrip(), **dict(self.sizes), ghost=partitions)
+        return NormRef.of(
+            f"({samples} ghost) {left.strip()} -> ghost {right.strip()}".rstrip(), **dict(self.sizes), ghost=partitions
+        )
 
     @property
     def spans_samples(self) -> bool:

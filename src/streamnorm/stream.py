@@ -82,7 +82,9 @@ class Stream:
     def describe(self) -> str:
         """The constants as they would be written in a call."""
         parts = [f"window={self.window:g}"] if self.window is not None else []
-        parts += [f"{name}={getattr(self, name)}" for name in ("alpha", "beta", "kappa") if getattr(self, name) is not None]
+        parts += [
+            f"{name}={getattr(self, name)}" for name in ("alpha", "beta", "kappa") if getattr(self, name) is not None
+        ]
         if self.prior != (0.0, 1.0):
             parts.append(f"prior={self.prior}")
         return ", ".join(parts)
@@ -113,7 +115,9 @@ class Stream:
 def _alpha(alpha: Sequence[float]) -> Mix:
     mix = _three("alpha", alpha)
     if min(mix) < 0 or not math.isclose(sum(mix), 1.0, abs_tol=1e-6):
-        raise ValueError(f"alpha must be numbers of at least 0 that sum to 1, such as (0.7, 0.3), got {tuple(alpha)} with sum {sum(mix):g}")
+        raise ValueError(
+            f"alpha must be numbers of at least 0 that sum to 1, such as (0.7, 0.3), got {tuple(alpha)} with sum {sum(mix):g}"
+        )
     return mix
 
 

@@ -79,7 +79,9 @@ def bind(model: nn.Module, optimizer: Optimizer, scaler: Optional[torch.amp.Grad
 
     layers = streaming_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no streaming layer to bind; call streamnorm.convert(model) first")
+        raise ValueError(
+            f"{type(model).__name__} holds no streaming layer to bind; call streamnorm.convert(model) first"
+        )
     for layer in layers:
         layer._optimizer = weakref.ref(optimizer)
         layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)

@@ -56,7 +56,10 @@ def engines() -> dict[str, str]:
     """
     lines = {engine.NAME: engine.status() for engine in ENGINES}
     if _forced is not None:
-        lines = {name: line if name == _forced.NAME else "switched off: another engine is forced" for name, line in lines.items()}
+        lines = {
+            name: line if name == _forced.NAME else "switched off: another engine is forced"
+            for name, line in lines.items()
+        }
     return lines
 
 

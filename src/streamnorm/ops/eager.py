@@ -200,7 +200,9 @@ def _slope(m: Tensor, inverse: Tensor, finite: Tensor, formula: Formula) -> Tens
     return (formula.k**2 / formula.p * power * inverse**3).masked_fill(~finite, torch.nan)
 
 
-def _keep_finite(short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: Union[int, Tensor], finite: Tensor) -> None:
+def _keep_finite(
+    short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: Union[int, Tensor], finite: Tensor
+) -> None:
     torch.where(finite, torch.stack(fresh), short, out=short)
     count.add_(n * finite)
 

@@ -96,7 +96,12 @@ class _Use:
     """
 
     def __init__(
-        self, state: State, formula: Formula, n: Union[int, Tensor], samples: Union[int, Tensor], grad_scale: Optional[Tensor]
+        self,
+        state: State,
+        formula: Formula,
+        n: Union[int, Tensor],
+        samples: Union[int, Tensor],
+        grad_scale: Optional[Tensor],
     ) -> None:
         self.state, self.formula, self.samples, self.grad_scale = state, formula, samples, grad_scale
         self.n = n if isinstance(n, int) else n.flatten()
@@ -156,7 +161,10 @@ class _Streamed(torch.autograd.Function):
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
     """Say that the weights changed: move every stream's short-term averages into its long-term ones."""
     for state, formula in uses:
-        keep, take, keep_grad, take_grad = formula.kappa or (*forgetting(formula, state.samples), *forgetting(formula, state.grad_samples))
+        keep, take, keep_grad, take_grad = formula.kappa or (
+            *forgetting(formula, state.samples),
+            *forgetting(formula, state.grad_samples),
+        )
         for long, short, count, kept, taken in (
             (state.long, state.short, state.count, keep, take),
             (state.long_grad, state.short_grad, state.grad_count, keep_grad, take_grad),
@@ -186,7 +194,9 @@ def mix_weights(constants: Optional[Mix], window: Optional[float], samples: Tens
 
 def mix(weights: tuple[Scalar, Scalar, Scalar], long: Tensor, short: Tensor, present: Tensor) -> Tensor:
     """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
-    terms = [weight * value for weight, value in zip(weights, (long, short, present)) if isinstance(weight, Tensor) or weight]
+    terms = [
+        weight * value for weight, value in zip(weights, (long, short, present)) if isinstance(weight, Tensor) or weight
+    ]
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(long)
 
 

@@ -1,0 +1,365 @@
+"""Moving a model in and out: from other normalization layers, back to plain BatchNorm, and folded away."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, Optional, TypeVar, Union
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from .moments import LpMoment
+from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from .normref import NormRef
+from .stream import Stream
+
+Module = TypeVar("Module", bound=nn.Module)
+Converter = Callable[..., nn.Module]
+Predicate = Callable[[str, nn.Module], bool]
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_InstanceNorm = nn.modules.instancenorm._InstanceNorm
+
+_STREAMING: dict[type[nn.Module], type[Norm]] = {
+    nn.BatchNorm1d: StreamingNorm1d,
+    nn.BatchNorm2d: StreamingNorm2d,
+    nn.BatchNorm3d: StreamingNorm3d,
+    nn.InstanceNorm1d: StreamingNorm1d,
+    nn.InstanceNorm2d: StreamingNorm2d,
+    nn.InstanceNorm3d: StreamingNorm3d,
+}
+_PLAIN: dict[type[Norm], type[nn.Module]] = {
+    StreamingNorm1d: nn.BatchNorm1d,
+    StreamingNorm2d: nn.BatchNorm2d,
+    StreamingNorm3d: nn.BatchNorm3d,
+}
+_HOOKS = tuple(
+    name for name in nn.Module().__dict__ if name.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called"))
+)
+
+_converters: dict[type[nn.Module], Converter] = {}
+
+
+def convert(
+    model: nn.Module, where: Optional[Predicate] = None, also: tuple[type[nn.Module], ...] = (), **options: Any
+) -> nn.Module:
+    """Replace the BatchNorm layers of ``model`` by Streaming Normalization, in place.
+
+    The converted model evaluates as before, to rounding: running mean and variance become the long-term statistics
+    (``scale="gaussian"`` unless said otherwise, so that σ of any p means a standard deviation). Parameters stay the same
+    objects, so an optimizer made before goes on working; names, device, dtype, mode and hooks stay too.
+
+    Args:
+        model: any module. If it is itself a BatchNorm, the new layer is only returned.
+        where: ``where(name, module)`` says which layers to convert. Default: all.
+        also: further layer types to convert: ``nn.GroupNorm``, ``nn.InstanceNorm2d`` and their like. They keep no
+            statistics (unless they track them), so the result does not evaluate as before: run
+            :func:`streamnorm.calibrate` next.
+        options: arguments of ``StreamingNorm2d``, such as ``p=2`` or ``window=500``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: for options that StreamingNorm refuses.
+
+    Warns:
+        UserWarning: names each subclass of BatchNorm with a forward of its own, which stays as it is:
+            :func:`streamnorm.register_converter` says how to convert it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert(model)[1]
+        StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=200, eps=1e-05, affine=True)
+    """
+    options = {"scale": "gaussian", **options}
+    StreamingNorm1d(1, **{name: value for name, value in options.items() if name != "ref"})  # refuse before any change
+
+    def converted(name: str, module: nn.Module) -> Optional[nn.Module]:
+        if where is not None and not where(name, module):
+            return None
+        if type(module) in _converters:
+            return _converters[type(module)](module, **options)
+        if isinstance(module, _BatchNorm):
+            if type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and not isinstance(
+                module, nn.modules.lazy.LazyModuleMixin
+            ):
+                return _to_streaming(module, options)
+            warnings.warn(
+                f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own, and was not converted: "
+                f"tell streamnorm.register_converter({type(module).__name__}, ...) how, or leave it out with where=",
+                stacklevel=4,
+            )
+        elif isinstance(module, also):
+            return _to_streaming(module, options)
+        return None
+
+    return _replace(model, converted)
+
+
+def register_converter(cls: type[nn.Module], converter: Converter) -> None:
+    """Teach :func:`convert` a layer type.
+
+    Args:
+        cls: the type, exactly; its subclasses are not meant.
+        converter: ``converter(module, **options)`` returns the layer to put in its place.
+
+    Example:
+        >>> class ShiftedBatchNorm(nn.BatchNorm1d):
+        ...     def forward(self, x):
+        ...         return super().forward(x) + 1
+        >>> def shifted(module, **options):
+        ...     plain = nn.BatchNorm1d(module.num_features, eps=module.eps)
+        ...     plain.load_state_dict(module.state_dict())
+        ...     with torch.no_grad():
+        ...         plain.bias += 1
+        ...     return convert(plain, **options)
+        >>> register_converter(ShiftedBatchNorm, shifted)
+        >>> type(convert(nn.Sequential(ShiftedBatchNorm(4)))[0]).__name__
+        'StreamingNorm1d'
+    """
+    _converters[cls] = converter
+
+
+def to_batchnorm(model: nn.Module, dims: Optional[int] = None) -> nn.Module:
+    """Replace our layers by plain ``torch.nn`` ones that evaluate the same, in place: for deployment.
+
+    Streaming and General Batch Normalization become ``nn.BatchNorm1d/2d/3d``; Sample Normalization with p = 2 becomes
+    ``nn.GroupNorm``, which it equals.
+
+    Args:
+        model: any module. If it is itself such a layer, the new one is only returned.
+        dims: 1, 2 or 3: which BatchNorm stands for a layer that takes any rank (GeneralBatchNorm, Norm).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if a layer has no plain equal, or takes any rank and ``dims`` is not given; the model is not changed.
+
+    Example:
+        >>> to_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), StreamingNorm2d(8)))[1]
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+
+    def plain(name: str, module: nn.Module) -> Optional[nn.Module]:
+        return _to_plain(name, module, dims) if isinstance(module, Norm) else None
+
+    for name, module in model.named_modules():
+        plain(name, module)
+    return _replace(model, plain)
+
+
+def fold(model: Module) -> Module:
+    """A copy of ``model`` for inference with our layers folded into the Linear or convolution before them.
+
+    Statistics, gain and bias become part of that layer's weight and bias, and ``nn.Identity`` stands where the
+    normalization was. Which layer comes before is found by tracing the model with ``torch.fx``; a normalization that
+    follows something else, or a layer that is used more than once, stays. A Linear is taken to give ``(N, C)``.
+
+    Args:
+        model: any module that ``torch.fx`` can trace.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        ValueError: if the model cannot be traced.
+
+    Example:
+        >>> fold(nn.Sequential(nn.Linear(3, 4), StreamingNorm1d(4), nn.ReLU()))
+        Sequential(
+          (0): Linear(in_features=3, out_features=4, bias=True)
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    folded = copy.deepcopy(model).eval()
+    modules = dict(folded.named_modules())
+    for before, norm in _foldable_pairs(folded):
+        _fold_into(modules[before], modules[norm])  # type: ignore[arg-type]
+        parent, _, child = norm.rpartition(".")
+        setattr(modules[parent], child, nn.Identity())
+    return folded
+
+
+def _replace(model: Module, change: Callable[[str, nn.Module], Optional[nn.Module]]) -> Any:
+    """Put ``change(name, module)`` in the place of every module for which it is not None; a shared module stays shared."""
+    done: dict[int, tuple[nn.Module, Optional[nn.Module]]] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def visit(module: nn.Module) -> nn.Module:
+        if id(module) not in done:
+            new = change(names[id(module)], module)
+            done[id(module)] = (module, new)
+            if new is None:
+                for child_name, child in list(module._modules.items()):
+                    if child is not None:
+                        module._modules[child_name] = visit(child)
+            else:
+                new.train(module.training)
+        return done[id(module)][1] or module
+
+    return visit(model)
+
+
+def _to_streaming(module: nn.Module, options: dict[str, Any]) -> Norm:
+    """The streaming layer with the parameters, statistics, mode and hooks of a BatchNorm, InstanceNorm or GroupNorm."""
+    num_features: int = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features  # type: ignore[assignment]
+    weight, bias = module.weight, module.bias
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    like = next((t for t in (weight, mean) if t is not None), torch.empty(0))
+    affine: dict[str, Any] = {
+        "affine": weight is not None,
+        "bias": bias is not None,
+        "device": like.device,
+        "dtype": like.dtype,
+    }
+    cls = next((_STREAMING[base] for base in type(module).__mro__ if base in _STREAMING), None)
+    new = (
+        _any_rank(num_features, module.eps, affine, options)
+        if cls is None
+        else cls(num_features, module.eps, **affine, **options)
+    )  # type: ignore[arg-type]
+    new.weight, new.bias = weight, bias  # type: ignore[assignment]
+    if mean is not None and variance is not None:
+        _set_statistics(new, mean, variance)
+    _move_hooks(module, new)
+    return new.train(module.training)
+
+
+def _any_rank(num_features: int, eps: float, affine: dict[str, Any], options: dict[str, Any]) -> Norm:
+    """The streaming layer for a module that takes inputs of any rank."""
+    rest = dict(options)
+    ref = rest.pop("ref", "channel")
+    moment = LpMoment(**{"p": 1, **{name: rest.pop(name) for name in ("p", "center", "scale") if name in rest}})
+    return Norm(
+        num_features, ref if isinstance(ref, NormRef) else NormRef.batch(ref), moment, Stream(**rest), eps, **affine
+    )
+
+
+@torch.no_grad()
+def _set_statistics(layer: Norm, mean: Tensor, variance: Tensor) -> None:
+    """Let a streaming layer evaluate with this mean and variance per channel, averaged where it keeps fewer."""
+    state, formula = layer.state, layer.formula
+    num_stats = state.long.shape[1]
+    wide = [t.to(state.long.dtype).view(num_stats, -1) for t in (mean, variance)]
+    mu = wide[0].mean(1)
+    sigma_squared = wide[1].mean(1) + (wide[0].var(1, correction=0) if num_stats < len(mean) else 0)
+    state.long[0] = mu
+    state.long[1] = (sigma_squared / formula.k**2) ** (formula.p / 2)
+
+
+def _to_plain(name: str, layer: Norm, dims: Optional[int]) -> nn.Module:
+    plain: Any
+    if layer.stream is None and not isinstance(layer, GeneralBatchNorm):
+        plain = _to_groupnorm(name, layer)
+    else:
+        cls = _PLAIN.get(type(layer)) or {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}.get(dims or 0)
+        if cls is None:
+            raise ValueError(
+                f"{name or 'the layer'} takes any rank: say with dims=1, 2 or 3 which BatchNorm to write for it"
+            )
+        mu, variance = (_per_channel(name, layer, value) for value in layer.eval_stats())
+        plain = cls(
+            layer.num_features,
+            layer.eps,
+            affine=layer.weight is not None,
+            bias=layer.bias is not None,
+            device=mu.device,
+        )  # type: ignore[call-arg]
+        dtype = mu.dtype if layer.weight is None else layer.weight.dtype
+        plain.running_mean, plain.running_var = mu.to(dtype), variance.to(dtype)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    _move_hooks(layer, plain)
+    return plain.train(layer.training)  # type: ignore[no-any-return]
+
+
+def _to_groupnorm(name: str, layer: Norm) -> nn.GroupNorm:
+    groups = {NormRef.sample("layer"): 1, NormRef.sample("channel"): layer.num_features}
+    if layer.ref.pattern == NormRef.sample(("group", 1)).pattern:
+        groups[layer.ref] = dict(layer.ref.sizes)["g"]
+    if (
+        layer.ref not in groups
+        or layer.moment.p != 2
+        or layer.moment.center != "mean"
+        or (layer.weight is None) != (layer.bias is None)
+    ):
+        raise ValueError(
+            f"{name or 'the layer'} has no equal in torch.nn: {layer}. Keep streamnorm for it, or leave it out of the model"
+        )
+    return nn.GroupNorm(groups[layer.ref], layer.num_features, layer.eps, affine=layer.weight is not None)
+
+
+def _per_channel(name: str, layer: Norm, value: Tensor) -> Tensor:
+    """One value per channel from one per statistic."""
+    view = layer.ref.view((1, layer.num_features, *(1,) * (len(layer.ref.pattern.split("->")[0].split()) - 2)))
+    if any(view.axes[i] != 1 for i in view.kept):
+        raise ValueError(
+            f"{name or 'the layer'} keeps a statistic per place ({layer.ref.pattern!r}), which BatchNorm cannot"
+        )
+    return value.repeat_interleave(layer.num_features // len(value))
+
+
+def _foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of (layer, norm) where the norm's only input is that layer's only output."""
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, Norm) or super().is_leaf_module(module, name)
+
+    try:
+        graph = Tracer().trace(model)
+    except Exception as error:
+        raise ValueError(
+            f"fold finds the layer before each normalization with torch.fx, which cannot trace this model: {error}"
+        ) from error
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    uses: dict[int, int] = {}
+    for node in calls:
+        uses[id(modules[node.target])] = uses.get(id(modules[node.target]), 0) + 1
+    pairs = []
+    for node in calls:
+        before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(modules[node.target], Norm) or not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
+        single = len(before.users) == 1 and uses[id(modules[node.target])] == uses[id(modules[before.target])] == 1
+        if single and _can_fold(modules[before.target], modules[node.target]):
+            pairs.append((str(before.target), str(node.target)))
+    return pairs
+
+
+def _can_fold(before: nn.Module, norm: nn.Module) -> bool:
+    assert isinstance(norm, Norm)
+    keeps_statistics = norm.stream is not None or isinstance(norm, GeneralBatchNorm)
+    linear = isinstance(before, (nn.Linear, nn.modules.conv._ConvNd)) and not parametrize.is_parametrized(before)
+    return keeps_statistics and linear and "..." in norm.ref.pattern
+
+
+@torch.no_grad()
+def _fold_into(before: Union[nn.Linear, nn.modules.conv._ConvNd], norm: Norm) -> None:
+    """weight ← weight·a and bias ← bias·a + b per output channel, where the norm is x·a + b."""
+    mu, variance = (_per_channel("", norm, value) for value in norm.eval_stats())
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mu * scale if norm.bias is None else norm.bias - mu * scale
+    weight = before.weight.to(scale.dtype)
+    if getattr(before, "transposed", False):
+        groups = before.groups  # type: ignore[union-attr]
+        by_group = weight.view(groups, -1, *weight.shape[1:])
+        scaled = by_group * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
+    else:
+        scaled = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+    bias = shift if before.bias is None else before.bias * scale + shift
+    before.bias = nn.Parameter(bias.to(before.weight.dtype))
+    before.weight = nn.Parameter(scaled.view_as(weight).to(before.weight.dtype))
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))

@@ -1,0 +1,168 @@
+"""The life of statistics: freeze them, calibrate them, start over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from . import updates
+from .norm import GeneralBatchNorm, Norm, streaming_layers
+from .stream import Stream
+
+_AVERAGE_ALL = Stream(alpha=(0, 1), beta=(0, 0), kappa=(0, 1, 1, 0))
+"""Normalize by all that was seen since the start, and let that become the long-term statistics."""
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Let every layer of ``model`` normalize by its evaluation statistics and collect nothing, also in training mode.
+
+    Gain and bias go on learning. ``model.train()`` does not undo it; :func:`unfreeze` does.
+
+    Args:
+        model: a layer, or any module that holds some.
+
+    Returns:
+        ``model``.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> layer = freeze(sn.StreamingNorm1d(2)).train()
+        >>> _ = layer(torch.ones(4, 2))
+        >>> int(layer.samples)
+        0
+    """
+    _set_frozen(model, True)
+    return model
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Undo :func:`freeze`.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> unfreeze(freeze(sn.StreamingNorm1d(2))).frozen
+        False
+    """
+    _set_frozen(model, False)
+    return model
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """:func:`freeze` for the length of a ``with`` block; layers that were frozen before stay so.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> model = sn.StreamingNorm1d(2)
+        >>> with frozen(model):
+        ...     _ = model(torch.ones(4, 2))
+        >>> int(model.samples)
+        0
+    """
+    thawed = [layer for layer in _layers(model) if not layer.frozen]
+    try:
+        yield freeze(model)
+    finally:
+        for layer in thawed:
+            layer.frozen = False
+
+
+def reset_stats(model: nn.Module) -> None:
+    """Let every layer of ``model`` forget its statistics and start from its prior; gain and bias stay.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> model = sn.StreamingNorm1d(2)
+        >>> _ = model(torch.ones(4, 2))
+        >>> reset_stats(model)
+        >>> int(model.samples)
+        0
+    """
+    for layer in _layers(model):
+        layer.reset_stats()
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any], forward: Optional[Callable[[Any], Any]] = None) -> None:
+    """Replace the statistics of every layer by their exact average over ``batches``; only forward passes are run.
+
+    While it runs, a layer normalizes by what it has collected so far, and the rest of the model is in evaluation
+    mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of training. The
+    streamed gradients start over.
+
+    Args:
+        model: a layer, or any module that holds some; its training modes are restored.
+        batches: mini-batches of any size. Of a tuple or list the first item goes to the model; of a dict, all items as keywords.
+        forward: what to do with a mini-batch instead, as ``lambda batch: model(batch["image"])``.
+
+    Raises:
+        ValueError: if there is no mini-batch, or the model has no layer with statistics; they stay as they were.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> layer, data = sn.StreamingNorm1d(2), torch.randn(50, 2)
+        >>> calibrate(layer, data.split(8))
+        >>> torch.allclose(layer.long[0], data.mean(0), atol=1e-6)
+        True
+    """
+    streaming = streaming_layers(model)
+    running = [layer for layer in _layers(model) if isinstance(layer, GeneralBatchNorm)]
+    if not streaming and not running:
+        raise ValueError(
+            f"{type(model).__name__} holds no layer with statistics to calibrate; call streamnorm.convert(model) first"
+        )
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("there are no mini-batches to calibrate with; a generator that was used up must be made again")
+
+    before = [(module, module.training) for module in model.modules()]
+    settings = [(layer, layer.stream, layer.frozen) for layer in streaming]
+    momenta = [(layer, layer.momentum, layer.frozen) for layer in running]
+    backup = [(buffer, buffer.clone()) for layer in (*streaming, *running) for buffer in layer.buffers(recurse=False)]
+    model.eval()
+    for layer in (*streaming, *running):
+        layer.train()
+        layer.frozen = False
+        layer.reset_stats()
+    for layer in streaming:
+        layer.set_stream(_AVERAGE_ALL)
+    for layer in running:
+        layer.momentum = None
+    try:
+        for batch in chain((first,), iterator):
+            forward(batch) if forward is not None else _run(model, batch)
+        updates.commit(model)
+    except BaseException:
+        for buffer, value in backup:
+            buffer.copy_(value)
+        raise
+    finally:
+        for layer, stream, was_frozen in settings:
+            layer.set_stream(stream)
+            layer.frozen = was_frozen
+        for layer, momentum, was_frozen in momenta:
+            layer.momentum, layer.frozen = momentum, was_frozen
+        for module, mode in before:
+            module.training = mode
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _layers(model: nn.Module) -> list[Norm]:
+    return [module for module in model.modules() if isinstance(module, Norm)]
+
+
+def _set_frozen(model: nn.Module, value: bool) -> None:
+    for layer in _layers(model):
+        layer.frozen = value
