@@ -70,6 +70,7 @@ class Use:
     mu: Array
     m: Array
     s: Array
+    finite: Array
     advances: bool
 
 
@@ -127,10 +128,12 @@ class Oracle:
         self.samples += rows
         g_total = ids.shape[1]
         mu, m, s = np.zeros(g_total), np.zeros(g_total), np.ones(g_total)
+        finite = np.ones(g_total, bool)
         flat, ok = x.reshape(-1), valid.reshape(-1)
         a = self._forward_weights()
         for g in range(g_total):
-            own = [i for i in ids[:, g, :].reshape(-1) if ok[i]]
+            own = ids[:, g, :].reshape(-1)
+            own = own[ok[own]]
             n = len(own)
             if n == 0:
                 continue
@@ -144,10 +147,11 @@ class Oracle:
             m[g] = mix(a, self.long_m[g], new_short_m, b_m)
             sigma = self.k * m[g] ** (1 / self.p)
             s[g] = np.sqrt(sigma**2 + self.eps)
-            if np.isfinite(b_mu) and np.isfinite(b_m):
+            finite[g] = np.isfinite(b_mu) and np.isfinite(b_m)
+            if finite[g]:
                 self.short_mu[g], self.short_m[g] = new_short_mu, new_short_m
                 self.count[g] += n
-        use = Use(x, ids, valid, rows, mu, m, s, advances)
+        use = Use(x, ids, valid, rows, mu, m, s, finite, advances)
         return self._affine(use), use
 
     def backward(self, use: Use, dy: Array) -> tuple[Array, Array, Array]:
@@ -164,7 +168,8 @@ class Oracle:
         b = self._backward_weights()
         p = self.p
         for g in range(use.ids.shape[1]):
-            own = [i for i in use.ids[:, g, :].reshape(-1) if ok[i]]
+            own = use.ids[:, g, :].reshape(-1)
+            own = own[ok[own]]
             n = len(own)
             if n == 0:
                 continue
@@ -179,13 +184,15 @@ class Oracle:
             g_m = -(incoming * (x - mu)).sum() / n * slope
             new_short_g_m = running(self.short_g_m[g], self.grad_count[g], g_m, n)
             hat_g_m = mix(b, self.long_g_m[g], new_short_g_m, g_m)
+            if not use.finite[g]:  # a statistic that overflowed passes nothing through its moment
+                hat_g_m, u, q = 0.0, np.zeros(n), 0.0
             g_mu = -(incoming / s).sum() / n
             if self.center == "mean":
                 g_mu = g_mu - hat_g_m * p * q
             new_short_g_mu = running(self.short_g_mu[g], self.grad_count[g], g_mu, n)
             hat_g_mu = mix(b, self.long_g_mu[g], new_short_g_mu, g_mu)
             dx[own] = incoming / s + hat_g_mu + hat_g_m * p * u
-            if np.isfinite(g_m) and np.isfinite(g_mu):
+            if use.finite[g] and np.isfinite(g_m) and np.isfinite(g_mu):
                 self.short_g_m[g], self.short_g_mu[g] = new_short_g_m, new_short_g_mu
                 self.grad_count[g] += n
         return dx.reshape(use.x.shape), d_gain, d_bias
@@ -216,7 +223,7 @@ class Oracle:
                 mu[g] = (a1 * self.long_mu[g] + a2 * self.short_mu[g]) / (a1 + a2)
                 m[g] = (a1 * self.long_m[g] + a2 * self.short_m[g]) / (a1 + a2)
         s = np.sqrt((self.k * m ** (1 / self.p)) ** 2 + self.eps)
-        use = Use(x, ids, spread_mask(mask, x.shape), 0, mu, m, s, False)
+        use = Use(x, ids, spread_mask(mask, x.shape), 0, mu, m, s, np.isfinite(mu + m), False)
         return self._affine(use), use
 
     def evaluation_backward(self, use: Use, dy: Array) -> tuple[Array, Array, Array]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, Optional, TypeVar, Union
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from .moments import LpMoment
-from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from .norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from .normref import NormRef
 from .stream import Stream
 
@@ -44,13 +44,13 @@ _converters: dict[type[nn.Module], Converter] = {}
 
 
 def convert(
-    model: nn.Module, where: Optional[Predicate] = None, also: tuple[type[nn.Module], ...] = (), **options: Any
+    model: nn.Module, where: Predicate | None = None, also: tuple[type[nn.Module], ...] = (), **options: Any
 ) -> nn.Module:
     """Replace the BatchNorm layers of ``model`` by Streaming Normalization, in place.
 
     The converted model evaluates as before, to rounding: running mean and variance become the long-term statistics
-    (``scale="gaussian"`` unless said otherwise, so that σ of any p means a standard deviation). Parameters stay the same
-    objects, so an optimizer made before goes on working; names, device, dtype, mode and hooks stay too.
+    (``scale="gaussian"`` unless said otherwise, so that σ of any p means a standard deviation). Parameters stay the
+    same objects, so an optimizer made before goes on working; names, device, dtype, mode and hooks stay too.
 
     Args:
         model: any module. If it is itself a BatchNorm, the new layer is only returned.
@@ -78,7 +78,7 @@ def convert(
     options = {"scale": "gaussian", **options}
     StreamingNorm1d(1, **{name: value for name, value in options.items() if name != "ref"})  # refuse before any change
 
-    def converted(name: str, module: nn.Module) -> Optional[nn.Module]:
+    def converted(name: str, module: nn.Module) -> nn.Module | None:
         if where is not None and not where(name, module):
             return None
         if type(module) in _converters:
@@ -89,8 +89,9 @@ def convert(
             ):
                 return _to_streaming(module, options)
             warnings.warn(
-                f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own, and was not converted: "
-                f"tell streamnorm.register_converter({type(module).__name__}, ...) how, or leave it out with where=",
+                f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own, and was "
+                f"not converted: say how with streamnorm.register_converter({type(module).__name__}, ...), or leave it "
+                "out with where=",
                 stacklevel=4,
             )
         elif isinstance(module, also):
@@ -124,7 +125,7 @@ def register_converter(cls: type[nn.Module], converter: Converter) -> None:
     _converters[cls] = converter
 
 
-def to_batchnorm(model: nn.Module, dims: Optional[int] = None) -> nn.Module:
+def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
     """Replace our layers by plain ``torch.nn`` ones that evaluate the same, in place: for deployment.
 
     Streaming and General Batch Normalization become ``nn.BatchNorm1d/2d/3d``; Sample Normalization with p = 2 becomes
@@ -138,14 +139,14 @@ def to_batchnorm(model: nn.Module, dims: Optional[int] = None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: if a layer has no plain equal, or takes any rank and ``dims`` is not given; the model is not changed.
+        ValueError: if a layer has no plain equal, or takes any rank and ``dims`` is not given; nothing is changed.
 
     Example:
         >>> to_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), StreamingNorm2d(8)))[1]
         BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
 
-    def plain(name: str, module: nn.Module) -> Optional[nn.Module]:
+    def plain(name: str, module: nn.Module) -> nn.Module | None:
         return _to_plain(name, module, dims) if isinstance(module, Norm) else None
 
     for name, module in model.named_modules():
@@ -180,15 +181,15 @@ def fold(model: Module) -> Module:
     folded = copy.deepcopy(model).eval()
     modules = dict(folded.named_modules())
     for before, norm in _foldable_pairs(folded):
-        _fold_into(modules[before], modules[norm])  # type: ignore[arg-type]
+        _fold_into(modules[before], modules[norm])
         parent, _, child = norm.rpartition(".")
         setattr(modules[parent], child, nn.Identity())
     return folded
 
 
-def _replace(model: Module, change: Callable[[str, nn.Module], Optional[nn.Module]]) -> Any:
-    """Put ``change(name, module)`` in the place of every module for which it is not None; a shared module stays shared."""
-    done: dict[int, tuple[nn.Module, Optional[nn.Module]]] = {}
+def _replace(model: Module, change: Callable[[str, nn.Module], nn.Module | None]) -> Any:
+    """Put ``change(name, module)`` in the place of every module where it is not None; shared modules stay shared."""
+    done: dict[int, tuple[nn.Module, nn.Module | None]] = {}
     names = {id(module): name for name, module in model.named_modules()}
 
     def visit(module: nn.Module) -> nn.Module:
@@ -208,8 +209,9 @@ def _replace(model: Module, change: Callable[[str, nn.Module], Optional[nn.Modul
 
 def _to_streaming(module: nn.Module, options: dict[str, Any]) -> Norm:
     """The streaming layer with the parameters, statistics, mode and hooks of a BatchNorm, InstanceNorm or GroupNorm."""
-    num_features: int = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features  # type: ignore[assignment]
-    weight, bias = module.weight, module.bias
+    old: Any = module
+    num_features: int = old.num_channels if isinstance(module, nn.GroupNorm) else old.num_features
+    weight, bias = old.weight, old.bias
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     like = next((t for t in (weight, mean) if t is not None), torch.empty(0))
     affine: dict[str, Any] = {
@@ -220,11 +222,11 @@ def _to_streaming(module: nn.Module, options: dict[str, Any]) -> Norm:
     }
     cls = next((_STREAMING[base] for base in type(module).__mro__ if base in _STREAMING), None)
     new = (
-        _any_rank(num_features, module.eps, affine, options)
+        _any_rank(num_features, old.eps, affine, options)
         if cls is None
-        else cls(num_features, module.eps, **affine, **options)
-    )  # type: ignore[arg-type]
-    new.weight, new.bias = weight, bias  # type: ignore[assignment]
+        else cls(num_features, old.eps, **affine, **options)
+    )
+    new.weight, new.bias = weight, bias
     if mean is not None and variance is not None:
         _set_statistics(new, mean, variance)
     _move_hooks(module, new)
@@ -253,7 +255,7 @@ def _set_statistics(layer: Norm, mean: Tensor, variance: Tensor) -> None:
     state.long[1] = (sigma_squared / formula.k**2) ** (formula.p / 2)
 
 
-def _to_plain(name: str, layer: Norm, dims: Optional[int]) -> nn.Module:
+def _to_plain(name: str, layer: Norm, dims: int | None) -> nn.Module:
     plain: Any
     if layer.stream is None and not isinstance(layer, GeneralBatchNorm):
         plain = _to_groupnorm(name, layer)
@@ -270,12 +272,12 @@ def _to_plain(name: str, layer: Norm, dims: Optional[int]) -> nn.Module:
             affine=layer.weight is not None,
             bias=layer.bias is not None,
             device=mu.device,
-        )  # type: ignore[call-arg]
+        )
         dtype = mu.dtype if layer.weight is None else layer.weight.dtype
         plain.running_mean, plain.running_var = mu.to(dtype), variance.to(dtype)
     plain.weight, plain.bias = layer.weight, layer.bias
     _move_hooks(layer, plain)
-    return plain.train(layer.training)  # type: ignore[no-any-return]
+    return plain.train(layer.training)
 
 
 def _to_groupnorm(name: str, layer: Norm) -> nn.GroupNorm:
@@ -289,7 +291,7 @@ def _to_groupnorm(name: str, layer: Norm) -> nn.GroupNorm:
         or (layer.weight is None) != (layer.bias is None)
     ):
         raise ValueError(
-            f"{name or 'the layer'} has no equal in torch.nn: {layer}. Keep streamnorm for it, or leave it out of the model"
+            f"{name or 'the layer'} has no equal in torch.nn: {layer}. Convert the parts of the model that do have one"
         )
     return nn.GroupNorm(groups[layer.ref], layer.num_features, layer.eps, affine=layer.weight is not None)
 
@@ -341,7 +343,7 @@ def _can_fold(before: nn.Module, norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _fold_into(before: Union[nn.Linear, nn.modules.conv._ConvNd], norm: Norm) -> None:
+def _fold_into(before: nn.Linear | nn.modules.conv._ConvNd, norm: Norm) -> None:
     """weight ← weight·a and bias ← bias·a + b per output channel, where the norm is x·a + b."""
     mu, variance = (_per_channel("", norm, value) for value in norm.eval_stats())
     scale = (variance + norm.eps).rsqrt()
@@ -350,7 +352,7 @@ def _fold_into(before: Union[nn.Linear, nn.modules.conv._ConvNd], norm: Norm) ->
     shift = -mu * scale if norm.bias is None else norm.bias - mu * scale
     weight = before.weight.to(scale.dtype)
     if getattr(before, "transposed", False):
-        groups = before.groups  # type: ignore[union-attr]
+        groups: Any = before.groups
         by_group = weight.view(groups, -1, *weight.shape[1:])
         scaled = by_group * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
     else:

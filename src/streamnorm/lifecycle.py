@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,16 +88,17 @@ def reset_stats(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any], forward: Optional[Callable[[Any], Any]] = None) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None = None) -> None:
     """Replace the statistics of every layer by their exact average over ``batches``; only forward passes are run.
 
     While it runs, a layer normalizes by what it has collected so far, and the rest of the model is in evaluation
-    mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of training. The
-    streamed gradients start over.
+    mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of
+    training. The streamed gradients start over.
 
     Args:
         model: a layer, or any module that holds some; its training modes are restored.
-        batches: mini-batches of any size. Of a tuple or list the first item goes to the model; of a dict, all items as keywords.
+        batches: mini-batches of any size. Of a tuple or list the first item goes to the model; of a dict, all items
+            as keywords.
         forward: what to do with a mini-batch instead, as ``lambda batch: model(batch["image"])``.
 
     Raises:
@@ -122,7 +123,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Optional[Callab
         raise ValueError("there are no mini-batches to calibrate with; a generator that was used up must be made again")
 
     before = [(module, module.training) for module in model.modules()]
-    settings = [(layer, layer.stream, layer.frozen) for layer in streaming]
+    settings = [(layer, layer.stream, layer.frozen) for layer in streaming if layer.stream is not None]
     momenta = [(layer, layer.momentum, layer.frozen) for layer in running]
     backup = [(buffer, buffer.clone()) for layer in (*streaming, *running) for buffer in layer.buffers(recurse=False)]
     model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,25 +54,25 @@ class Norm(nn.Module):
 
     _version = 1
     _watched = False
-    _optimizer: Optional[weakref.ref[torch.optim.Optimizer]] = None
-    _owner: Optional[weakref.ref[torch.optim.Optimizer]] = None
-    _grad_scale: Optional[Tensor] = None
+    _optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+    _owner: weakref.ref[torch.optim.Optimizer] | None = None
+    _grad_scale: Tensor | None = None
 
-    weight: Optional[nn.Parameter]
-    bias: Optional[nn.Parameter]
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         num_features: int,
         ref: NormRef,
-        moment: LpMoment = LpMoment(),
-        stream: Optional[Stream] = None,
+        moment: LpMoment,
+        stream: Stream | None = None,
         eps: float = 1e-5,
         affine: bool = True,
         *,
         bias: bool = True,
         device: Any = None,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not eps >= 0:
@@ -124,8 +124,8 @@ class Norm(nn.Module):
     @property
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
-        b = self._buffers
-        return State(  # type: ignore[arg-type]
+        b: Any = self._buffers
+        return State(
             b["long"],
             b["short"],
             b["long_grad"],
@@ -136,7 +136,7 @@ class Norm(nn.Module):
             b["grad_samples"],
         )
 
-    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
         self._check_input(x)
         if mask is not None:
@@ -157,23 +157,23 @@ class Norm(nn.Module):
     def _view(self, x: Tensor) -> View:
         return self.ref.view(x.shape)
 
-    def _train(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+    def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if self.stream is None:
             return self._normalize_alone(x, mask, view)
         if not self._watched:
             updates.watch(self)
         return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
 
-    def _normalize_alone(self, x: Tensor, mask: Optional[Tensor], view: View, stats: Optional[Tensor] = None) -> Tensor:
+    def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""
         if self.training and self.formula.centered and view.num_elements == 1:
             raise ValueError(
-                f"{type(self).__name__} has one value per statistic for an input of shape {tuple(x.shape)}, and a value "
-                "less its own mean is 0. Use StreamingNorm, which remembers earlier samples, or a wider reference"
+                f"{type(self).__name__} has one value per statistic for an input of shape {tuple(x.shape)}, and a "
+                "value less its own mean is 0. Use StreamingNorm, which remembers earlier samples, or a wider reference"
             )
         return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, stats=stats)
 
-    def _evaluate(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+    def _evaluate(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if self.stream is None:
             return self._normalize_alone(x, mask, view)
         mu, variance = self.eval_stats()
@@ -205,15 +205,17 @@ class Norm(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(f"expected a floating point input, got {x.dtype}; write x.float()")
-        if self.stream is not None and (x.dtype == torch.float64) != (self._buffers["long"].dtype == torch.float64):  # type: ignore[union-attr]
+        if self.stream is not None and (x.dtype == torch.float64) != (self.state.long.dtype == torch.float64):
             raise TypeError(
-                f"the input is {x.dtype} and the layer's state {self.long.dtype}: convert one of them with .double() or .float()"
+                f"the input is {x.dtype} and the layer's state {self.state.long.dtype}: convert one of them with "
+                ".double() or .float()"
             )
 
     def _check_rank(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(
-                f"expected an input of shape (N, C, ...), got {x.dim()}D of shape {tuple(x.shape)}; a batch of one is x[None]"
+                f"expected an input of shape (N, C, ...), got {x.dim()}D of shape {tuple(x.shape)}; "
+                "a batch of one is x[None]"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
@@ -230,16 +232,15 @@ class Norm(nn.Module):
         """What a copy takes along: not the ties to this process's optimizers."""
         return {**self.__dict__, **_UNPICKLED}
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any, error_msgs: list[str]) -> None:  # fmt: skip
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.stream is not None and prefix + "running_var" in state_dict:
+            *_, error_msgs = args
             error_msgs.append(
                 f"{prefix}running_var: this is the state of a BatchNorm. Load it into the BatchNorm model, then "
                 "write streamnorm.convert(model)"
             )
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The arguments that differ from layer to layer."""
@@ -282,7 +283,7 @@ class SampleNorm(Norm):
     def __init__(
         self,
         num_features: int,
-        ref: Union[RefName, NormRef] = "layer",
+        ref: RefName | NormRef = "layer",
         eps: float = 1e-5,
         affine: bool = True,
         *,
@@ -291,7 +292,7 @@ class SampleNorm(Norm):
         scale: str = "raw",
         bias: bool = True,
         device: Any = None,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         reference = ref if isinstance(ref, NormRef) else NormRef.sample(ref)
         _check_groups(ref, num_features)
@@ -349,8 +350,8 @@ class GeneralBatchNorm(Norm):
     def __init__(
         self,
         num_features: int,
-        ref: Union[RefName, NormRef] = "channel",
-        momentum: Optional[float] = 0.1,
+        ref: RefName | NormRef = "channel",
+        momentum: float | None = 0.1,
         ghosts: int = 1,
         eps: float = 1e-5,
         affine: bool = True,
@@ -360,7 +361,7 @@ class GeneralBatchNorm(Norm):
         scale: str = "raw",
         bias: bool = True,
         device: Any = None,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum is the share of the present mini-batch, in [0, 1] or None, got {momentum}")
@@ -401,14 +402,14 @@ class GeneralBatchNorm(Norm):
         partitions = next(p for p in range(min(self.ghosts, len(x)), 0, -1) if len(x) % p == 0)
         return self.ref.ghosts(partitions).view(x.shape)
 
-    def _train(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+    def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         stats = self.running_mean.new_empty(2, view.num_stats)
         y = self._normalize_alone(x, mask, view, stats)
         self._track(stats, ops.plain.elements(view, None if mask is None else mask.view(view.mask_shape)))
         return y
 
     @torch.no_grad()
-    def _track(self, stats: Tensor, n: Union[int, Tensor]) -> None:
+    def _track(self, stats: Tensor, n: int | Tensor) -> None:
         """Move the running statistics towards those of a call; an index that is not finite stays where it is."""
         formula = self.formula
         mean, variance = stats[0], formula.k**2 * stats[1] ** (2 / formula.p)
@@ -420,7 +421,7 @@ class GeneralBatchNorm(Norm):
             value = value.view(-1, len(running)).mean(0)
             running.copy_(torch.where(value.isfinite(), running + share * (value - running), running))
 
-    def _evaluate(self, x: Tensor, mask: Optional[Tensor], view: View) -> Tensor:
+    def _evaluate(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         return _affine_map(x, *self.eval_stats(), self, mask, self.ref.view(x.shape))
 
     def extra_repr(self) -> str:
@@ -442,14 +443,14 @@ class _StreamingNorm(Norm):
         p: float = 1,
         center: str = "mean",
         scale: str = "raw",
-        ref: Union[RefName, NormRef] = "channel",
-        window: Optional[float] = None,
-        alpha: Optional[Sequence[float]] = None,
-        beta: Optional[Sequence[float]] = None,
-        kappa: Optional[Union[float, Sequence[float]]] = None,
+        ref: RefName | NormRef = "channel",
+        window: float | None = None,
+        alpha: Sequence[float] | None = None,
+        beta: Sequence[float] | None = None,
+        kappa: float | Sequence[float] | None = None,
         bias: bool = True,
         device: Any = None,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if ref == "position":
             raise ValueError(
@@ -479,7 +480,7 @@ class _StreamingNorm(Norm):
             raise ValueError(f"expected {ranks} input, got {x.dim()}D input of shape {tuple(x.shape)}{hint}")
 
 
-_STREAMING_DOC = """Streaming Normalization over a {shape} input (paper, section 3.3): a drop-in for ``nn.BatchNorm{d}d``.
+_STREAMING_DOC = """Streaming Normalization (paper, section 3.3): a drop-in for ``nn.BatchNorm{d}d``.
 
     Statistics and their gradients are averaged over the samples seen so far, so that one sample at a time is
     enough. The training loop stays as it is: the layer notices ``optimizer.step()`` by itself.
@@ -506,7 +507,7 @@ _STREAMING_DOC = """Streaming Normalization over a {shape} input (paper, section
         - Output: as the input.
 
     Raises:
-        ValueError: if a constant is out of its range, ``window`` meets α, β or κ, or the reference lies inside a sample.
+        ValueError: if a constant is out of its range, ``window`` meets α, β or κ, or the reference is inside a sample.
 
     Example:
         >>> layer = StreamingNorm{d}d(8)
@@ -515,17 +516,17 @@ _STREAMING_DOC = """Streaming Normalization over a {shape} input (paper, section
     """
 
 
-class StreamingNorm1d(_StreamingNorm):
+class StreamingNorm1d(_StreamingNorm):  # noqa: D101
     __doc__ = _STREAMING_DOC.format(d=1, shape="``(N, C)`` or ``(N, C, L)``", example="1, 8")
     _ranks = (2, 3)
 
 
-class StreamingNorm2d(_StreamingNorm):
+class StreamingNorm2d(_StreamingNorm):  # noqa: D101
     __doc__ = _STREAMING_DOC.format(d=2, shape="``(N, C, H, W)``", example="1, 8, 4, 4")
     _ranks = (4,)
 
 
-class StreamingNorm3d(_StreamingNorm):
+class StreamingNorm3d(_StreamingNorm):  # noqa: D101
     __doc__ = _STREAMING_DOC.format(d=3, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
     _ranks = (5,)
 
@@ -535,7 +536,7 @@ def streaming_layers(model: nn.Module) -> list[Norm]:
     return [module for module in model.modules() if isinstance(module, Norm) and module.stream is not None]
 
 
-def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Optional[Tensor], view: View) -> Tensor:
+def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Tensor | None, view: View) -> Tensor:
     """Normalize by given statistics. Where they are the same all over a channel, PyTorch's own kernel does it."""
     if all(view.axes[i] == 1 for i in view.kept):
         repeats = layer.num_features // len(mu)
@@ -563,13 +564,13 @@ def _full_mask(mask: Tensor, x: Tensor) -> Tensor:
     return mask.view(mask.shape + (1,) * (len(places) - mask.dim())).expand(places).contiguous()
 
 
-def _check_groups(ref: Union[RefName, NormRef], num_features: int) -> None:
+def _check_groups(ref: RefName | NormRef, num_features: int) -> None:
     if isinstance(ref, tuple) and num_features % ref[1]:
         raise ValueError(
             f"{num_features} channels do not fall into {ref[1]} equal groups; choose a divisor of {num_features}"
         )
 
 
-def _state_dtype(dtype: Optional[torch.dtype]) -> torch.dtype:
+def _state_dtype(dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of statistics beside parameters of this dtype."""
     return ops.plain.wide(dtype or torch.get_default_dtype())

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Union
 
 from .ops.spec import View
 
-RefName = Union[str, tuple[str, int]]
+RefName = str | tuple[str, int]
 """``"channel"``, ``"layer"``, ``"position"`` or ``("group", g)``."""
 
 _AXIS = re.compile(r"\(([^()]*)\)|(\.\.\.)|(\w+)")

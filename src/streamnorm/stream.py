@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -50,10 +49,10 @@ class Stream:
         Stream(alpha=(0.7, 0.3, 0.0), beta=(0.7, 0.3, 0.0), kappa=(0.5, 0.5, 0.5, 0.5))
     """
 
-    window: Optional[float] = None
-    alpha: Optional[Sequence[float]] = None
-    beta: Optional[Sequence[float]] = None
-    kappa: Optional[Union[float, Sequence[float]]] = None
+    window: float | None = None
+    alpha: Sequence[float] | None = None
+    beta: Sequence[float] | None = None
+    kappa: float | Sequence[float] | None = None
     prior: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ class Stream:
         return State(long, *averages, *counts, *samples)
 
     def evaluation(self, state: State) -> Tensor:
-        """mu and m for evaluation, shape ``(2, G)``: long and short in the ratio α1 : α2; long alone without a short."""
+        """mu and m for evaluation, ``(2, G)``: long and short in the ratio α1 : α2, or long alone."""
         short_share = (state.count > 0).to(state.long.dtype)
         if self.window is not None:
             short_share = short_share * state.samples / (self.window + state.samples)
@@ -116,7 +115,8 @@ def _alpha(alpha: Sequence[float]) -> Mix:
     mix = _three("alpha", alpha)
     if min(mix) < 0 or not math.isclose(sum(mix), 1.0, abs_tol=1e-6):
         raise ValueError(
-            f"alpha must be numbers of at least 0 that sum to 1, such as (0.7, 0.3), got {tuple(alpha)} with sum {sum(mix):g}"
+            f"alpha must be numbers of at least 0 that sum to 1, such as (0.7, 0.3), got {tuple(alpha)}, "
+            f"which sum to {sum(mix):g}"
         )
     return mix
 

@@ -1,10 +1,10 @@
-"""Noticing weight updates: the layers commit their statistics after ``optimizer.step()``, and no loop changes for it."""
+"""Noticing weight updates: layers commit their statistics after ``optimizer.step()``, and no loop changes for it."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _layers: dict[int, weakref.ref[Norm]] = {}
 """The streaming layers that were used in training, in the order of their first use."""
 
-_hook: Optional[RemovableHandle] = None
+_hook: RemovableHandle | None = None
 
 
 def watch(layer: Norm) -> None:
@@ -55,12 +55,13 @@ def commit(model: nn.Module) -> None:
     _commit(streaming_layers(model))
 
 
-def bind(model: nn.Module, optimizer: Optimizer, scaler: Optional[torch.amp.GradScaler] = None) -> None:
+def bind(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
     """Name the optimizer, and the GradScaler if any, of a model's streaming layers.
 
     Needed in two cases. Layers whose gain and bias no optimizer owns commit at any optimizer's step: where there are
     several optimizers, say which one is theirs. And a GradScaler multiplies the loss by a number that changes, while
-    streamed gradients have a memory: given the scaler, layers stream unscaled gradients, and a change of scale changes nothing.
+    streamed gradients have a memory: given the scaler, layers stream unscaled gradients, and a change of scale
+    changes nothing.
 
     Args:
         model: a layer, or any module that holds some.
@@ -87,7 +88,7 @@ def bind(model: nn.Module, optimizer: Optimizer, scaler: Optional[torch.amp.Grad
         layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)
 
 
-def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> Optional[torch.Tensor]:
+def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> torch.Tensor | None:
     """The scaler's own tensor, which it changes in place; made by the first call of ``scale``."""
     if not scaler.is_enabled():
         return None

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Optional
 
 from torch import Tensor
 
@@ -21,19 +20,19 @@ from .spec import Formula, State, View
 ENGINES: tuple[ModuleType, ...] = (eager, plain)
 """From the fastest to the reference."""
 
-_forced: Optional[ModuleType] = None
+_forced: ModuleType | None = None
 
 
 def normalize(
     x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     view: View,
     formula: Formula,
-    state: Optional[State] = None,
-    grad_scale: Optional[Tensor] = None,
-    stats: Optional[Tensor] = None,
+    state: State | None = None,
+    grad_scale: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """Normalize, apply gain and bias, advance the stream; ``plain.normalize`` explains the arguments."""
     engine = _forced or next(e for e in ENGINES if e.supports(x, mask, view, formula, state))

@@ -7,7 +7,7 @@ It saves x and three vectors per statistic for the backward pass, as Batch Norma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,21 +25,21 @@ def status() -> str:
     return "available: PyTorch operations, on every device"
 
 
-def supports(x: Tensor, mask: Optional[Tensor], view: View, formula: Formula, state: Optional[State]) -> bool:
+def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
     """Every input."""
     return True
 
 
 def normalize(
     x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     view: View,
     formula: Formula,
-    state: Optional[State] = None,
-    grad_scale: Optional[Tensor] = None,
-    stats: Optional[Tensor] = None,
+    state: State | None = None,
+    grad_scale: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """As ``plain.normalize``."""
     y: Tensor = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale, stats)
@@ -48,17 +48,17 @@ def normalize(
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
-        weight: Optional[Tensor],
-        bias: Optional[Tensor],
-        mask: Optional[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
         view: View,
         formula: Formula,
-        state: Optional[State],
-        grad_scale: Optional[Tensor],
-        stats: Optional[Tensor],
+        state: State | None,
+        grad_scale: Tensor | None,
+        stats: Tensor | None,
     ) -> Tensor:
         dtype = wide(x.dtype)
         keep = None if mask is None else mask.view(view.mask_shape)
@@ -107,7 +107,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, saved = ctx.saved_tensors
         view, formula = ctx.view, ctx.formula
         keep = None if mask is None else mask.view(view.mask_shape)
@@ -173,7 +173,7 @@ def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Te
     return dx.addcmul_(u, (p * moment_path).view(view.stats_shape))
 
 
-def _mean_power(d: Tensor, p: float, view: View, n: Union[int, Tensor]) -> Tensor:
+def _mean_power(d: Tensor, p: float, view: View, n: int | Tensor) -> Tensor:
     """mean(|d|^p), without a temporary for the usual orders."""
     if p == 1:
         total = torch.linalg.vector_norm(d, 1, view.reduced, keepdim=True)
@@ -194,20 +194,18 @@ def _derivative_of_power(d: Tensor, p: float) -> Tensor:
 
 
 def _slope(m: Tensor, inverse: Tensor, finite: Tensor, formula: Formula) -> Tensor:
-    """sigma²/(p·m·s³), how the normalized value falls as m grows; NaN marks an index whose statistic is not finite."""
+    """sigma²/(p·m·s³), how the output falls as m grows; NaN marks an index whose statistic is not finite."""
     exponent = 2 / formula.p - 1
     power = torch.ones_like(m) if exponent == 0 else torch.where(m > 0, m, 1) ** exponent * (m > 0)
     return (formula.k**2 / formula.p * power * inverse**3).masked_fill(~finite, torch.nan)
 
 
-def _keep_finite(
-    short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: Union[int, Tensor], finite: Tensor
-) -> None:
+def _keep_finite(short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: int | Tensor, finite: Tensor) -> None:
     torch.where(finite, torch.stack(fresh), short, out=short)
     count.add_(n * finite)
 
 
-def _mix_weights(constants: Optional[Mix], window: Optional[float], samples: Tensor) -> tuple[Scalar, Scalar, Scalar]:
+def _mix_weights(constants: Mix | None, window: float | None, samples: Tensor) -> tuple[Scalar, Scalar, Scalar]:
     """α (or β). On an accelerator the samples stay there: reading them would wait for it."""
     if window is None or samples.device.type == "cpu":
         return plain.mix_weights(constants, window, samples)

@@ -17,7 +17,7 @@ _MESSAGE = (
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, *grads: Any) -> Any:
         return grads
 
     @staticmethod
@@ -26,7 +26,7 @@ class _Refuse(torch.autograd.Function):
 
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a Function's backward: under ``create_graph`` its results are gradients that refuse to be differentiated."""
+    """Decorate a Function's backward: under ``create_graph`` its results refuse to be differentiated again."""
 
     @wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:

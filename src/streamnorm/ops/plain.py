@@ -1,15 +1,14 @@
 """The reference engine: the formulas, and autograd over them. Read this one to learn the mathematics.
 
-Everything follows the order of ``docs/mathematics.md``. A statistic enters the formulas through one node, ``_Streamed``:
-forward it turns the statistic of this call into the streamed one, backward it does the same to the gradient. All
-other derivatives are autograd's.
+Everything follows the order of ``docs/mathematics.md``. A statistic enters the formulas through one node,
+``_Streamed``: forward it turns the statistic of this call into the streamed one, backward it does the same to the
+gradient. All other derivatives are autograd's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from .spec import Formula, Mix, State, View
 
 NAME = "plain"
 
-Scalar = Union[float, Tensor]
+Scalar = float | Tensor
 
 
 def status() -> str:
@@ -27,21 +26,21 @@ def status() -> str:
     return "available: the reference, autograd over the formulas; only used when forced"
 
 
-def supports(x: Tensor, mask: Optional[Tensor], view: View, formula: Formula, state: Optional[State]) -> bool:
+def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
     """The reference takes every input."""
     return True
 
 
 def normalize(
     x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     view: View,
     formula: Formula,
-    state: Optional[State] = None,
-    grad_scale: Optional[Tensor] = None,
-    stats: Optional[Tensor] = None,
+    state: State | None = None,
+    grad_scale: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """Normalize ``x`` over a reference, apply gain and bias, and advance the stream.
 
@@ -99,9 +98,9 @@ class _Use:
         self,
         state: State,
         formula: Formula,
-        n: Union[int, Tensor],
-        samples: Union[int, Tensor],
-        grad_scale: Optional[Tensor],
+        n: int | Tensor,
+        samples: int | Tensor,
+        grad_scale: Tensor | None,
     ) -> None:
         self.state, self.formula, self.samples, self.grad_scale = state, formula, samples, grad_scale
         self.n = n if isinstance(n, int) else n.flatten()
@@ -148,13 +147,13 @@ class _Streamed(torch.autograd.Function):
     """Stands between the statistic of this call and the one that the formulas use."""
 
     @staticmethod
-    def forward(ctx, b: Tensor, row: int, use: _Use) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, b: Tensor, row: int, use: _Use) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.row, ctx.use = row, use
         return use.statistic(b, row)
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         return ctx.use.gradient(grad, ctx.row), None, None
 
 
@@ -183,7 +182,7 @@ def forgetting(formula: Formula, samples: Tensor) -> tuple[float, float]:
     return math.exp(-ratio), -math.expm1(-ratio)
 
 
-def mix_weights(constants: Optional[Mix], window: Optional[float], samples: Tensor) -> tuple[float, float, float]:
+def mix_weights(constants: Mix | None, window: float | None, samples: Tensor) -> tuple[float, float, float]:
     """α (or β): the stream's constants, or (W, S, 0)/(W + S) under the window rule."""
     if window is None:
         assert constants is not None
@@ -200,13 +199,13 @@ def mix(weights: tuple[Scalar, Scalar, Scalar], long: Tensor, short: Tensor, pre
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(long)
 
 
-def running_average(average: Tensor, count: Tensor, value: Tensor, n: Union[int, Tensor]) -> Tensor:
+def running_average(average: Tensor, count: Tensor, value: Tensor, n: int | Tensor) -> Tensor:
     """The average over ``count`` elements so far, and over ``n`` more whose average is ``value``."""
     share = n / (count + n).clamp(min=1).to(average.dtype)
     return average + (value - average) * share
 
 
-def keep_finite(short: Tensor, count: Tensor, fresh: dict[int, Tensor], n: Union[int, Tensor], finite: Tensor) -> None:
+def keep_finite(short: Tensor, count: Tensor, fresh: dict[int, Tensor], n: int | Tensor, finite: Tensor) -> None:
     """Let the fresh averages into the state where both of an index are finite."""
     short.copy_(torch.where(finite, torch.stack((fresh[0], fresh[1])), short))
     count.add_(n * finite)
@@ -219,7 +218,7 @@ def power(m: Tensor, exponent: float) -> Tensor:
     return torch.where(m > 0, m, 1) ** exponent * (m > 0)
 
 
-def elements(view: View, keep: Optional[Tensor]) -> Union[int, Tensor]:
+def elements(view: View, keep: Tensor | None) -> int | Tensor:
     """n, the number of elements behind each statistic; with a mask one number per index, which may be 0."""
     if keep is None:
         return view.num_elements
@@ -227,17 +226,17 @@ def elements(view: View, keep: Optional[Tensor]) -> Union[int, Tensor]:
     return (keep.sum(view.reduced, keepdim=True) * channels).expand(view.stats_shape)
 
 
-def at_least_one(n: Union[int, Tensor]) -> Union[int, Tensor]:
+def at_least_one(n: int | Tensor) -> int | Tensor:
     """n as a divisor: an index without an element has a sum of 0, and its average is 0."""
     return n if isinstance(n, int) else n.clamp(min=1)
 
 
-def num_samples(x: Tensor, mask: Optional[Tensor]) -> Union[int, Tensor]:
+def num_samples(x: Tensor, mask: Tensor | None) -> int | Tensor:
     """N, or with a mask the number of samples that have an element left."""
     return x.shape[0] if mask is None else mask.reshape(len(mask), -1).any(1).sum()
 
 
-def hide(t: Tensor, keep: Optional[Tensor]) -> Tensor:
+def hide(t: Tensor, keep: Tensor | None) -> Tensor:
     """Zero where the mask says padding."""
     return t if keep is None else t.masked_fill(~keep, 0)
 

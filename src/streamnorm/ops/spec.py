@@ -95,7 +95,7 @@ class State(NamedTuple):
     short: Tensor
     long_grad: Tensor
     short_grad: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple method of that name is of no use here
     grad_count: Tensor
     samples: Tensor
     grad_samples: Tensor
