@@ -1,0 +1,21 @@
+"""All experiments by name."""
+
+from __future__ import annotations
+
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.online_fc import OnlineFC
+
+EXPERIMENTS: dict[str, type[Experiment]] = {experiment.name: experiment for experiment in (OnlineFC,)}
+
+
+def find(name: str) -> type[Experiment]:
+    """The experiment of this name or alias.
+
+    Raises:
+        UserError: there is none.
+    """
+    for experiment in EXPERIMENTS.values():
+        if name in (experiment.name, experiment.alias):
+            return experiment
+    raise UserError(f"unknown experiment {name!r}: choose from {', '.join(EXPERIMENTS)} (see `streamnorm list`)")

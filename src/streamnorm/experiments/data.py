@@ -1,0 +1,136 @@
+"""Training, validation and test images, decoded once and shared by all worker processes.
+
+The parent decodes and writes plain arrays into the output folder; every worker maps them into its memory, so that
+the pixels exist once however many workers there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.sources import Source
+
+DEFAULT_LIMIT = 10_000
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images kept as bytes, and standardized per channel whenever a batch of them is asked for."""
+
+    pixels: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Standardized images, float32 of shape (n, C, H, W), and their labels."""
+        return self.pixels[index].float().sub_(self.mean).div_(self.std), self.labels[index]
+
+    def first(self, count: int) -> Split:
+        """The first ``count`` images."""
+        return Split(self.pixels[:count], self.labels[:count], self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three splits. Rates are chosen on ``validation``; ``test`` is looked at once they are fixed."""
+
+    classes: int
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image, (C, H, W)."""
+        return tuple(self.train.pixels.shape[1:])
+
+
+def split_sizes(source: Source, limit: int | None, validation: int | None) -> tuple[int, int]:
+    """How many images to train on and to validate on: the first ones, and those right after them.
+
+    Raises:
+        UserError: the source has too few.
+    """
+    held_out = source.default_validation if validation is None else validation
+    left = source.train_size - held_out
+    count = min(DEFAULT_LIMIT, left) if limit is None else limit
+    if count < 1 or held_out < 1 or count > left:
+        message = (
+            f"--limit {count} and --validation {held_out} do not fit {source.name}: "
+            f"it has {source.train_size} training images, and both must be at least 1"
+        )
+        raise UserError(message)
+    return count, held_out
+
+
+def prepare(source: Source, limit: int | None, validation: int | None, folder: Path) -> dict[str, Any]:
+    """Decode the images into ``folder`` and return what identifies them: name, sizes, classes, a fingerprint."""
+    count, held_out = split_sizes(source, limit, validation)
+    pixels, labels = source.train(count + held_out)
+    test_pixels, test_labels = source.test()
+    arrays = {
+        "train": (pixels[:count], labels[:count]),
+        "validation": (pixels[count:], labels[count:]),
+        "test": (test_pixels, test_labels),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    for split, (images, targets) in arrays.items():
+        np.save(folder / f"{split}_pixels.npy", np.ascontiguousarray(images))
+        np.save(folder / f"{split}_labels.npy", targets)
+        digest.update(np.ascontiguousarray(images))
+        digest.update(np.ascontiguousarray(targets))
+    information = {
+        "name": source.name,
+        "description": source.describe(),
+        "classes": len(source.classes),
+        "shape": list(pixels.shape[1:]),
+        **{split: len(targets) for split, (_, targets) in arrays.items()},
+        "fingerprint": digest.hexdigest()[:16],
+    }
+    (folder / "data.json").write_text(json.dumps(information), encoding="utf-8")
+    return information
+
+
+@lru_cache(maxsize=1)
+def load(folder: Path) -> Data:
+    """Map the prepared arrays into memory; one copy serves every run of a worker."""
+    classes = json.loads((folder / "data.json").read_text(encoding="utf-8"))["classes"]
+    pixels = {split: _mapped(folder / f"{split}_pixels.npy") for split in SPLITS}
+    labels = {split: _mapped(folder / f"{split}_labels.npy") for split in SPLITS}
+    mean, std = _channel_statistics(pixels["train"])
+    splits = {split: Split(pixels[split], labels[split], mean, std) for split in SPLITS}
+    return Data(classes, **splits)
+
+
+def _mapped(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch wants arrays that it may write to
+
+
+def _channel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, of shape (C, 1, 1), from a thousand images at a time."""
+    total = torch.zeros(pixels.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for part in pixels.split(1000):
+        values = part.double()
+        total += values.sum((0, 2, 3))
+        squares += values.square().sum((0, 2, 3))
+    count = pixels.numel() / pixels.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
+    return mean.float()[:, None, None], std.float()[:, None, None]

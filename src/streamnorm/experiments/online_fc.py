@@ -1,0 +1,44 @@
+"""The paper's figure 5: normalizations in a fully connected network, down to one sample at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.methods import NormFactory
+from streamnorm.experiments.models import fully_connected
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineFC(Experiment):
+    """Compare normalizations in a fully connected network, from mini-batches of 32 down to one sample at a time.
+
+    Each method gets its best learning rate, chosen on validation images; then several seeds are run at that rate and
+    evaluated on the test images.
+    """
+
+    name: ClassVar[str] = "online-fc"
+    alias: ClassVar[str | None] = "figure5"
+    title: ClassVar[str] = "Fully connected networks, down to one sample at a time"
+    summary: ClassVar[str] = "which normalization trains a fully connected network when mini-batches get small"
+    question: ClassVar[str] = (
+        "Batch Normalization takes its statistics from the mini-batch. What is left of it when the mini-batch has two "
+        "samples, or one, and does Streaming Normalization, which collects its statistics from all samples seen, train "
+        "as well there as with large mini-batches?"
+    )
+
+    width: int = 256
+    """Neurons per hidden layer."""
+
+    depth: int = 3
+    """Number of hidden layers."""
+
+    def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
+        return fully_connected(math.prod(shape), classes, norm, self.width, self.depth)
+
+    def _counts(self) -> tuple[str, ...]:
+        return ("width", "depth")

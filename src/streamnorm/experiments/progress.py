@@ -1,0 +1,92 @@
+"""What is seen while runs go on: a bar for everything, a line for each running one."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from streamnorm.experiments.experiment import Run
+from streamnorm.experiments.methods import METHODS
+from streamnorm.experiments.runlog import LoggedRun
+from streamnorm.experiments.setting import Setting
+
+
+class Display:
+    """Bars on a terminal; elsewhere one line for each run that ends.
+
+    Args:
+        images: images that one run sees, for the bars of single runs.
+    """
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+        self._console = Console(stderr=True)
+        columns: tuple[ProgressColumn, ...] = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(
+            *columns, console=self._console, disable=not self._console.is_terminal, speed_estimate_period=120
+        )
+        self._all = self._progress.add_task("[bold]all runs", total=None, note="")
+        self._single: dict[Run, TaskID] = {}
+        self._ended = 0
+        self._count = 0
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._single.values():
+            self._progress.remove_task(task)
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(text, highlight=False)
+
+    def plan(self, work: float, count: int) -> None:
+        """Set how much there is to do in all: in units of work for the bar, and in runs for the text."""
+        self._count = count
+        self._progress.update(self._all, total=work)
+
+    def start(self, run: Run) -> None:
+        """A worker began a run."""
+        self._single[run] = self._progress.add_task(f"  {_describe(run)}", total=self._images, note="")
+
+    def news(self, run: Run, images: int, loss: float, accuracy: float) -> None:
+        """A run got on."""
+        note = f"loss {loss:.3f}  accuracy {accuracy:.1%}"
+        self._progress.update(self._single[run], completed=images, note=note)
+
+    def end(self, run: Run, work: float, logged: LoggedRun | None) -> None:
+        """A run ended, well or badly; ``logged`` is None if it left no result."""
+        self._ended += 1
+        self._progress.update(self._all, advance=work, note=f"run {self._ended} of {self._count}")
+        self._progress.remove_task(self._single.pop(run))
+        if not self._console.is_terminal:
+            self.say(f"[{self._ended}/{self._count}] {_describe(run)}: {_outcome(logged)}".replace("[", r"\["))
+
+
+def _describe(run: Run) -> str:
+    goal = "choosing rates" if run.stage == "tune" else f"seed {run.seed}"
+    return f"{METHODS[run.method].label}, {Setting.parse(run.setting).label}, rate {run.rate:g}, {goal}"
+
+
+def _outcome(logged: LoggedRun | None) -> str:
+    if logged is None or logged.end is None:
+        return "failed"
+    if logged.end["status"] != "done":
+        return str(logged.end["status"])
+    scores = logged.end["scores"][logged.run["method"]]
+    return f"accuracy {scores['accuracy']:.1%} in {logged.end['seconds']:.1f} s"

@@ -1,0 +1,159 @@
+"""From logs to numbers: the rate chosen for each method and setting, and its final accuracies."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamnorm.experiments.catalogue import find
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.methods import METHODS, Method, rows
+from streamnorm.experiments.runlog import LoggedRun, read_logs
+from streamnorm.experiments.setting import Setting
+from streamnorm.experiments.stats import Interval, interval, paired
+
+CONFIG = "experiment.json"
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one setting.
+
+    ``tuning`` is the mean validation accuracy of each rate tried; ``rate`` is the best of them; ``accuracy`` is the
+    test accuracy of each seed at that rate. If the method cannot run at all there, ``reason`` says why.
+    """
+
+    method: Method
+    setting: Setting
+    tuning: Mapping[float, float]
+    rate: float | None
+    accuracy: Mapping[int, float]
+    runs: tuple[LoggedRun, ...]
+    reason: str | None
+
+    @property
+    def mean(self) -> Interval | None:
+        """Mean test accuracy with its 95% interval; None without final runs."""
+        return interval(list(self.accuracy.values())) if self.accuracy else None
+
+    @property
+    def diverged(self) -> int:
+        """How many final runs diverged."""
+        return sum(run.end is not None and run.end["status"] == "diverged" for run in self.runs)
+
+    @property
+    def edge(self) -> str | None:
+        """Whether the best rate is the "lowest" or the "highest" of the grid, so that a better one may lie beyond."""
+        if self.rate is None or len(self.tuning) < 2:
+            return None
+        return {min(self.tuning): "lowest", max(self.tuning): "highest"}.get(self.rate)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a folder's logs say."""
+
+    experiment: type[Experiment]
+    config: Mapping[str, Any]
+    logs: tuple[LoggedRun, ...]
+    methods: tuple[Method, ...]
+    settings: tuple[Setting, ...]
+    cells: Mapping[tuple[str, Setting], Cell]
+
+    @property
+    def unfinished(self) -> int:
+        """Runs that were begun and have no end."""
+        return sum(run.end is None for run in self.logs)
+
+    def difference(self, ours: str, theirs: str, setting: Setting) -> Interval | None:
+        """Mean paired difference in test accuracy; None where one of the two has no result."""
+        left, right = self.cells.get((ours, setting)), self.cells.get((theirs, setting))
+        return paired(left.accuracy, right.accuracy) if left and right else None
+
+
+def load_results(folder: Path) -> Results:
+    """Read a folder that ``streamnorm run`` wrote.
+
+    Raises:
+        UserError: the folder is not one, or a log is damaged.
+    """
+    config = read_config(folder)
+    logs = read_logs(folder / LOGS)
+    if not any(run.end for run in logs):
+        raise UserError(f"{folder}: no run is finished yet, so there is nothing to report; continue with `{config['commands'][-1]}`")
+    trained = {run.run["method"] for run in logs}
+    methods = [method for method in METHODS.values() if method.trained_as in trained]
+    settings = sorted({Setting.parse(run.run["setting"]) for run in logs}, key=lambda setting: setting.difficulty)
+    cells = {(method.name, setting): _cell(logs, method, setting) for method in methods for setting in settings}
+    return Results(find(config["experiment"]), config, tuple(logs), tuple(methods), tuple(settings), cells)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What was asked of a folder.
+
+    Raises:
+        UserError: there is no such folder, or it holds no experiment.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one that `streamnorm run` wrote")
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return config
+    except FileNotFoundError:
+        message = f"{folder}: it holds no {CONFIG}; name a folder that `streamnorm run` wrote"
+        raise UserError(message) from None
+    except ValueError:
+        raise UserError(f"{folder / CONFIG} is not JSON: restore it, or run the experiment into another folder") from None
+
+
+def rates_to_run(logs: Iterable[LoggedRun]) -> dict[tuple[str, str], list[float]]:
+    """For each trained method and setting, the best rates of its rows; nothing where it cannot run."""
+    logs = list(logs)
+    chosen: dict[tuple[str, str], list[float]] = {}
+    for method, setting in {(run.run["method"], run.run["setting"]) for run in logs}:
+        best = (best_rate(tuning(logs, row, Setting.parse(setting))) for row in rows(method))
+        chosen[method, setting] = sorted({rate for rate in best if rate is not None})
+    return chosen
+
+
+def tuning(logs: Iterable[LoggedRun], method: Method, setting: Setting) -> dict[float, float]:
+    """Mean validation accuracy of each rate."""
+    scores: dict[float, list[float]] = defaultdict(list)
+    for run in _matching(logs, "tune", method, setting):
+        scores[run.run["rate"]].append(_accuracy(run, method))
+    return {rate: sum(values) / len(values) for rate, values in sorted(scores.items())}
+
+
+def best_rate(tuned: Mapping[float, float]) -> float | None:
+    """The rate of the highest accuracy, the smaller one of two equals."""
+    return max(tuned, key=lambda rate: (tuned[rate], -rate)) if tuned else None
+
+
+def _cell(logs: list[LoggedRun], method: Method, setting: Setting) -> Cell:
+    tuned = tuning(logs, method, setting)
+    rate = best_rate(tuned)
+    runs = [run for run in _matching(logs, "final", method, setting) if run.run["rate"] == rate]
+    accuracy = {run.run["seed"]: _accuracy(run, method) for run in runs}
+    refusals = (run.end["reason"] for run in logs if _is(run, method, setting) and run.end and run.end["status"] == "fails")
+    return Cell(method, setting, tuned, rate, accuracy, tuple(runs), next(refusals, None))
+
+
+def _matching(logs: Iterable[LoggedRun], stage: str, method: Method, setting: Setting) -> list[LoggedRun]:
+    """The finished runs of a stage that have scores."""
+    found = (run for run in logs if run.run["stage"] == stage and _is(run, method, setting))
+    return [run for run in found if run.end is not None and "scores" in run.end]
+
+
+def _is(run: LoggedRun, method: Method, setting: Setting) -> bool:
+    return run.run["method"] == method.trained_as and run.run["setting"] == str(setting)
+
+
+def _accuracy(run: LoggedRun, method: Method) -> float:
+    assert run.end is not None
+    return float(run.end["scores"][method.name]["accuracy"])

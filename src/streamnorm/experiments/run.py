@@ -1,0 +1,104 @@
+"""``streamnorm run``, ``list`` and ``report``: from typed words to a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from streamnorm.experiments.catalogue import EXPERIMENTS, find
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.report import REPORT, build_report
+from streamnorm.experiments.results import Results
+from streamnorm.experiments.sweep import run_sweep
+from streamnorm.experiments.tables import print_table
+from streamnorm.experiments.verdict import sentences, warnings
+
+RUN_HELP = """usage: streamnorm run EXPERIMENT [OPTIONS]
+
+Run an experiment: choose each method's learning rate, train with several seeds, and write a report.
+Without options it uses data that come with scikit-learn and ends within two minutes.
+
+experiments:
+{experiments}
+
+  streamnorm run EXPERIMENT --help    shows the options of one
+
+An interrupted run continues with the same command.
+"""
+
+
+def run(words: Sequence[str]) -> int:
+    """``streamnorm run EXPERIMENT …``."""
+    if not words or words[0] in ("-h", "--help"):
+        print(RUN_HELP.format(experiments=_lines()), end="")
+        return 0
+    kind = find(words[0])
+    experiment = tyro.cli(kind, args=list(words[1:]), prog=f"streamnorm run {kind.name}")
+    command = shlex.join(["streamnorm", "run", *words])
+    try:
+        folder, failed = run_sweep(experiment, command)
+    except KeyboardInterrupt:
+        print(f"\nStopped. What is done is kept; continue with: {command}", file=sys.stderr)
+        return 130
+    _show(build_report(folder), folder)
+    if failed:
+        print(f"streamnorm: {failed} runs failed; run the same command to try them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def list_experiments(words: Sequence[str]) -> int:
+    """``streamnorm list``."""
+    _no_options(words, "usage: streamnorm list\n\nShow all experiments, and what each one asks.")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("experiment", style="bold", no_wrap=True)
+    table.add_column("in the paper", no_wrap=True)
+    table.add_column("asks")
+    for experiment in EXPERIMENTS.values():
+        table.add_row(experiment.name, (experiment.alias or "–").replace("figure", "figure "), experiment.summary)
+    console = Console()
+    console.print(table)
+    console.print("\nstreamnorm run EXPERIMENT --help shows the options of one.", highlight=False)
+    return 0
+
+
+def report(words: Sequence[str]) -> int:
+    """``streamnorm report FOLDER``."""
+    usage = (
+        "usage: streamnorm report FOLDER\n\nMake table, figures and page anew from the logs of a finished or running "
+        "experiment.\nFOLDER is what `streamnorm run` wrote, for example runs/online-fc-digits."
+    )
+    if len(words) != 1 or words[0] in ("-h", "--help"):
+        _no_options(words or ["--help"], usage)
+    folder = Path(words[0]).expanduser()
+    _show(build_report(folder), folder)
+    return 0
+
+
+def _show(results: Results, folder: Path) -> None:
+    console = Console()
+    print_table(results, console)
+    for sentence in sentences(results):
+        console.print(f"• {sentence}", highlight=False)
+    for warning in warnings(results):
+        console.print(f"[yellow]! {warning}", highlight=False)
+    console.print(f"\nReport: [bold]{folder / REPORT}[/]", highlight=False, soft_wrap=True)
+
+
+def _lines() -> str:
+    names = {experiment.name: experiment.summary for experiment in EXPERIMENTS.values()}
+    return "\n".join(f"  {name:<16}{summary}" for name, summary in names.items())
+
+
+def _no_options(words: Sequence[str], usage: str) -> None:
+    if not words:
+        return
+    if words[0] in ("-h", "--help"):
+        print(usage)
+        raise SystemExit(0)
+    raise UserError(f"unexpected {words[0]!r}; {usage.splitlines()[0]}")

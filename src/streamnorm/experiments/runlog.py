@@ -1,0 +1,120 @@
+"""The log of one run, written as it goes, and the checkpoint that lets a killed run continue.
+
+A log is JSON lines: a ``run`` line (what is run, and where), ``point`` lines, and an ``end`` line. The checkpoint
+beside it holds the training state and the length that the log had at that moment. After a kill the log is cut back
+to that length and training continues from there, so that the log ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.files import replacing
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a log says: its ``run`` line, its points, and its ``end`` line once the run is over."""
+
+    header: Record
+    points: list[Record] = field(default_factory=list)
+    end: Record | None = None
+
+    @property
+    def run(self) -> Record:
+        """What was run: stage, method, setting, rate, seed."""
+        return dict(self.header["run"])
+
+
+class RunLog:
+    """Writes one run's log and checkpoint; made anew by each attempt at the run.
+
+    Args:
+        path: the log, ``….jsonl``; the checkpoint lies beside it as ``….ckpt``.
+        header: what is run and in which environment. A log or a checkpoint with another header is not continued.
+    """
+
+    def __init__(self, path: Path, header: Record) -> None:
+        self.path = path
+        self.checkpoint_path = path.with_suffix(".ckpt")
+        self.header = {"type": "run", **json.loads(json.dumps(header))}
+
+    def start(self) -> Record | None:
+        """Begin or continue: return the training state of the last checkpoint, or None for a run from the start."""
+        state = self._last_checkpoint()
+        if state is None:
+            self.checkpoint_path.unlink(missing_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(b"")
+            self.write({**self.header, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+            return None
+        os.truncate(self.path, state.pop("log_bytes"))
+        return state
+
+    def write(self, record: Record) -> None:
+        """Append one line; it is in the file when this returns."""
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False)
+        with open(self.path, "ab") as file:
+            file.write(line.encode() + b"\n")
+
+    def save(self, state: Record) -> None:
+        """Write the checkpoint that belongs to the log as it is now."""
+        with open(self.path, "rb+") as file:
+            os.fsync(file.fileno())
+        whole = {**state, "header": json.dumps(self.header), "log_bytes": self.path.stat().st_size}
+        with replacing(self.checkpoint_path) as temporary:
+            torch.save(whole, temporary)
+
+    def finish(self, record: Record) -> None:
+        """Write the ``end`` line; from now on the run is skipped."""
+        self.checkpoint_path.unlink(missing_ok=True)
+        self.write({"type": "end", **record})
+
+    def _last_checkpoint(self) -> Record | None:
+        try:
+            state: Record = torch.load(self.checkpoint_path, weights_only=True)
+        except FileNotFoundError:
+            return None
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            return None  # not ours, or damaged: the run starts again
+        same = state.pop("header", None) == json.dumps(self.header)
+        whole = self.path.exists() and self.path.stat().st_size >= state.get("log_bytes", 0)
+        return state if same and whole else None
+
+
+def read_log(path: Path) -> LoggedRun | None:
+    """Read a log; None if not even its first line is complete. A torn last line is what a kill leaves, and ignored.
+
+    Raises:
+        UserError: a line other than the last is damaged.
+    """
+    lines = path.read_bytes().split(b"\n")
+    records: list[Record] = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            message = f"{path}: line {number} is not JSON; delete this file and run the experiment again to redo it"
+            raise UserError(message) from None
+    if not records:
+        return None
+    points = [record for record in records if record.get("type") == "point"]
+    end = records[-1] if records[-1].get("type") == "end" else None
+    return LoggedRun(records[0], points, end)
+
+
+def read_logs(folder: Path) -> list[LoggedRun]:
+    """Read every log under ``folder``, in the order of their names."""
+    runs = (read_log(path) for path in sorted(folder.glob("**/*.jsonl")))
+    return [run for run in runs if run is not None]

@@ -1,0 +1,172 @@
+"""All runs of an experiment: first those that choose the rates, then those that are reported.
+
+Runs that an earlier command finished are skipped, and interrupted ones continue from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from streamnorm.experiments.data import load, prepare, split_sizes
+from streamnorm.experiments.environment import environment, usable_cores
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.experiment import Experiment, Run
+from streamnorm.experiments.files import locked, write_text
+from streamnorm.experiments.pool import Pool, Send
+from streamnorm.experiments.progress import Display
+from streamnorm.experiments.results import CONFIG, LOGS, rates_to_run, read_config
+from streamnorm.experiments.runlog import LoggedRun, RunLog, read_log, read_logs
+from streamnorm.experiments.setting import Setting
+from streamnorm.experiments.sources import Source, open_source
+from streamnorm.experiments.train import train
+
+
+def run_sweep(experiment: Experiment, command: str) -> tuple[Path, int]:
+    """Do all runs that are not done yet.
+
+    Args:
+        experiment: the experiment with its options.
+        command: what the user typed, for the report.
+
+    Returns:
+        The output folder, and how many runs failed.
+
+    Raises:
+        UserError: an option cannot be meant, or the folder holds something else.
+        OSError: the disk is full, or similar; what is finished stays.
+    """
+    experiment.check()
+    source = open_source(experiment.data)
+    images, _ = split_sizes(source, experiment.limit, experiment.validation)
+    for setting in experiment.settings:
+        if Setting.parse(setting).samples > images:
+            raise UserError(f"setting {setting}: a mini-batch cannot have more than the {images} training images")
+    folder = Path(experiment.out or f"runs/{experiment.name}-{source.name}").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), _decoded(experiment, source, folder) as (cache, information):
+        for torn in folder.rglob(".*.tmp"):  # left by a kill in the middle of a write
+            torn.unlink()
+        _write_config(experiment, information, command, folder)
+        failed = _Sweep(experiment, folder, cache, information).run()
+    return folder, failed
+
+
+@contextmanager
+def _decoded(experiment: Experiment, source: Source, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The images as plain arrays in a folder that goes away in the end."""
+    cache = folder / "cache"
+    try:
+        yield cache, prepare(source, experiment.limit, experiment.validation, cache)
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def _write_config(experiment: Experiment, data: dict[str, Any], command: str, folder: Path) -> None:
+    """Note what is run in this folder, or refuse if it is something else than what was run there before."""
+    options = {name: getattr(experiment, name) for name in experiment.__dataclass_fields__ if name != "data"}
+    config = {
+        "experiment": experiment.name,
+        "identity": {**experiment.identity(), "images": data["fingerprint"]},
+        "options": options,
+        "data": data,
+        "commands": [command],
+    }
+    if (folder / CONFIG).exists():
+        earlier = read_config(folder)
+        _refuse_another(earlier, config, folder)
+        config["commands"] = [*(c for c in earlier["commands"] if c != command), command]
+    write_text(folder / CONFIG, json.dumps(config, indent=1))
+
+
+def _refuse_another(earlier: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+    if earlier["experiment"] != config["experiment"]:
+        raise UserError(f"{folder} holds the experiment {earlier['experiment']}: choose another folder with --out")
+    for name, value in config["identity"].items():
+        before = earlier["identity"].get(name)
+        if before != value:
+            message = f"{folder} holds runs with {name} {before}, not {value}: choose another folder with --out"
+            raise UserError(message)
+
+
+class _Sweep:
+    def __init__(self, experiment: Experiment, folder: Path, cache: Path, data: dict[str, Any]) -> None:
+        self._experiment = experiment
+        self._folder = folder
+        self._train_images = data["train"]
+        self._display = Display(self._train_images * experiment.epochs)
+        self._work = partial(_work, experiment, folder, cache)
+        self._failed = 0
+
+    def run(self) -> int:
+        """Do both stages; return how many runs failed."""
+        tune = self._experiment.tune_runs()
+        most = self._experiment.final_runs({cell: [0.0] for cell in self._experiment.cells()})
+        jobs = self._experiment.jobs or usable_cores()
+        with self._display, Pool(min(jobs, len(tune)), self._work) as pool:
+            self._display.plan(sum(map(self._cost, tune + most)), len(tune + most))
+            self._do(pool, tune)
+            final = self._experiment.final_runs(rates_to_run(read_logs(self._folder / LOGS)))
+            self._display.plan(sum(map(self._cost, tune + final)), len(tune + final))
+            self._do(pool, final)
+        return self._failed
+
+    def _do(self, pool: Pool, runs: list[Run]) -> None:
+        """Do what is left of ``runs``, the longest first, so that no core waits long for the last one."""
+        left = []
+        for run in sorted(runs, key=self._cost, reverse=True):
+            logged = self._read(run)
+            if logged is not None and logged.end is not None:
+                self._display.start(run)
+                self._display.end(run, self._cost(run), logged)
+            else:
+                left.append(run)
+        for kind, run, payload in pool.run(left):
+            if kind == "start":
+                self._display.start(run)
+            elif kind == "news":
+                self._display.news(run, *payload)
+            elif kind == "broken":
+                raise OSError(*payload)
+            else:
+                if kind == "failed":
+                    self._note_failure(run, payload)
+                self._display.end(run, self._cost(run), self._read(run))
+
+    def _cost(self, run: Run) -> float:
+        """About how long a run takes: its mini-batches and its weight updates, in mini-batches."""
+        setting = Setting.parse(run.setting)
+        return self._train_images / setting.samples * (1 + 1 / setting.batches)
+
+    def _note_failure(self, run: Run, reason: str) -> None:
+        self._failed += 1
+        path = _log_path(self._folder, run).with_suffix(".error.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, reason)
+        self._display.say(f"{run.key} failed ({reason.strip().splitlines()[-1]}); see {path}")
+
+    def _read(self, run: Run) -> LoggedRun | None:
+        path = _log_path(self._folder, run)
+        return read_log(path) if path.exists() else None
+
+
+def _log_path(folder: Path, run: Run) -> Path:
+    return folder / LOGS / f"{run.key}.jsonl"
+
+
+def _work(experiment: Experiment, folder: Path, cache: Path, run: Run, send: Send) -> None:
+    """One run in a worker process."""
+    path = _log_path(folder, run)
+    path.with_suffix(".error.txt").unlink(missing_ok=True)
+    header = {
+        "experiment": experiment.name,
+        "run": vars(run),
+        "options": experiment.identity(),
+        "environment": environment(),
+    }
+    train(experiment, run, load(cache), RunLog(path, header), lambda *scores: send(scores))

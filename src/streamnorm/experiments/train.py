@@ -1,0 +1,228 @@
+"""One training run: from its first image to its last log line, over any number of kills in between."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+import streamnorm as sn
+from streamnorm.experiments.data import Data, Split
+from streamnorm.experiments.experiment import Experiment, Run
+from streamnorm.experiments.methods import METHODS, rows
+from streamnorm.experiments.runlog import RunLog
+from streamnorm.experiments.setting import Setting
+
+EVALUATION_BATCH = 1000
+RECALIBRATION_BATCH = 128
+TICK_SECONDS = 0.2
+
+Scores = dict[str, float | None]
+Tick = Callable[[int, float, float], None]
+"""Told now and then: images seen, training loss and training accuracy since the last point."""
+
+
+class Diverged(Exception):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class Meter:
+    """Loss and accuracy over the images seen since the last point, each judged before it is learnt from."""
+
+    images: int = 0
+    loss: float = 0.0
+    correct: int = 0
+
+    def add(self, loss: float, logits: Tensor, targets: Tensor) -> None:
+        """Take in one mini-batch and its mean loss."""
+        self.images += len(targets)
+        self.loss += loss * len(targets)
+        self.correct += int((logits.argmax(1) == targets).sum())
+
+    def scores(self) -> Scores:
+        """The means so far."""
+        return {"loss": self.loss / max(1, self.images), "accuracy": self.correct / max(1, self.images)}
+
+
+class Training:
+    """Model, optimizer and position of one run: all that a checkpoint has to hold.
+
+    The initial weights and the order of the images follow from the seed alone, so that they are the same for every
+    method. The images left over when a pass is cut into whole mini-batches are not used in that pass.
+    """
+
+    def __init__(self, experiment: Experiment, run: Run, data: Data) -> None:
+        self.run = run
+        self.data = data
+        self.setting = Setting.parse(run.setting)
+        torch.manual_seed(run.seed)
+        self.model = experiment.network(data.shape, data.classes, METHODS[run.method].make)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=run.rate, momentum=experiment.momentum, fused=True
+        )
+        self.batches_per_epoch = len(data.train) // self.setting.samples
+        self.updates_per_epoch = math.ceil(self.batches_per_epoch / self.setting.batches)
+        self.total_updates = experiment.epochs * self.updates_per_epoch
+        self.updates = 0
+        self.images = 0
+        self.meter = Meter()
+
+    def advance(self) -> Iterator[None]:
+        """Train to the end, stopping after every weight update.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        while self.updates < self.total_updates:
+            epoch, first = divmod(self.updates, self.updates_per_epoch)
+            for group in sn.accumulate(self._batches(epoch, first), self.setting.batches):
+                self.optimizer.zero_grad()
+                for (inputs, targets), weight in group:
+                    logits = self.model(inputs)
+                    loss = F.cross_entropy(logits, targets)
+                    self._watch(loss, logits, targets)
+                    (weight * loss).backward()
+                self.optimizer.step()
+                self.updates += 1
+                yield
+
+    def _batches(self, epoch: int, first_update: int) -> Iterator[tuple[Tensor, Tensor]]:
+        shuffle = torch.Generator().manual_seed(1_000_003 * epoch + self.run.seed)
+        order = torch.randperm(len(self.data.train), generator=shuffle)
+        size, start = self.setting.samples, first_update * self.setting.batches * self.setting.samples
+        for index in order[start : self.batches_per_epoch * size].split(size):
+            yield self.data.train.batch(index)
+
+    def _watch(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged
+        self.images += len(targets)
+        self.meter.add(value, logits, targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, between two weight updates."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": torch.get_rng_state(),
+            "updates": self.updates,
+            "images": self.images,
+            "meter": vars(self.meter).copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generator"])
+        self.updates = state["updates"]
+        self.images = state["images"]
+        self.meter = Meter(**state["meter"])
+
+
+def train(experiment: Experiment, run: Run, data: Data, log: RunLog, tick: Tick) -> None:
+    """Run to the end, from the last checkpoint if there is one.
+
+    A run that diverges ends early with the accuracy of guessing; a layer that refuses its very first mini-batch, as
+    Batch Normalization does for one sample, ends the run as one that fails. Both are results, not errors.
+    """
+    training = Training(experiment, run, data)
+    state = log.start()
+    began = time.monotonic()
+    if state is not None:
+        began -= state.pop("seconds")
+        training.load_state_dict(state)
+    try:
+        _follow(training, experiment, log, began, tick)
+        end: dict[str, Any] = {"status": "done", **_final_scores(training)}
+    except Diverged:
+        end = {"status": "diverged", **_guessing(training)}
+    except ValueError as refusal:
+        if training.updates > 0:
+            raise
+        end = {"status": "fails", "reason": str(refusal)}
+    seconds = round(time.monotonic() - began, 3)
+    log.finish({**end, "updates": training.updates, "images": training.images, "seconds": seconds})
+
+
+def _follow(training: Training, experiment: Experiment, log: RunLog, began: float, tick: Tick) -> None:
+    """Train; write points, checkpoints and ticks when they are due."""
+    points = {math.ceil(training.total_updates * i / experiment.points) for i in range(1, experiment.points + 1)}
+    saved = ticked = time.monotonic()
+    for _ in training.advance():
+        now = time.monotonic()
+        if now - ticked >= TICK_SECONDS:
+            scores = training.meter.scores()
+            tick(training.images, scores["loss"] or 0.0, scores["accuracy"] or 0.0)
+            ticked = now
+        if training.updates in points:
+            log.write(_point(training, experiment))
+            training.meter = Meter()
+        if now - saved >= experiment.checkpoint_every:
+            log.save({**training.state_dict(), "seconds": now - began})
+            saved = now
+
+
+def _point(training: Training, experiment: Experiment) -> dict[str, Any]:
+    point: dict[str, Any] = {
+        "type": "point",
+        "update": training.updates,
+        "images": training.images,
+        "train": training.meter.scores(),
+    }
+    if training.run.stage == "final":
+        point["test"] = evaluate(training.model, training.data.test.first(experiment.curve_images))
+    return point
+
+
+def _final_scores(training: Training) -> dict[str, Any]:
+    """Scores on all validation or test images, for each row of the result table that this training gives."""
+    held_out = training.data.validation if training.run.stage == "tune" else training.data.test
+    scores = {}
+    for row in rows(training.run.method):
+        model = training.model if row.name == training.run.method else _recalibrated(training)
+        scores[row.name] = evaluate(model, held_out)
+    if any(score["loss"] is None for score in scores.values()):
+        raise Diverged
+    return {"images_evaluated": len(held_out), "scores": scores}
+
+
+def _guessing(training: Training) -> dict[str, Any]:
+    chance = {"loss": None, "accuracy": 1 / training.data.classes}
+    return {"scores": {row.name: chance for row in rows(training.run.method)}}
+
+
+def _recalibrated(training: Training) -> nn.Module:
+    """A copy whose Batch Normalization has the statistics of the training images in mini-batches of about 128.
+
+    The running statistics of tiny mini-batches are poor, and judging Batch Normalization by them alone would be unfair.
+    """
+    model = copy.deepcopy(training.model)
+    train = training.data.train
+    parts = torch.arange(len(train)).tensor_split(math.ceil(len(train) / RECALIBRATION_BATCH))
+    update_bn((train.batch(index) for index in parts), model)
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> Scores:
+    """Mean loss and accuracy; the loss is None where it is not a finite number."""
+    model.eval()
+    loss, correct = 0.0, 0
+    for start in range(0, len(split), EVALUATION_BATCH):
+        inputs, targets = split.batch(slice(start, start + EVALUATION_BATCH))
+        logits = model(inputs)
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        correct += int((logits.argmax(1) == targets).sum())
+    model.train()
+    return {"loss": loss / len(split) if math.isfinite(loss) else None, "accuracy": correct / len(split)}
