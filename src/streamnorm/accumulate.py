@@ -13,7 +13,7 @@ Batch = TypeVar("Batch")
 
 
 def accumulate(loader: Iterable[Batch], batches: int) -> Iterator[list[tuple[Batch, float]]]:
-    """Group mini-batches that share a weight update, each with its weight in the group (paper, section 3.5).
+    """Group mini-batches that share a weight update, each with its weight in the group (the paper's DAU).
 
     A mini-batch weighs as many samples as it has, so that a group of unequal mini-batches gives the gradient of their
     union; the weights of a group sum to 1. The last group may be shorter. One group is held in memory at a time.

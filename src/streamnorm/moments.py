@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LpMoment:
-    """The scale σ = k·(E|d|^p)^(1/p) of Lp normalization (paper, section 3.4).
+    """The scale σ = k·(E|d|^p)^(1/p) of Lp normalization (the paper's Lp).
 
     Args:
         p: the order, any real number ≥ 1. 2 gives the standard deviation; 1, the mean absolute deviation, is as

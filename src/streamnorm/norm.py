@@ -21,7 +21,7 @@ _UNPICKLED = {"_watched": False, "_optimizer": None, "_owner": None, "_grad_scal
 
 
 class Norm(nn.Module):
-    """Normalization over any reference, with any moment, with or without a stream (paper, section 3).
+    """Normalization over any reference, with any moment, with or without a stream (the paper's general framework).
 
     Without a stream, training and evaluation are the same: statistics are those of the input (Sample and General
     Batch Normalization). With a stream, training mixes them with their past, and evaluation is a fixed affine map.
@@ -252,7 +252,7 @@ class Norm(nn.Module):
 
 
 class SampleNorm(Norm):
-    """Sample Normalization: statistics from inside each sample (paper, section 3.2.1).
+    """Sample Normalization: statistics from inside each sample (the paper's SP).
 
     With the defaults it is Layer Normalization over channels and places with a gain and a bias per channel;
     ``"channel"`` is Instance Normalization, ``("group", g)`` Group Normalization, ``"position"`` normalizes across the
@@ -310,7 +310,7 @@ class SampleNorm(Norm):
 
 
 class GeneralBatchNorm(Norm):
-    """General Batch Normalization: statistics of the mini-batch, over any reference and moment (paper, section 3.2.2).
+    """General Batch Normalization: statistics of the mini-batch, over any reference and moment (the paper's GBN).
 
     With the defaults it is Batch Normalization, state names included: ``running_mean`` and ``running_var`` follow the
     mini-batches and serve evaluation. For other p ``running_var`` holds sigma², with the same correction n/(n−1),
@@ -480,7 +480,7 @@ class _StreamingNorm(Norm):
             raise ValueError(f"expected {ranks} input, got {x.dim()}D input of shape {tuple(x.shape)}{hint}")
 
 
-_STREAMING_DOC = """Streaming Normalization (paper, section 3.3): a drop-in for ``nn.BatchNorm{d}d``.
+_STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn.BatchNorm{d}d``.
 
     Statistics and their gradients are averaged over the samples seen so far, so that one sample at a time is
     enough. The training loop stays as it is: the layer notices ``optimizer.step()`` by itself.

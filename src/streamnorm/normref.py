@@ -16,7 +16,7 @@ _AXIS = re.compile(r"\(([^()]*)\)|(\.\.\.)|(\w+)")
 
 @dataclass(frozen=True)
 class NormRef:
-    """The normalization reference: the set of activations that a statistic is collected from (paper, section 3).
+    """The normalization reference: the set of activations that a statistic is collected from (the paper's NormRef).
 
     A reference is one line of text. To the left of the arrow stand the axes of the input, samples first,
     channels second; a pair of brackets splits an axis, and ``...`` stands for all spatial axes. To the right stand

@@ -21,7 +21,7 @@ PAPER_KAPPA = 0.7
 
 @dataclass(frozen=True)
 class Stream:
-    """The constants of Streaming Normalization (paper, section 3.3), or the window rule in their place.
+    """The constants of Streaming Normalization (the paper's SN), or the window rule in their place.
 
     Statistics and their gradients are averaged over all uses since the last weight update (short), and these
     averages over all weight updates (long). A use of the layer sees ``α1·long + α2·short + α3·present``, its
