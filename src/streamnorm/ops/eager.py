@@ -93,17 +93,20 @@ class _Normalize(torch.autograd.Function):
         scale = inverse.view(view.stats_shape)
         if weight is not None:
             scale = scale * weight.to(dtype).view(view.channel_shape)
+        # Autograd lets no one change a view that a Function returns, and nn.ReLU(inplace=True) does: y is none.
+        y = torch.empty_like(x, dtype=dtype)
+        into = y.view(view.split)
         if bias is None:
-            y = from_mu.mul_(scale)
+            torch.mul(from_mu, scale, out=into)
         else:
-            y = torch.addcmul(bias.to(dtype).view(view.channel_shape), from_mu, scale)
+            torch.addcmul(bias.to(dtype).view(view.channel_shape), from_mu, scale, out=into)
         if keep is not None:
-            y.masked_fill_(~keep, 0)
+            into.masked_fill_(~keep, 0)
 
         ctx.save_for_backward(x, weight, mask, torch.stack((mu, inverse, _slope(m, inverse, finite, formula))))
         ctx.view, ctx.formula, ctx.state, ctx.grad_scale = view, formula, state, grad_scale
         ctx.n, ctx.samples, ctx.has_bias = n, samples, bias is not None
-        return y.view(x.shape).to(x.dtype)
+        return y.to(x.dtype)
 
     @staticmethod
     @first_order_only
