@@ -541,7 +541,8 @@ def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Tens
     if all(view.axes[i] == 1 for i in view.kept):
         repeats = layer.num_features // len(mu)
         mu, variance = mu.repeat_interleave(repeats), variance.repeat_interleave(repeats)
-        y = F.batch_norm(x, mu, variance, layer.weight, layer.bias, training=False, eps=layer.eps)
+        weight, bias = (None if t is None else t.to(mu.dtype) for t in (layer.weight, layer.bias))
+        y = F.batch_norm(x, mu, variance, weight, bias, training=False, eps=layer.eps)
     else:
         shape = view.stats_shape
         y = (x.view(view.split) - mu.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
