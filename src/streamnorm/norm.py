@@ -538,6 +538,8 @@ def streaming_layers(model: nn.Module) -> list[Norm]:
 
 def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Tensor | None, view: View) -> Tensor:
     """Normalize by given statistics. Where they are the same all over a channel, PyTorch's own kernel does it."""
+    if mask is not None:  # what is hidden may be infinite, and 0·inf is no gradient for the gain
+        x = x.masked_fill(~mask.unsqueeze(1), 0)
     if all(view.axes[i] == 1 for i in view.kept):
         repeats = layer.num_features // len(mu)
         mu, variance = mu.repeat_interleave(repeats), variance.repeat_interleave(repeats)
