@@ -246,13 +246,13 @@ def _any_rank(num_features: int, eps: float, affine: dict[str, Any], options: di
 @torch.no_grad()
 def _set_statistics(layer: Norm, mean: Tensor, variance: Tensor) -> None:
     """Let a streaming layer evaluate with this mean and variance per channel, averaged where it keeps fewer."""
-    state, formula = layer.state, layer.formula
-    num_stats = state.long.shape[1]
-    wide = [t.to(state.long.dtype).view(num_stats, -1) for t in (mean, variance)]
-    mu = wide[0].mean(1)
-    sigma_squared = wide[1].mean(1) + (wide[0].var(1, correction=0) if num_stats < len(mean) else 0)
-    state.long[0] = mu
-    state.long[1] = (sigma_squared / formula.k**2) ** (formula.p / 2)
+    long, formula = layer.state.long, layer.formula
+    view = layer.ref.least_view(layer.num_features)
+    mean, variance = (t.to(long.dtype).view(view.channel_shape).expand(view.split) for t in (mean, variance))
+    mu = mean.mean(view.reduced, keepdim=True)
+    sigma_squared = (variance + (mean - mu).square()).mean(view.reduced)
+    long[0] = mu.flatten()
+    long[1] = (sigma_squared.flatten() / formula.k**2) ** (formula.p / 2)
 
 
 def _to_plain(name: str, layer: Norm, dims: int | None) -> nn.Module:
@@ -298,12 +298,12 @@ def _to_groupnorm(name: str, layer: Norm) -> nn.GroupNorm:
 
 def _per_channel(name: str, layer: Norm, value: Tensor) -> Tensor:
     """One value per channel from one per statistic."""
-    view = layer.ref.view((1, layer.num_features, *(1,) * (len(layer.ref.pattern.split("->")[0].split()) - 2)))
+    view = layer.ref.least_view(layer.num_features)
     if any(view.axes[i] != 1 for i in view.kept):
         raise ValueError(
             f"{name or 'the layer'} keeps a statistic per place ({layer.ref.pattern!r}), which BatchNorm cannot"
         )
-    return value.repeat_interleave(layer.num_features // len(value))
+    return view.per_channel(value)
 
 
 def _foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:

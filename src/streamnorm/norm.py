@@ -541,8 +541,7 @@ def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Tens
     if mask is not None:  # what is hidden may be infinite, and 0·inf is no gradient for the gain
         x = x.masked_fill(~mask.unsqueeze(1), 0)
     if all(view.axes[i] == 1 for i in view.kept):
-        repeats = layer.num_features // len(mu)
-        mu, variance = mu.repeat_interleave(repeats), variance.repeat_interleave(repeats)
+        mu, variance = view.per_channel(mu), view.per_channel(variance)
         weight, bias = (None if t is None else t.to(mu.dtype) for t in (layer.weight, layer.bias))
         y = F.batch_norm(x, mu, variance, weight, bias, training=False, eps=layer.eps)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,6 +155,18 @@ class NormRef:
         for name in kept:
             count *= 1 if name in axes[1] else sizes[name]
         return count
+
+    def least_view(self, num_features: int) -> View:
+        """How the smallest input of this many channels is seen.
+
+        Example:
+            >>> NormRef.of("n (g k) h w -> g h", g=2, h=5).least_view(6).split
+            (1, 2, 3, 5, 1)
+        """
+        axes, _ = _parse(self.pattern)
+        sizes = dict(self.sizes)
+        shape = [math.prod(sizes.get(name, 1) for name in names) for names in axes if "..." not in names]
+        return self.view((shape[0], num_features, *shape[2:]))
 
     def view(self, shape: tuple[int, ...]) -> View:
         """How an input of this shape, ``(N, C, ...)``, is seen as ``(A, G, B)``.

@@ -54,6 +54,10 @@ class View(NamedTuple):
         """The shape in which one value per sample and place broadcasts against ``x.view(split)``."""
         return tuple(1 if axis == 1 else size for size, axis in zip(self.split, self.axes, strict=True))
 
+    def per_channel(self, stats: Tensor) -> Tensor:
+        """One value per channel from one per statistic, where all axes kept come from the channels."""
+        return stats.view(self.stats_shape).expand(self.channel_shape).reshape(-1)
+
     @property
     def num_stats(self) -> int:
         """G, the number of statistics."""
