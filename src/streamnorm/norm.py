@@ -410,16 +410,19 @@ class GeneralBatchNorm(Norm):
 
     @torch.no_grad()
     def _track(self, stats: Tensor, n: int | Tensor) -> None:
-        """Move the running statistics towards those of a call; an index that is not finite stays where it is."""
+        """Move the running statistics towards those of a call; an index without finite ones stays where it is."""
         formula = self.formula
         mean, variance = stats[0], formula.k**2 * stats[1] ** (2 / formula.p)
         if formula.centered:
             variance = variance * (n / (n - 1) if isinstance(n, int) else (n / (n - 1)).flatten())
-        self.num_batches_tracked += 1
+        known = mean.isfinite() & variance.isfinite()
+        if isinstance(n, Tensor):
+            known &= n.flatten() > 0
+        self.num_batches_tracked += known.any()
         share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
-            value = value.view(-1, len(running)).mean(0)
-            running.copy_(torch.where(value.isfinite(), running + share * (value - running), running))
+            value = value.masked_fill(~known, torch.nan).view(-1, len(running)).nanmean(0)  # over ghost batches
+            running.copy_(torch.where(value.isnan(), running, running + share * (value - running)))
 
     def _evaluate(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         return _affine_map(x, *self.eval_stats(), self, mask, self.ref.view(x.shape))
