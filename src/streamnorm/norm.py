@@ -205,10 +205,11 @@ class Norm(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(f"expected a floating point input, got {x.dtype}; write x.float()")
-        if self.stream is not None and (x.dtype == torch.float64) != (self.state.long.dtype == torch.float64):
+        kept = self._buffers.get("long", self._buffers.get("running_mean"))
+        if kept is not None and (x.dtype == torch.float64) != (kept.dtype == torch.float64):
             raise TypeError(
-                f"the input is {x.dtype} and the layer's state {self.state.long.dtype}: convert one of them with "
-                ".double() or .float()"
+                f"the input is {x.dtype} and the layer's state {kept.dtype}: convert one of them with .double() or "
+                ".float()"
             )
 
     def _check_rank(self, x: Tensor) -> None:
