@@ -369,6 +369,7 @@ class GeneralBatchNorm(Norm):
         if ghosts < 1:
             raise ValueError(f"ghosts is a number of partitions of the batch, at least 1, got {ghosts}")
         reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
+        _check_groups(ref, num_features)
         super().__init__(
             num_features,
             reference,
@@ -461,6 +462,7 @@ class _StreamingNorm(Norm):
                 "ref='position' takes its statistics from inside a sample; a stream spans samples: use SampleNorm"
             )
         reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
+        _check_groups(ref, num_features)
         stream = Stream(window, alpha, beta, kappa)
         super().__init__(
             num_features,
@@ -481,6 +483,7 @@ class _StreamingNorm(Norm):
                 x.dim()
             )
             hint = f"; {fitting} takes it" if fitting else ""
+            hint += "; a batch of one is x[None]" if x.dim() + 1 in self._ranks else ""
             raise ValueError(f"expected {ranks} input, got {x.dim()}D input of shape {tuple(x.shape)}{hint}")
 
 
