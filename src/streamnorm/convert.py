@@ -37,7 +37,7 @@ _PLAIN: dict[type[Norm], type[nn.Module]] = {
     StreamingNorm3d: nn.BatchNorm3d,
 }
 _HOOKS = tuple(
-    name for name in nn.Module().__dict__ if name.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called"))
+    name for name in nn.Module().__dict__ if name.endswith(("hook", "hooks", "hooks_with_kwargs", "hooks_always_called"))
 )
 
 _converters: dict[type[nn.Module], Converter] = {}
