@@ -37,7 +37,9 @@ _PLAIN: dict[type[Norm], type[nn.Module]] = {
     StreamingNorm3d: nn.BatchNorm3d,
 }
 _HOOKS = tuple(
-    name for name in nn.Module().__dict__ if name.endswith(("hook", "hooks", "hooks_with_kwargs", "hooks_always_called"))
+    name
+    for name in nn.Module().__dict__
+    if name.endswith(("hook", "hooks", "hooks_with_kwargs", "hooks_always_called"))
 )
 
 _converters: dict[type[nn.Module], Converter] = {}
@@ -149,8 +151,6 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
     def plain(name: str, module: nn.Module) -> nn.Module | None:
         return _to_plain(name, module, dims) if isinstance(module, Norm) else None
 
-    for name, module in model.named_modules():
-        plain(name, module)
     return _replace(model, plain)
 
 
@@ -188,23 +188,27 @@ def fold(model: Module) -> Module:
 
 
 def _replace(model: Module, change: Callable[[str, nn.Module], nn.Module | None]) -> Any:
-    """Put ``change(name, module)`` in the place of every module where it is not None; shared modules stay shared."""
-    done: dict[int, tuple[nn.Module, nn.Module | None]] = {}
+    """Put ``change(name, module)`` in the place of every module where it is not None; shared modules stay shared.
+
+    All of them are made before the first is put in its place: if one cannot be made, the model is as it was.
+    """
+    made: dict[int, nn.Module] = {}
+    places: list[tuple[nn.Module, str, nn.Module]] = []
     names = {id(module): name for name, module in model.named_modules()}
 
     def visit(module: nn.Module) -> nn.Module:
-        if id(module) not in done:
+        if id(module) not in made:
             new = change(names[id(module)], module)
-            done[id(module)] = (module, new)
+            made[id(module)] = module if new is None else new.train(module.training)
             if new is None:
-                for child_name, child in list(module._modules.items()):
-                    if child is not None:
-                        module._modules[child_name] = visit(child)
-            else:
-                new.train(module.training)
-        return done[id(module)][1] or module
+                children = [(name, child) for name, child in module._modules.items() if child is not None]
+                places.extend((module, name, visit(child)) for name, child in children)
+        return made[id(module)]
 
-    return visit(model)
+    replaced = visit(model)
+    for parent, name, child in places:
+        parent._modules[name] = child
+    return replaced
 
 
 def _to_streaming(module: nn.Module, options: dict[str, Any]) -> Norm:
