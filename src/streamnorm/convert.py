@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
-from .normref import NormRef
+from .normref import NormRef, RefName
 from .stream import Stream
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -60,17 +60,19 @@ def convert(
         also: further layer types to convert: ``nn.GroupNorm``, ``nn.InstanceNorm2d`` and their like. They keep no
             statistics (unless they track them), so the result does not evaluate as before: run
             :func:`streamnorm.calibrate` next.
-        options: arguments of ``StreamingNorm2d``, such as ``p=2`` or ``window=500``.
+        options: arguments of ``StreamingNorm2d``, such as ``p=2`` or ``window=500``. Not those that each layer
+            brings along: ``affine``, ``bias``, ``device``, ``dtype``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: for options that StreamingNorm refuses.
+        ValueError: for options that StreamingNorm refuses, or a type in ``also`` that is neither InstanceNorm nor
+            GroupNorm; nothing is changed.
 
     Warns:
-        UserWarning: names each subclass of BatchNorm with a forward of its own, which stays as it is:
-            :func:`streamnorm.register_converter` says how to convert it.
+        UserWarning: names each subclass of BatchNorm with a forward of its own, which stays as it is
+            (:func:`streamnorm.register_converter` says how to convert it), and each lazy one.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -78,7 +80,11 @@ def convert(
         StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=200, eps=1e-05, affine=True)
     """
     options = {"scale": "gaussian", **options}
+    for name in ("affine", "bias", "device", "dtype"):
+        if name in options:
+            raise ValueError(f"{name}={options[name]}: convert takes it from each layer that it replaces; leave it out")
     StreamingNorm1d(1, **{name: value for name, value in options.items() if name != "ref"})  # refuse before any change
+    remarks: list[str] = []
 
     def converted(name: str, module: nn.Module) -> nn.Module | None:
         if where is not None and not where(name, module):
@@ -86,21 +92,32 @@ def convert(
         if type(module) in _converters:
             return _converters[type(module)](module, **options)
         if isinstance(module, _BatchNorm):
-            if type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and not isinstance(
-                module, nn.modules.lazy.LazyModuleMixin
-            ):
+            if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+                remarks.append(
+                    f"{name or 'the model'} is a {type(module).__name__} and was not converted: it has no channels "
+                    "before the first batch; run one through the model"
+                )
+            elif type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
                 return _to_streaming(module, options)
-            warnings.warn(
-                f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own, and was "
-                f"not converted: say how with streamnorm.register_converter({type(module).__name__}, ...), or leave it "
-                "out with where=",
-                stacklevel=4,
-            )
+            else:
+                remarks.append(
+                    f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own, and "
+                    f"was not converted: say how with streamnorm.register_converter({type(module).__name__}, ...), or "
+                    "leave it out with where="
+                )
         elif isinstance(module, also):
+            if not isinstance(module, (nn.GroupNorm, _InstanceNorm)):
+                raise ValueError(
+                    f"{name or 'the model'} is a {type(module).__name__}, which is neither a GroupNorm nor an "
+                    f"InstanceNorm: say how with streamnorm.register_converter({type(module).__name__}, ...)"
+                )
             return _to_streaming(module, options)
         return None
 
-    return _replace(model, converted)
+    result = _replace(model, converted)
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=2)
+    return result
 
 
 def register_converter(cls: type[nn.Module], converter: Converter) -> None:
@@ -218,18 +235,18 @@ def _to_streaming(module: nn.Module, options: dict[str, Any]) -> Norm:
     weight, bias = old.weight, old.bias
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     like = next((t for t in (weight, mean) if t is not None), torch.empty(0))
-    affine: dict[str, Any] = {
+    arguments: dict[str, Any] = {
+        "eps": old.eps,
         "affine": weight is not None,
         "bias": bias is not None,
         "device": like.device,
         "dtype": like.dtype,
+        **options,
     }
-    cls = next((_STREAMING[base] for base in type(module).__mro__ if base in _STREAMING), None)
-    new = (
-        _any_rank(num_features, old.eps, affine, options)
-        if cls is None
-        else cls(num_features, old.eps, **affine, **options)
+    cls: Callable[..., Norm] = next(
+        (_STREAMING[base] for base in type(module).__mro__ if base in _STREAMING), _any_rank
     )
+    new = cls(num_features, **arguments)
     new.weight, new.bias = weight, bias
     if mean is not None and variance is not None:
         _set_statistics(new, mean, variance)
@@ -237,14 +254,15 @@ def _to_streaming(module: nn.Module, options: dict[str, Any]) -> Norm:
     return new.train(module.training)
 
 
-def _any_rank(num_features: int, eps: float, affine: dict[str, Any], options: dict[str, Any]) -> Norm:
+def _any_rank(num_features: int, ref: RefName | NormRef = "channel", p: float = 1, **options: Any) -> Norm:
     """The streaming layer for a module that takes inputs of any rank."""
-    rest = dict(options)
-    ref = rest.pop("ref", "channel")
-    moment = LpMoment(**{"p": 1, **{name: rest.pop(name) for name in ("p", "center", "scale") if name in rest}})
-    return Norm(
-        num_features, ref if isinstance(ref, NormRef) else NormRef.batch(ref), moment, Stream(**rest), eps, **affine
-    )
+
+    def of(names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names if name in options}
+
+    moment = LpMoment(p, **of(("center", "scale")))
+    stream = Stream(**of(("window", "alpha", "beta", "kappa")))
+    return Norm(num_features, ref if isinstance(ref, NormRef) else NormRef.batch(ref), moment, stream, **options)
 
 
 @torch.no_grad()
