@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from .normref import NormRef, RefName
+from .ops.spec import View
 from .stream import Stream
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -175,8 +177,9 @@ def fold(model: Module) -> Module:
     """A copy of ``model`` for inference with our layers folded into the Linear or convolution before them.
 
     Statistics, gain and bias become part of that layer's weight and bias, and ``nn.Identity`` stands where the
-    normalization was. Which layer comes before is found by tracing the model with ``torch.fx``; a normalization that
-    follows something else, or a layer that is used more than once, stays. A Linear is taken to give ``(N, C)``.
+    normalization was. Which layer comes before is found by tracing the model with ``torch.fx``; a normalization stays
+    if it follows something else or a layer that is used more than once, or if either of the two has forward hooks. A
+    Linear is taken to give ``(N, C)``.
 
     Args:
         model: any module that ``torch.fx`` can trace.
@@ -196,12 +199,11 @@ def fold(model: Module) -> Module:
         )
     """
     folded = copy.deepcopy(model).eval()
-    modules = dict(folded.named_modules())
-    for before, norm in _foldable_pairs(folded):
-        _fold_into(modules[before], modules[norm])
-        parent, _, child = norm.rpartition(".")
-        setattr(modules[parent], child, nn.Identity())
-    return folded
+    pairs = _foldable_pairs(folded)
+    for before, norm in pairs:
+        _fold_into(before, norm)
+    gone = {id(norm) for _, norm in pairs}
+    return _replace(folded, lambda _, module: nn.Identity() if id(module) in gone else None)
 
 
 def _replace(model: Module, change: Callable[[str, nn.Module], nn.Module | None]) -> Any:
@@ -320,16 +322,22 @@ def _to_groupnorm(name: str, layer: Norm) -> nn.GroupNorm:
 
 def _per_channel(name: str, layer: Norm, value: Tensor) -> Tensor:
     """One value per channel from one per statistic."""
-    view = layer.ref.least_view(layer.num_features)
-    if any(view.axes[i] != 1 for i in view.kept):
+    view = _least_channel_view(layer)
+    if view is None:
         raise ValueError(
             f"{name or 'the layer'} keeps a statistic per place ({layer.ref.pattern!r}), which BatchNorm cannot"
         )
     return view.per_channel(value)
 
 
-def _foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of (layer, norm) where the norm's only input is that layer's only output."""
+def _least_channel_view(layer: Norm) -> View | None:
+    """The least view of a reference whose statistics are the same all over a channel."""
+    view = layer.ref.least_view(layer.num_features)
+    return view if all(view.axes[i] == 1 for i in view.kept) else None
+
+
+def _foldable_pairs(model: nn.Module) -> list[tuple[Any, Norm]]:
+    """(layer, norm) where the norm's only input is that layer's only output, and nothing else looks at either."""
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -343,25 +351,33 @@ def _foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    uses: dict[int, int] = {}
-    for node in calls:
-        uses[id(modules[node.target])] = uses.get(id(modules[node.target]), 0) + 1
+    # Calls of a module, and uses of its parameters elsewhere: of a weight that a decoder shares, for example.
+    used = Counter(id(modules[node.target]) for node in calls)
+    used.update(id(modules[node.target.rpartition(".")[0]]) for node in graph.nodes if node.op == "get_attr")
     pairs = []
     for node in calls:
-        before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(modules[node.target], Norm) or not isinstance(before, fx.Node) or before.op != "call_module":
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
-        single = len(before.users) == 1 and uses[id(modules[node.target])] == uses[id(modules[before.target])] == 1
-        if single and _can_fold(modules[before.target], modules[node.target]):
-            pairs.append((str(before.target), str(node.target)))
+        before, norm = modules[str(source.target)], modules[node.target]
+        if used[id(before)] == used[id(norm)] == 1 and _can_fold(before, norm):
+            pairs.append((before, norm))
     return pairs
 
 
 def _can_fold(before: nn.Module, norm: nn.Module) -> bool:
-    assert isinstance(norm, Norm)
+    if not isinstance(norm, Norm) or not isinstance(before, (nn.Linear, nn.modules.conv._ConvNd)):
+        return False
     keeps_statistics = norm.stream is not None or isinstance(norm, GeneralBatchNorm)
-    linear = isinstance(before, (nn.Linear, nn.modules.conv._ConvNd)) and not parametrize.is_parametrized(before)
-    return keeps_statistics and linear and "..." in norm.ref.pattern
+    features = before.out_features if isinstance(before, nn.Linear) else before.out_channels
+    hooks = [module._forward_hooks or module._forward_pre_hooks for module in (before, norm)]
+    return (
+        keeps_statistics
+        and features == norm.num_features
+        and _least_channel_view(norm) is not None
+        and not parametrize.is_parametrized(before)
+        and not any(hooks)
+    )
 
 
 @torch.no_grad()
