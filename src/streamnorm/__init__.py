@@ -7,16 +7,23 @@ from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from .normref import NormRef
 from .ops import engines
+from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .stream import Stream
 from .updates import bind, commit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
     "GeneralBatchNorm",
+    "LSTMCell",
     "LpMoment",
     "Norm",
     "NormRef",
+    "RNNCell",
     "SampleNorm",
     "Stream",
     "StreamingNorm1d",

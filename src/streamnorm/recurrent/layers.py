@@ -1,0 +1,322 @@
+"""Layers: whole sequences per call, as torch.nn's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import engines
+from .base import Normalized
+from .norms import Factory, NormChoice
+from .steps import Hidden, Weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .norms import NormOptions
+
+_LAYER_DOC = """{title}: ``torch.nn.{name}`` with normalized paths.
+
+    ``N(W_ih·x) + b_ih`` and ``N(W_hh·h) + b_hh`` stand where ``torch.nn.{name}`` has the products alone, with a
+    normalization N of its own for each layer, direction and path. Signature, weight names and semantics are those of
+    ``torch.nn.{name}``; with ``norm=None`` it is that layer, and each loads the other's weights.
+
+    Args:
+        input_size: features of the input.
+        hidden_size: features of the hidden state.
+        num_layers: layers, each fed by the one before.{nonlinearity}
+        bias: whether to have ``bias_ih`` and ``bias_hh``.
+        batch_first: whether input and output are ``(N, T, features)`` instead of ``(T, N, features)``.
+        dropout: probability of dropout between layers.
+        bidirectional: whether a second set of weights reads each sequence backwards.{proj_size}
+        device: of the parameters.
+        dtype: of the parameters.
+        norm: ``"streaming"``: one set of streamed statistics for all time steps; ``"batch"``: statistics of each
+            step's mini-batch, one set of running statistics for evaluation; ``"batch-per-step"``: the same with running
+            statistics of each time step; ``"layer"``; None; or a function that makes a module from a number of
+            features.
+        {own}**options: the norm's: ``p``, ``center``, ``scale``, ``eps``, ``gain``; for streaming ``window``,
+            ``alpha``, ``beta``, ``kappa``; for the batch norms ``momentum``; for ``"batch-per-step"`` ``max_steps``.
+
+    Shape:
+        - input: ``(T, N, input_size)``, ``(N, T, input_size)`` with ``batch_first``, ``(T, input_size)`` for one
+          sequence, or a PackedSequence.
+        - hx: {hidden}.
+        - lengths: ``(N,)`` integers: how much of each sequence is not padding. Padding enters no statistic, its
+          outputs are zero, and the final hidden state is that after each sequence's own last step.
+        - Output: as torch.nn's: the hidden states of all steps, and the final one.
+
+    Raises:
+        ValueError: for an unknown norm or an option that it does not have; and as torch.nn's.
+
+    Example:
+        >>> layer = {name}(3, 5, num_layers=2)
+        >>> output, h = layer(torch.randn(7, 2, 3))
+        >>> output.shape
+        torch.Size([7, 2, 5])
+    """
+
+
+class _Layer(Normalized, nn.RNNBase):
+    """What the layers share: the forward pass around an engine that runs one layer in one direction."""
+
+    def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
+        self.kind, self.choice = kind, NormChoice(norm, **options)
+        for suffix in self._suffixes():
+            self._add_norms(suffix, norm_cell)
+
+    def _suffixes(self) -> list[str]:
+        """The endings of the parameters' names, layer by layer, the reverse direction second."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+
+    def _weights(self, suffix: str) -> Weights:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        return Weights(*(getattr(self, f"{name}{suffix}", None) for name in names))  # type: ignore[arg-type]
+
+    def forward(self, input: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
+        """The hidden states of all steps, and the final one."""
+        if lengths is not None:
+            return self._run_padded(input, hx, lengths)
+        if self._is_plain():
+            return super().forward(input, hx)
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"{type(self).__name__}: expected input to be 2D or 3D, got {input.dim()}D of shape "
+                f"{tuple(input.shape)}"
+            )
+        if input.dim() == 2:
+            return self._run_unbatched(input, hx)
+        return self._run_batch(input, hx)
+
+    def _run_padded(self, input: Tensor, hx: Any, lengths: Tensor) -> Any:
+        if isinstance(input, PackedSequence) or input.dim() != 3:
+            raise ValueError("lengths belong to a padded batch of sequences, a 3D tensor; a PackedSequence has its own")
+        packed = pack_padded_sequence(input, torch.as_tensor(lengths).cpu(), self.batch_first, enforce_sorted=False)
+        output, final = self(packed, hx)
+        steps = input.shape[1 if self.batch_first else 0]
+        return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], final
+
+    def _run_unbatched(self, input: Tensor, hx: Any) -> Any:
+        batch_dim = 0 if self.batch_first else 1
+        for h in _as_tuple(hx):
+            if h.dim() != 2:
+                raise RuntimeError(f"for one sequence, a 2D input, hx is 2D too, got {h.dim()}D; a batch of one is 3D")
+        output, final = self._run_batch(input.unsqueeze(batch_dim), _like(hx, [h.unsqueeze(1) for h in _as_tuple(hx)]))
+        return output.squeeze(batch_dim), _like(final, [h.squeeze(1) for h in _as_tuple(final)])
+
+    def _run_batch(self, input: Tensor, hx: Any) -> Any:
+        hidden = self._start(input, None, hx)
+        steps_first = input.transpose(0, 1) if self.batch_first else input
+        steps, rows = steps_first.shape[:2]
+        if steps == 0:
+            raise RuntimeError("expected sequences of at least one time step, got none")
+        data, finals = self._run(steps_first.reshape(steps * rows, self.input_size), [rows] * steps, hidden)
+        output = data.view(steps, rows, data.shape[1])
+        return output.transpose(0, 1) if self.batch_first else output, self._pack_hidden(finals)
+
+    def _run_packed(self, input: PackedSequence, hx: Any) -> Any:
+        data, batch_sizes, order, back = input
+        hidden = self._start(data, batch_sizes, hx, order)
+        data, finals = self._run(data, batch_sizes.tolist(), hidden)
+        if back is not None:
+            finals = tuple(h.index_select(1, back) for h in finals)
+        return PackedSequence(data, batch_sizes, order, back), self._pack_hidden(finals)
+
+    def _start(self, input: Tensor, batch_sizes: Tensor | None, hx: Any, order: Tensor | None = None) -> Hidden:
+        """Check the input, and make or check the initial hidden tensors; torch.nn's own checks and messages."""
+        self._update_flat_weights()
+        rows = self.get_expected_hidden_size(input, batch_sizes)[1]
+        if hx is None:
+            widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.kind == "LSTM" else 1]
+            hidden = tuple(input.new_zeros(len(self._suffixes()), rows, width) for width in widths)
+        else:
+            hidden = _as_tuple(hx)
+            if batch_sizes is None and any(h.dim() != 3 for h in hidden):
+                raise RuntimeError(f"for a 3D input hx is 3D too, got {hidden[0].dim()}D of shape {hidden[0].shape}")
+            if order is not None:
+                hidden = tuple(h.index_select(1, order) for h in hidden)
+        self.check_forward_args(input, self._pack_hidden(hidden), batch_sizes)
+        return hidden
+
+    def _pack_hidden(self, hidden: Hidden) -> Any:
+        """As the user sees it: a tensor, or for the LSTM a pair."""
+        return hidden if self.kind == "LSTM" else hidden[0]
+
+    def _run(self, data: Tensor, sizes: list[int], hidden: Hidden) -> tuple[Tensor, Hidden]:
+        """All layers and directions over packed data, see ``loop.run``."""
+        backwards = _Backwards(sizes, data.device) if self.bidirectional else None
+        finals: list[Hidden] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for turn in (None, backwards) if self.bidirectional else (None,):
+                suffix = self._suffixes()[len(finals)]
+                start = tuple(h[len(finals)] for h in hidden)
+                read = data if turn is None else turn(data)
+                output, final = engines.run(self.kind, read, sizes, start, self._weights(suffix), self._norms(suffix))
+                outputs.append(output if turn is None else turn(output))
+                finals.append(final)
+            data = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+            if self.dropout and layer < self.num_layers - 1:
+                data = F.dropout(data, self.dropout, self.training)
+        return data, tuple(torch.stack(parts) for parts in zip(*finals))
+
+
+class _Backwards:
+    """Turns packed sequences around, each at its own end: step t of a sequence of length n becomes n − 1 − t."""
+
+    def __init__(self, sizes: list[int], device: torch.device) -> None:
+        self.steps, self.rows = len(sizes), sizes[0]
+        self.index: Tensor | None = None
+        if sizes[-1] != self.rows:
+            batch_sizes = torch.tensor(sizes)
+            starts = batch_sizes.cumsum(0) - batch_sizes
+            row = torch.cat([torch.arange(size) for size in sizes])
+            step = torch.arange(self.steps).repeat_interleave(batch_sizes)
+            lengths = (batch_sizes[:, None] > torch.arange(self.rows)).sum(0)
+            self.index = (starts[lengths[row] - 1 - step] + row).to(device)
+
+    def __call__(self, data: Tensor) -> Tensor:
+        if self.index is None:
+            return data.view(self.steps, self.rows, data.shape[1]).flip(0).view(data.shape)
+        return data.index_select(0, self.index)
+
+
+def _as_tuple(hx: Any) -> Hidden:
+    return () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+
+
+def _like(hx: Any, hidden: list[Tensor]) -> Any:
+    return None if hx is None else tuple(hidden) if isinstance(hx, tuple) else hidden[0]
+
+
+class RNN(_Layer, nn.RNN):  # noqa: D101
+    __doc__ = _LAYER_DOC.format(
+        title="A simple recurrent network",
+        name="RNN",
+        nonlinearity='\n        nonlinearity: ``"tanh"`` or ``"relu"``.',
+        proj_size="",
+        own="",
+        hidden="``(layers·directions, N, hidden_size)``, zeros if None",
+    )
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: str | Factory | None = "streaming",
+        **options: Unpack[NormOptions],
+    ) -> None:
+        nn.RNN.__init__(
+            self,
+            input_size,
+            hidden_size,
+            num_layers,
+            nonlinearity,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self._setup(self.mode, norm, options)
+
+
+class GRU(_Layer, nn.GRU):  # noqa: D101
+    __doc__ = _LAYER_DOC.format(
+        title="A gated recurrent unit",
+        name="GRU",
+        nonlinearity="",
+        proj_size="",
+        own="reset_after: whether the reset gate acts after the matrix product, as in torch.nn.\n        ",
+        hidden="``(layers·directions, N, hidden_size)``, zeros if None",
+    )
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: str | Factory | None = "streaming",
+        reset_after: bool = True,
+        **options: Unpack[NormOptions],
+    ) -> None:
+        nn.GRU.__init__(
+            self,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self._setup("GRU" if reset_after else "GRU_RESET_BEFORE", norm, options)
+
+
+class LSTM(_Layer, nn.LSTM):  # noqa: D101
+    __doc__ = _LAYER_DOC.format(
+        title="A long short-term memory",
+        name="LSTM",
+        nonlinearity="",
+        proj_size="\n        proj_size: if above 0, the hidden state is projected to this many features.",
+        own="norm_cell: whether to normalize the cell too, where it goes through its tanh.\n        ",
+        hidden="a pair (h, c), each ``(layers·directions, N, hidden_size)``, h with ``proj_size``; zeros if None",
+    )
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: str | Factory | None = "streaming",
+        norm_cell: bool = False,
+        **options: Unpack[NormOptions],
+    ) -> None:
+        nn.LSTM.__init__(
+            self,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+        )
+        self._setup("LSTM", norm, options, norm_cell)

@@ -1,0 +1,223 @@
+"""What ``norm=`` means in a recurrent layer: the choices, their defaults, and Batch Normalization step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class NormOptions(TypedDict, total=False):
+        """The keywords of a recurrent layer that shape its normalization; :class:`NormChoice` explains them."""
+
+        p: float
+        center: str
+        scale: str
+        eps: float
+        window: float
+        alpha: Sequence[float]
+        beta: Sequence[float]
+        kappa: float | Sequence[float]
+        momentum: float | None
+        max_steps: int
+        gain: float
+
+
+Factory = Callable[[int], nn.Module]
+"""Makes the normalization of one path from its number of features."""
+
+ALPHA = (0.7, 0.3)
+BETA = (0.7, 0.0, 0.3)
+KAPPA = 0.7
+"""The paper's constants for recurrent networks. The present gradient has a share: without it they train badly."""
+
+MOMENTUM = {"batch": 0.002, "batch-per-step": 0.1}
+"""Per use. Statistics shared by all steps are used at each of them: 0.002 remembers ten sequences of 50 steps, as
+0.1 remembers ten of those that are used once a sequence."""
+
+GAIN = 1.0
+
+_STREAM = ("window", "alpha", "beta", "kappa")
+_ALLOWED = {
+    "streaming": ("p", "center", "scale", "eps", "gain", *_STREAM),
+    "batch": ("p", "center", "scale", "eps", "gain", "momentum"),
+    "batch-per-step": ("p", "center", "scale", "eps", "gain", "momentum", "max_steps"),
+    "layer": ("p", "center", "scale", "eps", "gain"),
+}
+
+
+@dataclass(frozen=True)
+class NormChoice:
+    """Which normalization the paths of a recurrent layer get.
+
+    Args:
+        norm: ``"streaming"``, ``"batch"``, ``"batch-per-step"``, ``"layer"``, None, or a factory: a function that
+            makes a module from a number of features.
+        p: order of the moment. Default: 1 for streaming, 2 for the others.
+        center: ``"mean"`` or ``"zero"``, see LpMoment.
+        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        eps: added to sigma².
+        window: streaming: memory in samples; a time step of N sequences counts N. See Stream.
+        alpha: streaming: weights of long-term, short-term and present statistics.
+        beta: streaming: the same for their gradients.
+        kappa: streaming: what a weight update keeps of the long-term and takes of the short-term average.
+        momentum: batch: share of the present step in the running statistics.
+        max_steps: batch-per-step: how many time steps have statistics of their own; later steps share the last ones.
+        gain: where the gains start.
+
+    Raises:
+        ValueError: for an unknown norm, or an option that the norm does not have.
+    """
+
+    norm: str | Factory | None
+    p: float | None = None
+    center: str | None = None
+    scale: str | None = None
+    eps: float | None = None
+    window: float | None = None
+    alpha: Sequence[float] | None = None
+    beta: Sequence[float] | None = None
+    kappa: float | Sequence[float] | None = None
+    momentum: float | None = None
+    max_steps: int | None = None
+    gain: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.norm, str) and self.norm not in _ALLOWED:
+            names = ", ".join(repr(name) for name in _ALLOWED)
+            raise ValueError(
+                f"norm must be {names}, None, or a function that makes a module from a number of features, "
+                f"got {self.norm!r}"
+            )
+        allowed = _ALLOWED[self.norm] if isinstance(self.norm, str) else ()
+        for name, value in self._given().items():
+            if name not in allowed:
+                fitting = [repr(norm) for norm, options in _ALLOWED.items() if name in options]
+                raise ValueError(
+                    f"{name}={value} is an option of norm={' or '.join(fitting)}, got norm={self.norm!r}; "
+                    "leave it out, or give it to the module that a factory makes"
+                )
+        if self.norm == "batch-per-step" and (self.max_steps is None or self.max_steps < 1):
+            raise ValueError(
+                "norm='batch-per-step' keeps statistics for each time step: say for how many with max_steps, such as "
+                f"the length of your training sequences, got max_steps={self.max_steps}"
+            )
+
+    def __str__(self) -> str:
+        norm = self.norm if isinstance(self.norm, str) or self.norm is None else "factory"
+        return ", ".join([f"norm={norm!r}", *(f"{name}={value}" for name, value in self._given().items())])
+
+    def _given(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def make(self, num_features: int, bias: bool = False, **factory_kwargs: Any) -> nn.Module | None:
+        """The normalization of one path. Its bias is the layer's own (``bias_ih``, ``bias_hh``) unless asked for."""
+        if self.norm is None:
+            return None
+        if not isinstance(self.norm, str):
+            return self.norm(num_features)
+        options = {**self._given(), **factory_kwargs, "bias": bias}
+        options.pop("gain", None)
+        if self.norm == "streaming":
+            return StreamingNorm1d(num_features, **_stream_defaults(options))
+        if self.norm == "layer":
+            return SampleNorm(num_features, "layer", **options)
+        options.setdefault("momentum", MOMENTUM[self.norm])
+        cls = RecurrentBatchNorm if self.norm == "batch" else PerStepBatchNorm
+        return cls(num_features, **options)
+
+    @torch.no_grad()
+    def reset(self, norm: nn.Module) -> None:
+        """Set a norm that was made here back to its start."""
+        reset: Any = getattr(norm, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        if isinstance(norm, Norm) and norm.weight is not None and isinstance(self.norm, str):
+            norm.weight.fill_(GAIN if self.gain is None else self.gain)
+
+
+def _stream_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """The recurrent constants for those of α, β, κ that are not given; none beside a window."""
+    if "window" in options:
+        return options
+    return {"alpha": ALPHA, "beta": BETA, "kappa": KAPPA, **options}
+
+
+class When(NamedTuple):
+    """Where in a sequence a normalization is used.
+
+    ``step`` is the number of the time step, None if nobody said; ``alone`` says that one sequence is left at this
+    step out of several that have ended.
+    """
+
+    step: int | None = None
+    alone: bool = False
+
+
+class RecurrentBatchNorm(GeneralBatchNorm):
+    """Batch Normalization of a path, step by step, with one set of running statistics for all steps (RGBN).
+
+    At a step that only the longest sequence of a mini-batch reaches there is no batch: the running statistics
+    normalize it, as in evaluation.
+    """
+
+    def at(self, x: Tensor, when: When) -> Tensor:
+        """Normalize x, the values of one time step."""
+        if when.alone and self.training:
+            self._check_input(x)
+            return self._evaluate(x, None, self._view(x))
+        y: Tensor = self(x)
+        return y
+
+
+class PerStepBatchNorm(RecurrentBatchNorm):
+    """Batch Normalization of a path with running statistics of each time step (Cooijmans et al., 2016).
+
+    Gain and bias are the same at all steps. Steps from ``max_steps`` on use the statistics of the last one.
+
+    Args:
+        num_features: C.
+        max_steps: how many steps have statistics of their own.
+        **options: as for GeneralBatchNorm.
+    """
+
+    def __init__(self, num_features: int, max_steps: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.max_steps = max_steps
+        self._row = 0
+        steps, like = (max_steps, 1), self.running_mean
+        self.register_buffer("running_mean", torch.zeros_like(like).repeat(steps))
+        self.register_buffer("running_var", torch.ones_like(like).repeat(steps))
+        self.register_buffer("num_batches_tracked", torch.zeros(max_steps, device=like.device, dtype=torch.int64))
+
+    def at(self, x: Tensor, when: When) -> Tensor:
+        """Normalize x, the values of time step ``when.step``."""
+        if when.step is None:
+            raise ValueError("norm='batch-per-step' has to know the time step: write cell(x, h, step=t), from 0 on")
+        self._row = min(when.step, self.max_steps - 1)
+        return super().at(x, when)
+
+    def eval_stats(self) -> tuple[Tensor, Tensor]:
+        """mu and sigma² of the time step that was used last."""
+        return self.running_mean[self._row], self.running_var[self._row]
+
+    @torch.no_grad()
+    def _track(self, stats: Tensor, n: int | Tensor) -> None:
+        whole = self.running_mean, self.running_var, self.num_batches_tracked
+        self.running_mean, self.running_var, self.num_batches_tracked = (buffer[self._row] for buffer in whole)
+        try:
+            super()._track(stats, n)
+        finally:
+            self.running_mean, self.running_var, self.num_batches_tracked = whole
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from layer to layer."""
+        return f"{super().extra_repr()}, max_steps={self.max_steps}"
