@@ -20,6 +20,8 @@ html_title = f"streamnorm {release}"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+# The README links to files outside docs/. That links between files lead somewhere is tested (tests/test_docs.py).
+suppress_warnings = ["myst.xref_missing"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
