@@ -60,6 +60,15 @@ class Norm(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    # With a stream only.
+    long: Tensor
+    short: Tensor
+    long_grad: Tensor
+    short_grad: Tensor
+    count: Tensor
+    grad_count: Tensor
+    samples: Tensor
+    grad_samples: Tensor
 
     def __init__(
         self,
