@@ -21,7 +21,8 @@ def elements(ref: str | tuple[str, int], shape: Sequence[int], *, ghosts: int = 
 
     Args:
         ref: a row of the table of views. For a batch: "channel", "layer" or ("group", g); for one sample:
-            "sample_channel", "sample_layer", "sample_position" or ("sample_group", g).
+            "sample_channel", "sample_layer", "sample_position" or ("sample_group", g). Of one's own: ("strides", g)
+            for every g-th channel together, and "rows" and "columns" of images.
         shape: ``(N, C, S...)``.
         ghosts: the number P of partitions of the batch, sample i in partition i mod P; only with "channel".
     """
@@ -37,6 +38,12 @@ def elements(ref: str | tuple[str, int], shape: Sequence[int], *, ghosts: int = 
         return flat.reshape(n, 1, c * s)
     if name == "group":
         return flat.reshape(n, groups, c // groups * s)
+    if name == "strides":
+        return flat.reshape(n, c // groups, groups, s).transpose(0, 2, 1, 3).reshape(n, groups, c // groups * s)
+    if name == "rows":
+        return flat.reshape(n, c * rest[0], rest[1])
+    if name == "columns":
+        return flat.reshape(n, c * rest[0], rest[1]).transpose(0, 2, 1)
     if name == "sample_layer":
         return flat.reshape(1, n, c * s)
     if name == "sample_channel":
