@@ -1,0 +1,683 @@
+"""The streaming state: what it is called, when it moves, and when it must not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import streamnorm as sn
+from streamnorm import ops
+
+ENGINES = [engine.NAME for engine in ops.ENGINES]
+FORWARD = ("short", "count", "samples")
+BACKWARD = ("short_grad", "grad_count", "grad_samples")
+SHAPES = {1: (3, 4), 2: (3, 4, 5, 2), 3: (3, 4, 2, 3, 2)}
+LAYERS: dict[int, Callable[..., sn.Norm]] = {1: sn.StreamingNorm1d, 2: sn.StreamingNorm2d, 3: sn.StreamingNorm3d}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once with each engine."""
+    with ops.force(request.param):
+        yield request.param
+
+
+def buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state."""
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+def changed(layer: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """The names of the buffers that are not bit for bit what they were."""
+    return {name for name, buffer in layer.named_buffers() if not buffer.equal(before[name])}
+
+
+def use(layer: sn.Norm, *shape: int, backward: bool = True) -> Tensor:
+    """Run the layer on random data of its dtype, and back."""
+    x = torch.randn(*shape, dtype=layer.state.long.dtype, requires_grad=True)
+    y: Tensor = layer(x * 2 + 1)
+    if backward:
+        (y * torch.randn_like(y)).sum().backward()
+    return y
+
+
+# Names, shapes, dtypes
+
+
+@pytest.mark.parametrize(("ref", "num_stats"), [("channel", 6), ("layer", 1), (("group", 2), 2)])
+def test_names_and_shapes(ref: Any, num_stats: int) -> None:
+    layer = sn.StreamingNorm2d(6, ref=ref)
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    assert shapes == {
+        "weight": (6,),
+        "bias": (6,),
+        "long": (2, num_stats),
+        "short": (2, num_stats),
+        "long_grad": (2, num_stats),
+        "short_grad": (2, num_stats),
+        "count": (num_stats,),
+        "grad_count": (num_stats,),
+        "samples": (),
+        "grad_samples": (),
+    }
+
+
+def test_a_new_layer_starts_at_the_prior() -> None:
+    layer = sn.StreamingNorm1d(3)
+    assert layer.long.tolist() == [[0, 0, 0], [1, 1, 1]]
+    others = [buffer for name, buffer in layer.named_buffers() if name != "long"]
+    assert len(others) == 7
+    assert not any(buffer.any() for buffer in others)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("how", ["made", "moved"])
+def test_dtype_of_the_state(how: str, dtype: torch.dtype, kept: torch.dtype) -> None:
+    layer = sn.StreamingNorm1d(3, dtype=dtype) if how == "made" else sn.StreamingNorm1d(3).to(dtype)
+    assert layer.weight is not None
+    assert layer.weight.dtype == dtype
+    assert {layer.long.dtype, layer.short.dtype, layer.long_grad.dtype, layer.short_grad.dtype} == {kept}
+    assert {layer.count.dtype, layer.grad_count.dtype, layer.samples.dtype, layer.grad_samples.dtype} == {torch.int64}
+
+
+def test_half_keeps_every_bit_of_the_statistics() -> None:
+    layer = sn.StreamingNorm1d(4)
+    use(layer, 5, 4)
+    before = buffers(layer)
+    assert not changed(layer.half(), before)
+    assert not changed(layer.bfloat16(), before)
+    assert not changed(layer.float(), before)
+
+
+def test_double_and_back_keeps_the_statistics() -> None:
+    layer = sn.StreamingNorm1d(4)
+    use(layer, 5, 4)
+    before = buffers(layer)
+    assert layer.double().long.dtype == torch.float64
+    assert layer.half().long.dtype == torch.float32
+    assert not changed(layer, before)
+
+
+def test_the_dtype_of_a_model_around_it_counts_too() -> None:
+    layer = sn.StreamingNorm1d(3)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(layer)).half()
+    assert layer.long.dtype == torch.float32
+    model.double()
+    assert layer.long.dtype == torch.float64
+
+
+def test_general_batch_norm_keeps_float32_too() -> None:
+    layer = sn.GeneralBatchNorm(3).half()
+    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+    assert layer.weight is not None
+    assert layer.weight.dtype == torch.float16
+
+
+def test_made_on_meta_and_filled_later() -> None:
+    layer = sn.StreamingNorm1d(3, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    fresh = sn.StreamingNorm1d(3).state_dict()
+    assert all(tensor.equal(fresh[name]) for name, tensor in layer.state_dict().items())
+
+
+# When it moves
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_use_counts_elements_and_samples(engine: str, dims: int) -> None:
+    layer = LAYERS[dims](4)
+    use(layer, *SHAPES[dims])
+    per_channel = math.prod(SHAPES[dims]) // 4
+    assert layer.count.tolist() == layer.grad_count.tolist() == [per_channel] * 4
+    assert (int(layer.samples), int(layer.grad_samples)) == (3, 3)
+    assert layer.long.tolist() == [[0] * 4, [1] * 4]  # moves at a weight update only
+
+
+@pytest.mark.parametrize("how", ["eval", "frozen"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_evaluation_leaves_the_state_alone(engine: str, how: str, masked: bool) -> None:
+    layer = sn.StreamingNorm2d(4)
+    use(layer, 3, 4, 5, 2)
+    before = buffers(layer)
+    if how == "eval":
+        layer.eval()
+    else:
+        sn.freeze(layer)
+    x = torch.randn(3, 4, 5, 2, requires_grad=True)
+    layer(x, torch.rand(3, 5, 2) < 0.5 if masked else None).square().sum().backward()
+    assert not changed(layer, before)
+    assert x.grad is not None
+
+
+def test_without_grad_the_forward_part_alone_moves(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    before = buffers(layer)
+    with torch.no_grad():
+        layer(torch.randn(3, 4))
+    assert changed(layer, before) == set(FORWARD)
+
+
+def test_inference_mode_is_like_no_grad(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    before = buffers(layer)
+    with torch.inference_mode():
+        layer(torch.randn(3, 4))
+    assert changed(layer, before) == set(FORWARD)
+    use(layer, 2, 4)
+    sn.commit(layer)
+    assert torch.isfinite(layer.long).all()
+
+
+def test_data_without_gradient_stream_none(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    before = buffers(layer)
+    layer(torch.randn(3, 4)).square().sum().backward()
+    assert changed(layer, before) == set(FORWARD)
+    assert layer.weight is not None
+    assert layer.weight.grad is not None
+
+
+def test_several_uses_in_one_forward(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    h = torch.randn(3, 4, requires_grad=True)
+    for _ in range(5):
+        h = torch.tanh(layer(h))
+    h.sum().backward()
+    assert layer.count.tolist() == layer.grad_count.tolist() == [15] * 4
+    assert (int(layer.samples), int(layer.grad_samples)) == (15, 15)
+    assert changed(layer, buffers(sn.StreamingNorm1d(4))) == {*FORWARD, *BACKWARD}
+
+
+def test_the_short_term_average_is_weighted_by_elements(engine: str) -> None:
+    layer = sn.StreamingNorm1d(1, center="zero", p=2).double()
+    parts = [torch.randn(n, 1, 7, dtype=torch.float64) for n in (1, 5, 2)]
+    for part in parts:
+        layer(part)
+    everything = torch.cat(parts)
+    torch.testing.assert_close(layer.short[0, 0], everything.mean())
+    torch.testing.assert_close(layer.short[1, 0], everything.square().mean())
+
+
+def test_backward_twice_streams_twice(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    loss = layer(torch.randn(3, 4, requires_grad=True)).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert layer.grad_count.tolist() == [6] * 4
+    assert int(layer.grad_samples) == 6
+
+
+# Gradients in any order, or not at all
+
+
+def two_uses(order: str) -> tuple[sn.Norm, Tensor, Tensor]:
+    """Two uses side by side, whose gradients are asked for in this order."""
+    torch.manual_seed(3)
+    layer = sn.StreamingNorm1d(4, center="zero").double()
+    a, b = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (2, 5))
+    losses = {"a": layer(a).pow(3).sum(), "b": layer(b).pow(3).sum()}
+    for name in order:
+        losses[name].backward()
+    return layer, a, b
+
+
+def test_gradients_arrive_in_any_order(engine: str) -> None:
+    """About zero, the gradient of the location does not pass through that of the moment: averages have no order."""
+    first, *_ = two_uses("ab")
+    second, *_ = two_uses("ba")
+    torch.testing.assert_close(first.short_grad, second.short_grad, rtol=1e-12, atol=1e-14)
+    assert first.grad_count.equal(second.grad_count)
+
+
+def test_each_gradient_sees_those_before_it(engine: str) -> None:
+    _, a_first, _ = two_uses("ab")
+    _, a_last, _ = two_uses("ba")
+    assert a_first.grad is not None
+    assert a_last.grad is not None
+    assert (a_first.grad - a_last.grad).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["branch not taken", "exception"])
+def test_a_forward_without_its_backward(engine: str, how: str) -> None:
+    """Is one whose statistics count and whose gradient does not, as under ``no_grad``."""
+    layer, plain = sn.StreamingNorm1d(4), sn.StreamingNorm1d(4)
+    x, lost = torch.randn(3, 4), torch.randn(2, 4)
+
+    def interrupted() -> None:
+        layer(lost.clone().requires_grad_())
+        if how == "exception":
+            raise RuntimeError("out of memory")
+
+    try:
+        interrupted()
+    except RuntimeError:
+        assert how == "exception"
+    with torch.no_grad():
+        plain(lost)
+    for each in (layer, plain):
+        each(x.clone().requires_grad_()).square().sum().backward()
+        sn.commit(each)
+    assert not changed(layer, buffers(plain))
+    assert torch.isfinite(layer.long).all()
+    assert not layer.short.any()
+
+
+def test_a_backward_after_the_commit_belongs_to_the_next_update(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    loss = layer(torch.randn(3, 4, requires_grad=True)).square().sum()
+    sn.commit(layer)
+    long_grad = layer.long_grad.clone()
+    loss.backward()
+    assert layer.count.tolist() == [0] * 4
+    assert layer.grad_count.tolist() == [3] * 4
+    sn.commit(layer)
+    assert not layer.long_grad.equal(long_grad)
+
+
+# Few elements
+
+
+EMPTY: list[tuple[Callable[..., sn.Norm], tuple[int, ...]]] = [
+    (sn.StreamingNorm1d, (0, 4)),
+    (sn.StreamingNorm1d, (3, 4, 0)),
+    (sn.StreamingNorm2d, (0, 4, 2, 2)),
+    (sn.StreamingNorm3d, (2, 4, 2, 0, 2)),
+    (sn.GeneralBatchNorm, (0, 4, 2, 2)),
+    (sn.SampleNorm, (0, 4, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize(("make", "shape"), EMPTY, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_an_empty_input(engine: str, make: Callable[..., sn.Norm], shape: tuple[int, ...], mode: str) -> None:
+    layer = make(4)
+    layer.train(mode != "eval")
+    layer.frozen = mode == "frozen"
+    before = buffers(layer)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x, torch.ones(shape[0], dtype=torch.bool))
+    assert y.shape == shape
+    assert y.dtype == x.dtype
+    y.sum().backward()
+    assert not changed(layer, before)
+    assert layer.weight is not None
+    assert layer.bias is not None
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
+    assert not layer.weight.grad.any()
+    assert not layer.bias.grad.any()
+    assert x.grad is not None
+
+
+def test_an_empty_input_without_gain(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4, affine=False)
+    y = layer(torch.randn(0, 4, requires_grad=True))
+    assert y.requires_grad
+    assert layer(torch.randn(0, 4)).shape == (0, 4)
+    assert not changed(layer, buffers(sn.StreamingNorm1d(4, affine=False)))
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3])
+@pytest.mark.parametrize("center", ["mean", "zero"])
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1, 1), (2, 4, 1, 1)], ids=str)
+def test_one_element_for_each_statistic(engine: str, shape: tuple[int, ...], center: str, p: float) -> None:
+    layer = LAYERS[1 if len(shape) == 2 else 2](4, p=p, center=center)
+    for _ in range(3):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        y.square().sum().backward()
+        assert torch.isfinite(y).all()
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+        sn.commit(layer)
+    assert all(torch.isfinite(buffer).all() for buffer in layer.buffers())
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer_dtype", ["reduced", "float32"])
+@pytest.mark.parametrize("ref", ["channel", ("group", 2)])
+def test_reduced_precision_follows_float32(engine: str, dtype: torch.dtype, layer_dtype: str, ref: Any) -> None:
+    """The same numbers, rounded, through a float32 layer: statistics agree to float32's rounding."""
+    layer, wide = sn.StreamingNorm1d(4, ref=ref), sn.StreamingNorm1d(4, ref=ref)
+    if layer_dtype == "reduced":
+        layer.to(dtype)
+    step = torch.finfo(dtype).eps
+    for training in (True, True, False):
+        layer.train(training)
+        wide.train(training)
+        x = (torch.randn(6, 4) * 2 + 1).to(dtype)
+        ours, theirs = x.clone().requires_grad_(), x.float().requires_grad_()
+        dy = torch.randn(6, 4).to(dtype)
+        y, expected = layer(ours), wide(theirs)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, rtol=step, atol=step)
+        y.backward(dy)
+        expected.backward(dy.float())
+        assert ours.grad is not None
+        assert ours.grad.dtype == dtype
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=2 * step, atol=2 * step)
+        torch.testing.assert_close(layer.short, wide.short, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer.short_grad, wide.short_grad, rtol=1e-5, atol=1e-6)
+        if training:
+            sn.commit(layer)
+            sn.commit(wide)
+
+
+def test_reduced_precision_counts_exactly(engine: str) -> None:
+    """More elements than float16 can count or add."""
+    layer = sn.StreamingNorm1d(1, center="zero", p=1).half()
+    x = torch.ones(300, 1, 300, dtype=torch.float16)
+    for _ in range(3):
+        layer(x)
+    assert layer.count.tolist() == [270_000]
+    torch.testing.assert_close(layer.short, torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast(engine: str, dtype: torch.dtype) -> None:
+    layer = sn.StreamingNorm1d(4)
+    model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2))
+    for training in (True, False):
+        model.train(training)
+        with torch.autocast("cpu", dtype):
+            y = model(torch.randn(5, 3))
+        y.float().sum().backward()
+        assert y.dtype == dtype
+    assert layer.short.dtype == torch.float32
+    assert layer.weight is not None
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.grad_count.tolist() == [5] * 4
+
+
+# Layouts
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The numbers of x, (N, C, H, W), in other places in memory."""
+    wider = torch.zeros(x.shape[0], x.shape[1] * 2, x.shape[2], x.shape[3] * 3)
+    wider[:, 1::2, :, 2::3] = x
+    return {
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "transposed": x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0),
+        "sliced": wider[:, 1::2, :, 2::3],
+        "batch inside": x.movedim(0, 3).contiguous().movedim(3, 0),
+    }
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "batch inside"])
+@pytest.mark.parametrize("ref", ["channel", "layer", ("group", 2)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_layout(engine: str, layout: str, ref: Any, masked: bool) -> None:
+    layer, plain = (sn.StreamingNorm2d(4, ref=ref) for _ in range(2))
+    mask = torch.rand(3, 5, 2) < 0.7 if masked else None
+    for _ in range(2):
+        x, dy = torch.randn(3, 4, 5, 2), torch.randn(3, 4, 5, 2)
+        ours, theirs = layouts(x)[layout].detach().requires_grad_(), x.clone().requires_grad_()
+        assert not ours.is_contiguous()
+        y, expected = layer(ours, mask), plain(theirs, mask)
+        y.backward(layouts(dy)[layout])
+        expected.backward(dy)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        sn.commit(layer)
+        sn.commit(plain)
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(buffer, plain.get_buffer(name))
+
+
+@pytest.mark.parametrize("ref", ["channel", "layer", ("group", 2)], ids=str)
+def test_channels_last_comes_out_as_it_went_in(engine: str, ref: Any) -> None:
+    layer = sn.StreamingNorm2d(4, ref=ref)
+    x = torch.randn(3, 4, 5, 2).contiguous(memory_format=torch.channels_last)
+    for training in (True, False):
+        assert layer.train(training)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("ref", ["channel", "layer", ("group", 2)], ids=str)
+def test_expanded_inputs_and_gradients(engine: str, ref: Any) -> None:
+    """Many elements in one place of memory: stride 0. The gradient of a sum is such a tensor too."""
+    layer, plain = (sn.StreamingNorm2d(4, ref=ref) for _ in range(2))
+    small = torch.randn(3, 1, 5, 1)
+    ours, theirs = small.clone().requires_grad_(), small.clone().requires_grad_()
+    layer(ours.expand(3, 4, 5, 2)).sum().backward()
+    plain(theirs.repeat(1, 4, 1, 2)).backward(torch.ones(3, 4, 5, 2))
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(layer.short, plain.short)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("ref", ["channel", ("group", 2)], ids=str)
+def test_an_in_place_activation_may_follow(engine: str, ref: Any, affine: bool) -> None:
+    layers: list[sn.Norm] = [
+        sn.StreamingNorm1d(4, ref=ref, affine=affine),
+        sn.GeneralBatchNorm(4, ref, affine=affine),
+        sn.SampleNorm(4, ("group", 2), affine=affine),
+    ]
+    for layer in layers:
+        x, dy = torch.randn(3, 4), torch.randn(3, 4)
+        gradients = []
+        for inplace in (False, True):
+            leaf = x.clone().requires_grad_()
+            nn.Sequential(copy.deepcopy(layer), nn.ReLU(inplace))(leaf).backward(dy)
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_the_input_is_left_alone(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    x = torch.randn(3, 4)
+    before = x.clone()
+    layer(x)
+    assert x.equal(before)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("ref", ["channel", "layer", ("group", 2)], ids=str)
+def test_masked_samples_are_as_good_as_absent(engine: str, ref: Any) -> None:
+    layer, plain = (sn.StreamingNorm1d(4, ref=ref).double() for _ in range(2))
+    for _ in range(3):
+        x, dy = torch.randn(6, 4, 5, dtype=torch.float64), torch.randn(6, 4, 5, dtype=torch.float64)
+        mask = torch.tensor([True, False, True, True, False, True])
+        ours, theirs = x.clone().requires_grad_(), x[mask].clone().requires_grad_()
+        y, expected = layer(ours, mask), plain(theirs)
+        y.backward(dy)
+        expected.backward(dy[mask])
+        torch.testing.assert_close(y[mask], expected)
+        assert not y[~mask].any()
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad[mask], theirs.grad)
+        assert not ours.grad[~mask].any()
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(buffer, plain.get_buffer(name))
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
+        sn.commit(layer)
+        sn.commit(plain)
+
+
+def test_masked_places_are_not_counted(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4, ref=("group", 2))
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, :2] = mask[2, :3] = True
+    layer(torch.randn(3, 4, 5, requires_grad=True), mask).sum().backward()
+    assert layer.count.tolist() == layer.grad_count.tolist() == [10, 10]  # 5 places, 2 channels to a group
+    assert int(layer.samples) == int(layer.grad_samples) == 2  # one sample has none left
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("padding", [math.nan, math.inf, 1e30])
+def test_padding_may_hold_anything(engine: str, padding: float, mode: str) -> None:
+    results = []
+    for value in (0.0, padding):
+        layer = sn.StreamingNorm1d(4)
+        layer.train(mode != "eval")
+        layer.frozen = mode == "frozen"
+        torch.manual_seed(1)
+        x = torch.randn(5, 4, 3)
+        mask = torch.rand(5, 3) < 0.6
+        x = x.masked_fill(~mask.unsqueeze(1), value).requires_grad_()
+        y = layer(x, mask)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for clean, padded in zip(*results):
+        assert isinstance(clean, Tensor)
+        assert isinstance(padded, Tensor)
+        assert padded.equal(clean)
+
+
+def test_a_mask_that_hides_all(engine: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    use(layer, 3, 4)
+    before = buffers(layer)
+    x = torch.randn(3, 4, requires_grad=True)
+    y = layer(x, torch.zeros(3, dtype=torch.bool))
+    y.sum().backward()
+    assert not y.any()
+    assert x.grad is not None
+    assert not x.grad.any()
+    assert not changed(layer, before)
+
+
+# Values that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_an_index_that_is_not_finite_is_left_out(engine: str, bad: float, p: float) -> None:
+    """The others go on as if nothing had happened."""
+    layer, clean = (sn.StreamingNorm1d(3, p=p) for _ in range(2))
+    x = torch.randn(4, 3)
+    spoilt = x.clone()
+    spoilt[1:3, 1] = bad  # two of 3e38 overflow any sum
+    good = torch.tensor([0, 2])
+    y, expected = layer(spoilt.requires_grad_()), clean(x.requires_grad_())
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(y[:, good], expected[:, good], rtol=0, atol=0)
+    assert x.grad is not None
+    assert spoilt.grad is not None
+    torch.testing.assert_close(spoilt.grad[:, good], x.grad[:, good], rtol=0, atol=0)
+    for name in ("short", "short_grad"):
+        ours, theirs = layer.get_buffer(name), clean.get_buffer(name)
+        assert ours[:, good].equal(theirs[:, good])
+        assert not ours[:, 1].any()
+    assert layer.count.tolist() == layer.grad_count.tolist() == [4, 0, 4]
+    assert not torch.isfinite(y[:, 1]).all() or bad == 3e38
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_left_out(engine: str, bad: float) -> None:
+    layer = sn.StreamingNorm1d(3)
+    x = torch.randn(4, 3, requires_grad=True)
+    dy = torch.randn(4, 3)
+    dy[0, 2] = bad
+    layer(x).backward(dy)
+    assert layer.count.tolist() == [4, 4, 4]
+    assert layer.grad_count.tolist() == [4, 4, 0]
+    assert not layer.short_grad[:, 2].any()
+    assert torch.isfinite(layer.short_grad).all()
+    assert x.grad is not None
+    assert not torch.isfinite(x.grad[:, 2]).all()  # a loss scaler has to see it
+    assert torch.isfinite(x.grad[:, :2]).all()
+
+
+# Saved and loaded
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> None:
+    """Two mini-batches to an update; a list that ends between them leaves its gradients."""
+    for number, x in enumerate(batches, 1):
+        model(x).square().mean().backward()
+        if number % 2 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("pause", [4, 5], ids=["after an update", "between mini-batches"])
+def test_a_resumed_run_is_the_same_bit_for_bit(engine: str, pause: int, tmp_path: Any) -> None:
+    batches = [torch.randn(n, 3) for n in (1, 4, 2, 3, 5, 1, 2, 2)]
+    whole = small_model()
+    optimizer = torch.optim.SGD(whole.parameters(), 0.1, momentum=0.9)
+    train(whole, optimizer, batches)
+
+    first = small_model()
+    optimizer = torch.optim.SGD(first.parameters(), 0.1, momentum=0.9)
+    train(first, optimizer, batches[:pause])
+    torch.save(
+        {
+            "model": first.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "grads": [parameter.grad for parameter in first.parameters()],
+        },
+        tmp_path / "checkpoint.pt",
+    )
+
+    second = small_model()
+    nn.init.zeros_(second.get_parameter("0.weight"))
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    second.load_state_dict(checkpoint["model"])
+    optimizer = torch.optim.SGD(second.parameters(), 0.1, momentum=0.9)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for parameter, grad in zip(second.parameters(), checkpoint["grads"]):
+        parameter.grad = grad
+    if pause % 2:
+        second(batches[pause]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    train(second, optimizer, batches[pause + pause % 2 :])
+    for name, tensor in whole.state_dict().items():
+        assert tensor.equal(second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict(assign: bool) -> None:
+    layer, other = sn.StreamingNorm1d(4), sn.StreamingNorm1d(4)
+    use(layer, 5, 4)
+    other.load_state_dict(copy.deepcopy(layer.state_dict()), assign=assign)
+    assert not changed(other, buffers(layer))
+    use(other, 2, 4)
+    assert int(other.samples) == 7
+    assert int(layer.samples) == 5
+
+
+def test_load_state_dict_across_dtypes() -> None:
+    layer, other = sn.StreamingNorm1d(4), sn.StreamingNorm1d(4).double()
+    use(layer, 5, 4)
+    other.load_state_dict(layer.state_dict())
+    assert other.short.dtype == torch.float64
+    assert other.short.equal(layer.short.double())
+
+
+def test_general_batch_norm_exchanges_state_dicts_with_batch_norm() -> None:
+    ours, theirs = sn.GeneralBatchNorm(4), nn.BatchNorm1d(4)
+    theirs(torch.randn(6, 4) * 2 + 1)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
