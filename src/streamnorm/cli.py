@@ -68,7 +68,7 @@ def _call(command: Command, words: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "streamnorm":
             raise
-        return _complain(f"this command needs the package {error.name!r}: pip install \"streamnorm[experiments]\"")
+        return _complain(f'this command needs the package {error.name!r}: pip install "streamnorm[experiments]"')
     except UserError as error:
         return _complain(str(error))
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -81,7 +81,7 @@ def _call(command: Command, words: list[str]) -> int:
 def _explain(error: OSError) -> str:
     place = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left while writing{place}: free some, then give the same command again; finished runs are kept"
+        return f"no space left while writing{place}: free some, then repeat the command; finished runs are kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write or read{place} ({error.strerror}): choose another folder, or change its rights"
     return f"{error.strerror or error}{place and ':' + place}: mend this, then give the same command again"

@@ -20,7 +20,6 @@ from torch import Tensor
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.sources import Source
 
-DEFAULT_LIMIT = 10_000
 SPLITS = ("train", "validation", "test")
 
 
@@ -67,9 +66,8 @@ def split_sizes(source: Source, limit: int | None, validation: int | None) -> tu
         UserError: the source has too few.
     """
     held_out = source.default_validation if validation is None else validation
-    left = source.train_size - held_out
-    count = min(DEFAULT_LIMIT, left) if limit is None else limit
-    if count < 1 or held_out < 1 or count > left:
+    count = source.default_train if limit is None else limit
+    if count < 1 or held_out < 1 or count + held_out > source.train_size:
         message = (
             f"--limit {count} and --validation {held_out} do not fit {source.name}: "
             f"it has {source.train_size} training images, and both must be at least 1"
@@ -91,13 +89,13 @@ def prepare(source: Source, limit: int | None, validation: int | None, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     for split, (images, targets) in arrays.items():
-        np.save(folder / f"{split}_pixels.npy", np.ascontiguousarray(images))
-        np.save(folder / f"{split}_labels.npy", targets)
-        digest.update(np.ascontiguousarray(images))
-        digest.update(np.ascontiguousarray(targets))
+        for name, array in (("pixels", images), ("labels", targets)):
+            values = np.ascontiguousarray(array).data
+            (folder / f"{split}.{name}").write_bytes(values)
+            digest.update(values)
     information = {
         "name": source.name,
-        "description": source.describe(),
+        "description": source.description,
         "classes": len(source.classes),
         "shape": list(pixels.shape[1:]),
         **{split: len(targets) for split, (_, targets) in arrays.items()},
@@ -110,16 +108,17 @@ def prepare(source: Source, limit: int | None, validation: int | None, folder: P
 @lru_cache(maxsize=1)
 def load(folder: Path) -> Data:
     """Map the prepared arrays into memory; one copy serves every run of a worker."""
-    classes = json.loads((folder / "data.json").read_text(encoding="utf-8"))["classes"]
-    pixels = {split: _mapped(folder / f"{split}_pixels.npy") for split in SPLITS}
-    labels = {split: _mapped(folder / f"{split}_labels.npy") for split in SPLITS}
+    about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    pixels = {s: _mapped(folder / f"{s}.pixels", np.uint8, (about[s], *about["shape"])) for s in SPLITS}
+    labels = {s: _mapped(folder / f"{s}.labels", np.int64, (about[s],)) for s in SPLITS}
     mean, std = _channel_statistics(pixels["train"])
-    splits = {split: Split(pixels[split], labels[split], mean, std) for split in SPLITS}
-    return Data(classes, **splits)
+    splits = {s: Split(pixels[s], labels[s], mean, std) for s in SPLITS}
+    return Data(about["classes"], **splits)
 
 
-def _mapped(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch wants arrays that it may write to
+def _mapped(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> Tensor:
+    # Copy on write, for torch wants memory that it may write to.
+    return torch.from_numpy(np.memmap(path, dtype=kind, mode="c", shape=shape))
 
 
 def _channel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

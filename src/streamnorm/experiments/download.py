@@ -42,7 +42,11 @@ def download(folder: Path, url: str = URL, md5: str = MD5) -> Path:
 def _fetch(url: str, target: Path) -> None:
     columns = (TextColumn("fetching CIFAR-10"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer, open(target, "wb") as file, Progress(*columns) as progress:
+        with (
+            urllib.request.urlopen(url, timeout=30) as answer,
+            open(target, "wb") as file,
+            Progress(*columns) as progress,
+        ):
             task = progress.add_task("", total=int(answer.headers.get("Content-Length") or 0) or None)
             while chunk := answer.read(1 << 18):
                 file.write(chunk)

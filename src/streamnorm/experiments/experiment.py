@@ -8,15 +8,20 @@ training, resuming, statistics, figures and the report follow from the declarati
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
+from tyro import conf
 
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.methods import NormFactory, trainable
 from streamnorm.experiments.setting import Setting
+
+# For the help text: what stands in for the value, and no "(default: None)" where the text tells the default.
+Folder = Annotated[str | None, conf.arg(metavar="FOLDER", help_behavior_hint="")]
+Number = Annotated[int | None, conf.arg(metavar="INT", help_behavior_hint="")]
 
 TUNE_SEED = 1000  # rates are chosen with other seeds than those that are reported
 
@@ -59,21 +64,29 @@ class Experiment(ABC):
     )
     """The pairs of methods that the verdict speaks of, ours first."""
 
-    data: str | None = None
-    """Folder with images: Parquet files in the Hub's cifar10 layout, or CIFAR-10's binary files (see `streamnorm
-    data`). Without it, scikit-learn's digits are used and nothing is downloaded."""
+    data: Folder = None
+    """Folder with images: Parquet files in the Hub's cifar10 layout, or CIFAR-10's binary files.
 
-    out: str | None = None
-    """Folder for logs, figures and the report. Default: runs/EXPERIMENT-DATA. The same command continues what an
-    interrupted one left there."""
+    Default: scikit-learn's digits, so that nothing is downloaded. `streamnorm data --help` tells more."""
 
-    methods: tuple[str, ...] = ("none", "batch", "layer", "streaming-l2", "streaming-l1")
+    out: Folder = None
+    """Folder for logs, figures and the report; the same command continues what an interrupted one left there.
+
+    Default: runs/EXPERIMENT-DATA."""
+
+    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = (
+        "none",
+        "batch",
+        "layer",
+        "streaming-l2",
+        "streaming-l1",
+    )
     """Normalizations to compare."""
 
-    settings: tuple[str, ...] = ("32x1", "2x16", "2x1", "1x32", "1x1")
-    """Settings SxU: samples per mini-batch x mini-batches per weight update, for example 2x16."""
+    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("32x1", "2x16", "1x32", "2x1", "1x1")
+    """Samples per mini-batch x mini-batches per weight update, for example 2x16."""
 
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on validation images."""
 
     seeds: int = 3
@@ -85,11 +98,11 @@ class Experiment(ABC):
     epochs: int = 1
     """Passes over the training images."""
 
-    limit: int | None = None
-    """Train on the first so many images. Default: 10,000, or all that are left if there are fewer."""
+    limit: Number = None
+    """Train on so many images, the first ones. Default: 10,000, or 800 of the digits."""
 
-    validation: int | None = None
-    """Choose rates on so many images that follow the training images. Default: 5,000, less for small data."""
+    validation: Number = None
+    """Choose rates on so many images, those after the training images. Default: 5,000, or 297 of the digits."""
 
     momentum: float = 0.9
     """Momentum of SGD."""
@@ -100,7 +113,7 @@ class Experiment(ABC):
     curve_images: int = 2000
     """Test images used for the points of a curve; the final accuracy always uses all of them."""
 
-    jobs: int | None = None
+    jobs: Number = None
     """Worker processes, one thread each. Default: one per processor core."""
 
     checkpoint_every: float = 5.0
@@ -147,7 +160,7 @@ class Experiment(ABC):
         seeds = range(TUNE_SEED, TUNE_SEED + self.tune_seeds)
         return [Run("tune", *cell, rate, seed) for cell in self.cells() for rate in self.rates for seed in seeds]
 
-    def final_runs(self, rates: dict[tuple[str, str], Sequence[float]]) -> list[Run]:
+    def final_runs(self, rates: Mapping[tuple[str, str], Sequence[float]]) -> list[Run]:
         """The runs that are reported, at the ``rates`` chosen for each (method, setting); none where none works."""
         return [
             Run("final", *cell, rate, seed)

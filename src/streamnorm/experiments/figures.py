@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -18,11 +18,11 @@ from streamnorm.experiments.files import replacing
 from streamnorm.experiments.methods import Method
 from streamnorm.experiments.results import Cell, Results
 from streamnorm.experiments.runlog import LoggedRun
-from streamnorm.experiments.stats import interval
+from streamnorm.experiments.stats import Interval
 
 INK = "#222222"
 FAINT = "#d9d9d9"
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.5,
@@ -61,78 +61,86 @@ def _save(figure: Figure, stem: Path) -> str:
 
 def summary(results: Results) -> Figure:
     """Final accuracy of each method, from the easiest setting to the hardest."""
-    figure = Figure(figsize=(9.2, 5.0), layout="constrained")
+    figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    places = range(len(results.settings))
-    shifts = np.linspace(-0.12, 0.12, len(results.methods))
-    labels: list[tuple[float, Method]] = []
+    last = len(results.settings) - 1
+    shifts = np.linspace(-0.14, 0.14, len(results.methods))
+    ends: dict[int, list[tuple[float, Method]]] = {}
     for shift, method in zip(shifts, results.methods, strict=True):
-        cells = [results.cells[method.name, setting] for setting in results.settings]
-        _draw_method(axes, cells, [place + shift for place in places])
-        if cells[-1].mean is not None:
-            labels.append((cells[-1].mean.mean, method))
-    _label_right(axes, labels, len(results.settings) - 1 + 0.2)
+        means = {place: mean for place, mean in enumerate(_means(results, method)) if mean is not None}
+        if means:
+            _draw_method(axes, method, means, shift)
+            end = max(means)
+            ends.setdefault(end, []).append((means[end].mean, method))
+    axes.set_ylim(*_height_range(results))
+    for place, labels in ends.items():
+        _label(axes, labels, place + 0.14)
     _mark_failures(axes, results)
-    axes.set_xlim(-0.4, len(results.settings) - 0.3)
-    axes.set_xticks(list(places), [_setting_text(setting.samples, setting.batches) for setting in results.settings])
-    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.4, last + 0.25)
+    axes.set_xticks(range(last + 1), [setting.label for setting in results.settings], fontsize=12.5, color=INK)
+    axes.tick_params(axis="x", length=0, pad=8)
+    axes.set_xlabel("samples per mini-batch × mini-batches per weight update", labelpad=6)
     axes.yaxis.set_major_formatter(PERCENT)
     axes.set_ylabel("test accuracy")
-    figure.suptitle(_summary_title(results), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    title, subtitle = _summary_titles(results)
+    axes.set_title(f"{title}\n", loc="left", fontsize=14, x=-0.08)
+    axes.text(-0.08, 1.035, subtitle, transform=axes.transAxes, color="#666666", fontsize=10)
     return figure
 
 
-def _summary_title(results: Results) -> str:
-    data = results.config["data"]
-    passes = results.config["options"]["epochs"]
-    times = "one pass" if passes == 1 else f"{passes} passes"
-    return f"Accuracy after {times} over {data['train']:,} images of {data['name']}"
+def _means(results: Results, method: Method) -> list[Interval | None]:
+    return [results.cells[method.name, setting].mean for setting in results.settings]
 
 
-def _setting_text(samples: int, batches: int) -> str:
-    return f"{samples}×{batches}\n{samples} per batch,\n{batches} per update"
+def _height_range(results: Results) -> tuple[float, float]:
+    """The range of the means, with room at the bottom for the words about what cannot train."""
+    means = [cell.mean.mean for cell in results.cells.values() if cell.mean is not None]
+    low, high = min(means, default=0.0), max(means, default=1.0)
+    room = max(high - low, 0.05)
+    return max(0.0, low - 0.25 * room), min(1.005, high + 0.1 * room)
 
 
-def _draw_method(axes: Axes, cells: Sequence[Cell], places: Sequence[float]) -> None:
-    """A line through the settings at which the method runs, with its 95% intervals."""
-    shown = [(place, cell.mean) for place, cell in zip(places, cells, strict=True) if cell.mean is not None]
-    if not shown:
-        return
-    method = cells[0].method
-    xs, means = zip(*shown, strict=True)
-    axes.plot(xs, [m.mean for m in means], color=method.colour, linewidth=1.6, alpha=0.55, zorder=2)
-    axes.errorbar(
-        xs,
-        [m.mean for m in means],
-        yerr=[m.half if m.known else 0 for m in means],
-        fmt=method.marker,
-        color=method.colour,
-        markersize=7,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        elinewidth=1.6,
-        capsize=2.5,
-        zorder=3,
+def _summary_titles(results: Results) -> tuple[str, str]:
+    data, options = results.config["data"], results.config["options"]
+    passes = "one pass" if options["epochs"] == 1 else f"{options['epochs']} passes"
+    seeds = max(len(cell.accuracy) for cell in results.cells.values())
+    return (
+        f"{results.experiment.title}: {data['name']}",
+        f"{passes} over {data['train']:,} images, each method at its best learning rate, "
+        f"mean and 95% interval of {seeds} seeds",
     )
 
 
-def _label_right(axes: Axes, labels: list[tuple[float, Method]], x: float) -> None:
-    """Names at the right end of the lines, moved apart where they would overlap."""
+def _draw_method(axes: Axes, method: Method, means: dict[int, Interval], shift: float) -> None:
+    """Points with 95% intervals, joined where neighbouring settings both have a result."""
+    places = range(min(means), max(means) + 1)
+    heights = [means[place].mean if place in means else np.nan for place in places]
+    plain = method.name == "none"  # what nobody recommends stays in the background
+    line, bar = (0.3, 0.35) if plain else (0.6, 0.8)
+    axes.plot([place + shift for place in places], heights, color=method.colour, linewidth=1.6, alpha=line)
+    axes.errorbar(
+        [place + shift for place in means],
+        [mean.mean for mean in means.values()],
+        yerr=[mean.half if mean.known else 0 for mean in means.values()],
+        fmt=method.marker,
+        color=method.colour,
+        ecolor=to_rgba(method.colour, bar),
+        markersize=7.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        elinewidth=1.6,
+        zorder=2 if plain else 3,
+    )
+
+
+def _label(axes: Axes, labels: list[tuple[float, Method]], x: float) -> None:
+    """Names to the right of the lines' ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap = 0.052 * (high - low)
     ordered = sorted(labels, key=lambda label: label[0])
-    heights = _apart([value for value, _ in ordered], gap)
+    heights = _apart([value for value, _ in ordered], 0.055 * (high - low))
     for (value, method), height in zip(ordered, heights, strict=True):
-        axes.annotate(
-            method.label,
-            (x - 0.05, value),
-            (x + 0.12, height),
-            color=method.colour,
-            fontweight="bold",
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": method.colour, "alpha": 0.5, "linewidth": 0.8},
-        )
+        axes.plot([x + 0.03, x + 0.11], [value, height], color=method.colour, alpha=0.6, linewidth=0.9, clip_on=False)
+        axes.text(x + 0.14, height, method.label, color=method.colour, fontweight="bold", va="center")
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
@@ -148,25 +156,25 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
 
 
 def _mark_failures(axes: Axes, results: Results) -> None:
-    """Crosses on the floor where a method cannot run, and its name where its line breaks off."""
+    """Crosses on the floor where a method cannot run."""
     bottom = axes.get_ylim()[0]
     for method in results.methods:
-        cells = [results.cells[method.name, setting] for setting in results.settings]
-        failing = [place for place, cell in enumerate(cells) if cell.mean is None and cell.reason]
-        if not failing or method.trained_as != method.name:
+        if method.trained_as != method.name:
             continue
-        axes.plot(failing, [bottom] * len(failing), "x", color=method.colour, markersize=8, markeredgewidth=2, clip_on=False)
-        for place in failing:
-            axes.annotate(
-                f"{method.label}\ncannot train",
-                (place, bottom),
-                (0, 8),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=8.5,
-                color=method.colour,
-            )
+        for place, setting in enumerate(results.settings):
+            cell = results.cells[method.name, setting]
+            if cell.mean is None and cell.reason is not None:
+                axes.plot([place], [bottom], "x", color=method.colour, markersize=9, markeredgewidth=2.4, clip_on=False)
+                axes.annotate(
+                    f"{method.label}\ncannot train",
+                    (place, bottom),
+                    (0, 9),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=9.5,
+                    color=method.colour,
+                )
 
 
 def curves(results: Results) -> Figure:
@@ -194,7 +202,7 @@ def curves(results: Results) -> Figure:
 
 def _draw_curve(axes: Axes, cell: Cell, split: str, score: str) -> None:
     """The mean over seeds as a line, and a band from the lowest to the highest seed."""
-    table = [row for row in _aligned(cell.runs, split, score)]
+    table = list(_aligned(cell.runs, split, score))
     if not table:
         return
     images = [image for image, _ in table]

@@ -32,11 +32,11 @@ FORMATS = """A folder given with --data may hold, at any depth:
 class DataOptions:
     """Describe the images that experiments can use, or fetch CIFAR-10's original files (162 MB)."""
 
-    folder: Annotated[str | None, tyro.conf.Positional] = None
+    folder: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[FOLDER]", help_behavior_hint="")] = None
     """A folder to look into. It may hold Parquet files in the Hub's cifar10 layout (train*.parquet and test*.parquet
     with the columns img and label), or CIFAR-10's binary files (data_batch_1.bin to 5, test_batch.bin)."""
 
-    download: str | None = None
+    download: Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Fetch CIFAR-10's binary files into this folder. Nothing is ever downloaded unasked."""
 
 
@@ -52,7 +52,7 @@ def describe_data(words: Sequence[str]) -> int:
     pixels, _ = source.train(1)
     shape = "×".join(map(str, pixels.shape[1:]))
     console.print(
-        f"[bold]{source.name}[/]: {source.describe()}\n  {source.train_size:,} training and {source.test_size:,} test "
+        f"[bold]{source.name}[/]: {source.description}\n  {source.train_size:,} training and {source.test_size:,} test "
         f"images of {shape} values; by default {source.default_validation:,} of the training images choose rates",
         highlight=False,
     )
@@ -79,7 +79,8 @@ def show_info(words: Sequence[str]) -> int:
     table.add_row("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
     for name, status in sn.engines().items():
         table.add_row(f"engine {name}", status)
-    table.add_row("STREAMNORM_ENGINE", os.environ.get("STREAMNORM_ENGINE", "not set: the first engine that fits is used"))
+    forced = os.environ.get("STREAMNORM_ENGINE")
+    table.add_row("STREAMNORM_ENGINE", forced or "not set: the first engine that fits is used")
     for name in PACKAGES:
         table.add_row(name, package_version(name))
     Console().print(table, highlight=False)

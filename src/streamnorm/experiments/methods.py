@@ -53,7 +53,7 @@ def _streaming(p: float) -> NormFactory:
 _ALL = (
     Method("none", "No normalization", "#7f7f7f", "X", _none, "none"),
     Method("batch", "Batch", "#d55e00", "s", _batch, "batch"),
-    Method("batch-recalibrated", "Batch, recalibrated", "#e69f00", "D", _batch, "batch"),
+    Method("batch-recalibrated", "Recalibrated Batch", "#e69f00", "D", _batch, "batch"),
     Method("layer", "Layer", "#0072b2", "^", _layer, "layer"),
     Method("streaming-l2", "Streaming L2", "#cc79a7", "v", _streaming(2), "streaming-l2"),
     Method("streaming-l1", "Streaming L1", "#009e73", "o", _streaming(1), "streaming-l1"),

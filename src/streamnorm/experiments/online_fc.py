@@ -38,6 +38,7 @@ class OnlineFC(Experiment):
     """Number of hidden layers."""
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
+        """Architecture A."""
         return fully_connected(math.prod(shape), classes, norm, self.width, self.depth)
 
     def _counts(self) -> tuple[str, ...]:

@@ -24,8 +24,11 @@ Work = Callable[[Any, Send], None]
 
 
 class Event(NamedTuple):
-    """What became of ``task``: kind "start", "news", "done", "failed" (an error in the task) or "broken" (an OSError,
-    which will meet other tasks too); the payload is the news, the traceback or the message."""
+    """What became of ``task``.
+
+    ``kind`` is "start"; "news", with what was sent; "done"; "failed", with the traceback of an error in the task; or
+    "broken", with the arguments of an OSError, which other tasks would meet too.
+    """
 
     kind: str
     task: Any

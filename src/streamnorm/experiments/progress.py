@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.methods import METHODS
@@ -25,11 +25,9 @@ class Display:
         self._console = Console(stderr=True)
         columns: tuple[ProgressColumn, ...] = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),
         )
         self._progress = Progress(
@@ -58,7 +56,7 @@ class Display:
     def plan(self, work: float, count: int) -> None:
         """Set how much there is to do in all: in units of work for the bar, and in runs for the text."""
         self._count = count
-        self._progress.update(self._all, total=work)
+        self._progress.update(self._all, total=work, note=f"run {self._ended} of {count}")
 
     def start(self, run: Run) -> None:
         """A worker began a run."""
@@ -66,7 +64,7 @@ class Display:
 
     def news(self, run: Run, images: int, loss: float, accuracy: float) -> None:
         """A run got on."""
-        note = f"loss {loss:.3f}  accuracy {accuracy:.1%}"
+        note = f"loss {loss:.2f}  accuracy {accuracy:.0%}"
         self._progress.update(self._single[run], completed=images, note=note)
 
     def end(self, run: Run, work: float, logged: LoggedRun | None) -> None:
@@ -79,8 +77,8 @@ class Display:
 
 
 def _describe(run: Run) -> str:
-    goal = "choosing rates" if run.stage == "tune" else f"seed {run.seed}"
-    return f"{METHODS[run.method].label}, {Setting.parse(run.setting).label}, rate {run.rate:g}, {goal}"
+    goal = "tuning" if run.stage == "tune" else f"seed {run.seed}"
+    return f"{METHODS[run.method].label} {Setting.parse(run.setting).label} rate {run.rate:g} {goal}"
 
 
 def _outcome(logged: LoggedRun | None) -> str:

@@ -11,9 +11,10 @@ from streamnorm.experiments.figures import save_figures
 from streamnorm.experiments.files import write_text
 from streamnorm.experiments.methods import METHODS
 from streamnorm.experiments.results import Cell, Results, load_results
+from streamnorm.experiments.stats import Interval
 from streamnorm.experiments.style import CSS
 from streamnorm.experiments.tables import accuracy_text, difference_text, save_tables
-from streamnorm.experiments.verdict import percent, sentences, warnings
+from streamnorm.experiments.verdict import outcome, percent, sentences, warnings
 
 REPORT = "report.html"
 
@@ -40,6 +41,7 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
         _figure(drawings["summary"], *_summary_words(results)),
         "<h2>The numbers</h2>",
         _numbers(results),
+        _pairs(results),
         "<h2>Along the way</h2>",
         _figure(drawings["curves"], *_curves_words(results), wide=True),
         "<h2>Learning rates</h2>",
@@ -63,7 +65,7 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
 
 def _opening(results: Results) -> str:
     experiment, data = results.experiment, results.config["data"]
-    alias = f" · the paper’s {experiment.alias.replace('figure', 'figure ')}" if experiment.alias else ""
+    alias = f" · the paper's {experiment.alias.replace('figure', 'figure ')}" if experiment.alias else ""
     return (
         f"<h1>{escape(experiment.title)}</h1>\n"
         f'<p class="lead">streamnorm experiment <b>{experiment.name}</b>{alias} · data: {escape(data["name"])}</p>\n'
@@ -81,7 +83,8 @@ def _figure(svg: str, description: str, caption: str, wide: bool = False) -> str
     image = base64.b64encode(svg.encode()).decode()
     kind = ' class="wide"' if wide else ""
     return (
-        f'<figure{kind}><div class="sheet"><img alt="{escape(description)}" src="data:image/svg+xml;base64,{image}"></div>\n'
+        f'<figure{kind}><div class="sheet">'
+        f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{image}"></div>\n'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -119,8 +122,8 @@ def _table(head: Iterable[str], rows: Iterable[str]) -> str:
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _head(results: Results) -> list[str]:
-    return ["<th>Method</th>", *(f'<th class="number">{setting.label}</th>' for setting in results.settings)]
+def _head(results: Results, first: str = "Method") -> list[str]:
+    return [f"<th>{first}</th>", *(f'<th class="number">{setting.label}</th>' for setting in results.settings)]
 
 
 def _row(results: Results, name: str, cells: Iterable[str]) -> str:
@@ -136,21 +139,40 @@ def _numbers(results: Results) -> str:
         for method in results.methods
     )
     return (
-        f"<p>Test accuracy, mean ± 95% interval over seeds. Below it, smaller: the difference to {reference} in "
-        "percentage points, paired by seed, since the same seed means the same initial weights and the same order of "
-        "the images. Coloured where the interval excludes zero.</p>\n" + _table(_head(results), rows)
+        "<p>Test accuracy in percent, mean ± 95% interval over seeds. Below it, smaller: the difference to "
+        f"{reference} in percentage points, paired by seed, since the same seed means the same initial weights and the "
+        "same order of the images. Coloured where the interval excludes zero.</p>\n" + _table(_head(results), rows)
     )
 
 
 def _number(results: Results, cell: Cell) -> str:
-    difference = results.difference(cell.method.name, results.experiment.reference, cell.setting)
-    kind = ""
-    if difference is not None and difference.known:
-        kind = "ahead" if difference.low > 0 else "behind" if difference.high < 0 else ""
-    small = difference_text(results, cell)
-    below = f'<br><small class="{kind}">{small}</small>' if small else ""
+    name, reference = cell.method.name, results.experiment.reference
+    difference = results.difference(name, reference, cell.setting) if name != reference else None
+    below = f"<br><small>{_difference(difference)}</small>" if difference is not None else ""
     title = f' title="{escape(cell.reason)}"' if cell.reason else ""
     return f'<td class="number"{title}>{accuracy_text(cell)}{below}</td>'
+
+
+def _difference(difference: Interval | None) -> str:
+    """A difference, coloured if its interval excludes zero."""
+    kind = "" if difference is None else outcome(difference).split()[0]
+    return f'<span class="{kind}">{difference_text(difference)}</span>'
+
+
+def _pairs(results: Results) -> str:
+    """The differences that the verdict is about."""
+    names = {method.name for method in results.methods}
+    rows = []
+    for ours, theirs in results.experiment.comparisons:
+        if {ours, theirs} <= names:
+            found = (results.difference(ours, theirs, setting) for setting in results.settings)
+            cells = "".join(f'<td class="number">{_difference(difference)}</td>' for difference in found)
+            rows.append(f"<tr><th>{METHODS[ours].label} − {METHODS[theirs].label}</th>{cells}</tr>")
+    words = (
+        "<p>The pairs that the verdict speaks of: difference in percentage points, paired by seed, "
+        "mean ± 95% interval.</p>\n"
+    )
+    return words + _table(_head(results, "Pair"), rows) if rows else ""
 
 
 def _rates(results: Results) -> str:
@@ -180,17 +202,17 @@ def _protocol(results: Results) -> str:
     facts = [
         f"Images: {data['description']}; {shape} values each. Trained on the first {data['train']:,}, rates chosen on "
         f"the next {data['validation']:,}, tested on {data['test']:,} others.",
-        "Inputs are standardized per channel with the training images’ mean and deviation. Nothing is augmented.",
+        "Inputs are standardized per channel with the training images' mean and deviation. Nothing is augmented.",
         "SGD with momentum, constant learning rate. With several mini-batches per update their gradients are "
         "averaged, and the weights change once (DAU).",
         "All methods start from the same weights and see the same images in the same order at a given seed.",
-        "“Batch, recalibrated” is the same trained network with statistics taken anew from the training images in "
+        "“Recalibrated Batch” is the same trained network with statistics taken anew from the training images in "
         "mini-batches of about 128, so that Batch Normalization is not judged by its running statistics alone."
         if any(method.trained_as != method.name for method in results.methods)
         else "",
         "A run whose loss is no longer finite counts with the accuracy of guessing.",
-        f"{len(results.logs)} runs, {finals} of them final ones. Rates are chosen with other seeds than the final ones. "
-        "Intervals are Student’s t over seeds, each for itself: they are not corrected for the number of comparisons.",
+        f"{len(results.logs)} runs, {finals} of them final ones. Rates are chosen with other seeds than the final "
+        "ones. Intervals are Student's t over seeds, each for itself: they are not corrected for their number.",
         "Options: " + ", ".join(f"{name} {value}" for name, value in own.items()) + ".",
     ]
     return "<ul>\n" + "\n".join(f"<li>{escape(fact)}</li>" for fact in facts if fact) + "\n</ul>"
@@ -210,6 +232,6 @@ def _commands(results: Results) -> str:
     commands = escape("\n".join(results.config["commands"]))
     return (
         f"<pre>{commands}</pre>\n<p>Interrupted runs continue with the same command. "
-        "<code>streamnorm report FOLDER</code> makes this page anew from the logs. Beside it lie results.csv, runs.csv, "
-        "the figures as PNG and SVG, and a JSON-lines log for every run.</p>"
+        "<code>streamnorm report FOLDER</code> makes this page anew from the logs. Beside it lie results.csv, "
+        "runs.csv, the figures as PNG and SVG, and a JSON-lines log for every run.</p>"
     )

@@ -86,7 +86,8 @@ def load_results(folder: Path) -> Results:
     config = read_config(folder)
     logs = read_logs(folder / LOGS)
     if not any(run.end for run in logs):
-        raise UserError(f"{folder}: no run is finished yet, so there is nothing to report; continue with `{config['commands'][-1]}`")
+        command = config["commands"][-1]
+        raise UserError(f"{folder}: no run is finished yet, there is nothing to report; continue with `{command}`")
     trained = {run.run["method"] for run in logs}
     methods = [method for method in METHODS.values() if method.trained_as in trained]
     settings = sorted({Setting.parse(run.run["setting"]) for run in logs}, key=lambda setting: setting.difficulty)
@@ -109,7 +110,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         message = f"{folder}: it holds no {CONFIG}; name a folder that `streamnorm run` wrote"
         raise UserError(message) from None
     except ValueError:
-        raise UserError(f"{folder / CONFIG} is not JSON: restore it, or run the experiment into another folder") from None
+        message = f"{folder / CONFIG} is not JSON: restore it, or run the experiment into another folder"
+        raise UserError(message) from None
 
 
 def rates_to_run(logs: Iterable[LoggedRun]) -> dict[tuple[str, str], list[float]]:
@@ -140,8 +142,9 @@ def _cell(logs: list[LoggedRun], method: Method, setting: Setting) -> Cell:
     rate = best_rate(tuned)
     runs = [run for run in _matching(logs, "final", method, setting) if run.run["rate"] == rate]
     accuracy = {run.run["seed"]: _accuracy(run, method) for run in runs}
-    refusals = (run.end["reason"] for run in logs if _is(run, method, setting) and run.end and run.end["status"] == "fails")
-    return Cell(method, setting, tuned, rate, accuracy, tuple(runs), next(refusals, None))
+    ends = [run.end for run in logs if _is(run, method, setting) and run.end is not None]
+    reason = next((end["reason"] for end in ends if end["status"] == "fails"), None)
+    return Cell(method, setting, tuned, rate, accuracy, tuple(runs), reason)
 
 
 def _matching(logs: Iterable[LoggedRun], stage: str, method: Method, setting: Setting) -> list[LoggedRun]:

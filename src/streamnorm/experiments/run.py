@@ -16,7 +16,7 @@ from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.report import REPORT, build_report
 from streamnorm.experiments.results import Results
 from streamnorm.experiments.sweep import run_sweep
-from streamnorm.experiments.tables import print_table
+from streamnorm.experiments.tables import print_tables
 from streamnorm.experiments.verdict import sentences, warnings
 
 RUN_HELP = """usage: streamnorm run EXPERIMENT [OPTIONS]
@@ -82,7 +82,7 @@ def report(words: Sequence[str]) -> int:
 
 def _show(results: Results, folder: Path) -> None:
     console = Console()
-    print_table(results, console)
+    print_tables(results, console)
     for sentence in sentences(results):
         console.print(f"• {sentence}", highlight=False)
     for warning in warnings(results):

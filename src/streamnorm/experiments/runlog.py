@@ -7,6 +7,7 @@ to that length and training continues from there, so that the log ends as if not
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -73,8 +74,10 @@ class RunLog:
         with open(self.path, "rb+") as file:
             os.fsync(file.fileno())
         whole = {**state, "header": json.dumps(self.header), "log_bytes": self.path.stat().st_size}
+        buffer = io.BytesIO()  # written by Python, for torch's own writer reports a full disk as another kind of error
+        torch.save(whole, buffer)
         with replacing(self.checkpoint_path) as temporary:
-            torch.save(whole, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
     def finish(self, record: Record) -> None:
         """Write the ``end`` line; from now on the run is skipped."""

@@ -48,5 +48,5 @@ class Setting:
 
     @property
     def difficulty(self) -> tuple[int, int]:
-        """A sorting key: many samples per mini-batch first, then many mini-batches per update first."""
-        return (-self.samples, -self.batches)
+        """A sorting key: many samples per weight update first, and of those large mini-batches first."""
+        return (-self.samples * self.batches, -self.samples)

@@ -6,7 +6,9 @@ A source tells its sizes without reading the images, so that a wrong path is not
 from __future__ import annotations
 
 import io
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +17,32 @@ import numpy as np
 from streamnorm.experiments.errors import UserError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes of one image in the binary version: the label, then the pixels
+
+DIGITS_TRAIN = 1297  # of 1,797
+DIGITS_FIRST_LOOK = 800  # few enough for a first experiment of two minutes
 
 Images = tuple[np.ndarray, np.ndarray]
 """Pixels, uint8 of shape (N, C, H, W), and labels, int64 of shape (N,)."""
 
 
-class Source(ABC):
-    """A data set of labelled images, divided into training and test images."""
+@dataclass(frozen=True)
+class Source:
+    """A data set of labelled images.
+
+    ``train(n)`` reads the first n training images, ``test()`` all test images. ``default_train`` and
+    ``default_validation`` are how many training images a first look trains on and chooses learning rates on.
+    """
 
     name: str
+    description: str
     classes: tuple[str, ...]
     train_size: int
     test_size: int
+    default_train: int
     default_validation: int
-
-    @abstractmethod
-    def describe(self) -> str:
-        """One sentence: what it is and where it lies."""
-
-    @abstractmethod
-    def train(self, count: int) -> Images:
-        """The first ``count`` training images."""
-
-    @abstractmethod
-    def test(self) -> Images:
-        """All test images."""
+    train: Callable[[int], Images]
+    test: Callable[[], Images]
 
 
 def open_source(path: str | None) -> Source:
@@ -49,94 +52,120 @@ def open_source(path: str | None) -> Source:
         UserError: nothing there, or nothing that is known.
     """
     if path is None:
-        return Digits()
+        return digits()
     folder = Path(path).expanduser()
     if not folder.exists():
         raise UserError(f"--data {path}: no such folder; see `streamnorm data --help` for what it may hold")
     if not folder.is_dir():
         raise UserError(f"--data {path}: this is a file; name the folder that it lies in")
     if any(folder.rglob("*.parquet")):
-        return ParquetFolder(folder)
+        return parquet_folder(folder)
     if any(folder.rglob("data_batch_*.bin")):
-        return BinaryFolder(folder)
+        return binary_folder(folder)
     if any(folder.rglob("data_batch_1")):
         message = (
             f"--data {path}: this is CIFAR-10's Python version, whose pickle files are not read for safety; "
             "get the binary version with `streamnorm data --download FOLDER`"
         )
         raise UserError(message)
-    message = f"--data {path}: neither Parquet files nor CIFAR-10's data_batch_*.bin are in it; see `streamnorm data --help`"
+    message = (
+        f"--data {path}: neither Parquet files nor CIFAR-10's data_batch_*.bin are in it; "
+        "see `streamnorm data --help` for what it may hold"
+    )
     raise UserError(message)
 
 
-class Digits(Source):
+def digits() -> Source:
     """Scikit-learn's handwritten digits, which come with the package: 8×8 pixels, 1,797 images."""
 
-    name = "digits"
-    classes = tuple("0123456789")
-    train_size = 1297
-    test_size = 500
-    default_validation = 297
-
-    def describe(self) -> str:
-        return "scikit-learn's handwritten digits, 8×8 pixels, 10 classes, shuffled once with a fixed seed"
-
-    def train(self, count: int) -> Images:
-        pixels, labels = self._all()
-        return pixels[:count], labels[:count]
-
-    def test(self) -> Images:
-        pixels, labels = self._all()
-        return pixels[self.train_size :], labels[self.train_size :]
-
-    def _all(self) -> Images:
+    def read() -> Images:
         from sklearn.datasets import load_digits  # takes a second to import, and only this source needs it
 
-        digits = load_digits()
-        order = np.random.default_rng(0).permutation(len(digits.target))  # neighbours come from the same writer
-        pixels = digits.images[order, None] * 15  # 0 to 16 becomes 0 to 240
-        return pixels.astype(np.uint8), digits.target[order].astype(np.int64)
+        bunch = load_digits()
+        order = np.random.default_rng(0).permutation(len(bunch.target))  # neighbours come from the same writer
+        pixels = bunch.images[order, None] * 15  # 0 to 16 becomes 0 to 240
+        return pixels.astype(np.uint8), bunch.target[order].astype(np.int64)
+
+    def part(start: int, stop: int | None) -> Images:
+        pixels, labels = read()
+        return pixels[start:stop], labels[start:stop]
+
+    return Source(
+        name="digits",
+        description="scikit-learn's handwritten digits, 10 classes, shuffled once with a fixed seed",
+        classes=tuple("0123456789"),
+        train_size=DIGITS_TRAIN,
+        test_size=1797 - DIGITS_TRAIN,
+        default_train=DIGITS_FIRST_LOOK,
+        default_validation=DIGITS_TRAIN - 1000,
+        train=partial(part, 0),
+        test=partial(part, DIGITS_TRAIN, None),
+    )
 
 
-class ParquetFolder(Source):
-    """Parquet files in the Hub's ``cifar10`` layout: a column of encoded images and a column of labels."""
+def parquet_folder(folder: Path) -> Source:
+    """Parquet files in the Hub's ``cifar10`` layout: a column of encoded images and a column of labels.
 
-    classes = CIFAR10
+    Raises:
+        UserError: a split is missing, or a file cannot be read.
+    """
+    train = _split_files(folder, "train")
+    test = _split_files(folder, "test")
+    train_size = sum(_parquet(path).metadata.num_rows for path in train)
+    test_size = sum(_parquet(path).metadata.num_rows for path in test)
+    return _cifar(
+        folder.resolve().name,
+        f"Parquet files in {folder}",
+        (train_size, test_size),
+        partial(_read_parquet, train),
+        partial(_read_parquet, test, test_size),
+    )
 
-    def __init__(self, folder: Path) -> None:
-        self.name = folder.resolve().name
-        self._folder = folder
-        self._train = self._files("train")
-        self._test = self._files("test")
-        self.train_size = sum(_parquet(path).metadata.num_rows for path in self._train)
-        self.test_size = sum(_parquet(path).metadata.num_rows for path in self._test)
-        self.default_validation = min(5000, self.train_size // 5)
 
-    def describe(self) -> str:
-        return f"Parquet files of labelled images ({', '.join(self.classes)}) in {self._folder}"
+def binary_folder(folder: Path) -> Source:
+    """CIFAR-10's official binary version: data_batch_1.bin and so on, and test_batch.bin.
 
-    def train(self, count: int) -> Images:
-        return self._read(self._train, count)
+    Raises:
+        UserError: the test images are missing, or a file is cut short.
+    """
+    train = sorted(folder.rglob("data_batch_*.bin"))
+    test = sorted(folder.rglob("test_batch.bin"))
+    if not test:
+        raise UserError(f"{folder}: test_batch.bin is missing; unpack the whole archive there")
+    train_size = sum(map(_count_records, train))
+    test_size = sum(map(_count_records, test))
+    return _cifar(
+        "cifar10",
+        f"CIFAR-10's binary files in {folder}",
+        (train_size, test_size),
+        partial(_read_binary, train),
+        partial(_read_binary, test, test_size),
+    )
 
-    def test(self) -> Images:
-        return self._read(self._test, self.test_size)
 
-    def _files(self, split: str) -> list[Path]:
-        files = sorted(self._folder.rglob(f"{split}*.parquet"))
-        if not files:
-            raise UserError(f"{self._folder}: no file {split}*.parquet in it; both train*.parquet and test*.parquet are needed")
-        return files
+def _cifar(
+    name: str, place: str, sizes: tuple[int, int], train: Callable[[int], Images], test: Callable[[], Images]
+) -> Source:
+    validation = min(5000, sizes[0] // 5)
+    return Source(
+        name=name,
+        description=f"{place}, labelled {', '.join(CIFAR10)}",
+        classes=CIFAR10,
+        train_size=sizes[0],
+        test_size=sizes[1],
+        default_train=min(10_000, sizes[0] - validation),
+        default_validation=validation,
+        train=train,
+        test=test,
+    )
 
-    def _read(self, paths: list[Path], count: int) -> Images:
-        pixels: list[np.ndarray] = []
-        labels: list[int] = []
-        for path in paths:
-            for image, label in _rows(path, count - len(labels)):
-                pixels.append(_decode(image, path, len(pixels)))
-                labels.append(label)
-        if len({image.shape for image in pixels}) > 1:
-            raise UserError(f"{self._folder}: the images are of different sizes; they must all have one size")
-        return np.stack(pixels), _checked(np.asarray(labels, dtype=np.int64), self.classes, self._folder)
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    files = sorted(folder.rglob(f"{split}*.parquet"))
+    if not files:
+        message = f"{folder}: no file {split}*.parquet in it; both train*.parquet and test*.parquet are needed"
+        raise UserError(message)
+    return files
 
 
 def _parquet(path: Path) -> Any:
@@ -151,7 +180,19 @@ def _parquet(path: Path) -> Any:
         raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)}): fetch it again") from None
 
 
-def _rows(path: Path, count: int) -> list[tuple[bytes, int]]:
+def _read_parquet(paths: list[Path], count: int) -> Images:
+    pixels: list[np.ndarray] = []
+    labels: list[int] = []
+    for path in paths:
+        for encoded, label in _rows(path, count - len(labels)):
+            pixels.append(_decode(encoded, path, len(pixels)))
+            labels.append(label)
+    if len({image.shape for image in pixels}) > 1:
+        raise UserError(f"{paths[0].parent}: the images are of different sizes; they must all have one size")
+    return np.stack(pixels), _checked(np.asarray(labels, dtype=np.int64), paths[0])
+
+
+def _rows(path: Path, count: int) -> Iterator[tuple[bytes, int]]:
     """The first ``count`` rows of a file as encoded images and labels."""
     import pyarrow as pa
 
@@ -160,19 +201,18 @@ def _rows(path: Path, count: int) -> list[tuple[bytes, int]]:
     column = next((name for name in ("img", "image") if name in names), None)
     if column is None or "label" not in names:
         raise UserError(f"{path} has the columns {', '.join(names)}: needed are img (or image) and label")
-    rows: list[tuple[bytes, int]] = []
     try:
         for batch in file.iter_batches(batch_size=1000, columns=[column, "label"]):
-            if len(rows) >= count:
-                break
-            images, labels = batch.column(column).to_pylist(), batch.column("label").to_pylist()
-            rows += [(image["bytes"], int(label)) for image, label in zip(images, labels, strict=True)]
+            rows = batch.slice(0, count).to_pylist()
+            yield from ((row[column]["bytes"], int(row["label"])) for row in rows)
+            count -= len(rows)
+            if count == 0:
+                return
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
-    except (TypeError, KeyError):
-        message = f"{path}: column {column!r} must hold structs with `bytes`, an encoded image, and label a number"
+    except (TypeError, KeyError, ValueError):
+        message = f"{path}: {column} must hold structs with `bytes`, an encoded image, and label a whole number"
         raise UserError(message) from None
-    return rows[:count]
 
 
 def _decode(encoded: bytes, path: Path, number: int) -> np.ndarray:
@@ -181,53 +221,29 @@ def _decode(encoded: bytes, path: Path, number: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, TypeError, SyntaxError) as error:  # what Pillow raises for bytes that are no image
-        raise UserError(f"{path}: image {number} cannot be decoded ({_first_line(error)}): fetch the file again") from None
+    except (OSError, TypeError, SyntaxError):  # what Pillow raises for bytes that are no image
+        raise UserError(f"{path}: image {number} cannot be decoded: fetch the file again") from None
 
 
-class BinaryFolder(Source):
-    """CIFAR-10's official binary version: records of one label byte and 3·32·32 pixel bytes."""
-
-    name = "cifar10"
-    classes = CIFAR10
-    _RECORD = 1 + 3 * 32 * 32
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._train = sorted(folder.rglob("data_batch_*.bin"))
-        self._test = sorted(folder.rglob("test_batch.bin"))
-        if not self._test:
-            raise UserError(f"{folder}: test_batch.bin is missing; unpack the whole archive there")
-        self.train_size = sum(self._count(path) for path in self._train)
-        self.test_size = sum(self._count(path) for path in self._test)
-        self.default_validation = min(5000, self.train_size // 5)
-
-    def describe(self) -> str:
-        return f"CIFAR-10 ({', '.join(self.classes)}), binary version, in {self._folder}"
-
-    def train(self, count: int) -> Images:
-        return self._read(self._train, count)
-
-    def test(self) -> Images:
-        return self._read(self._test, self.test_size)
-
-    def _count(self, path: Path) -> int:
-        size = path.stat().st_size
-        if size == 0 or size % self._RECORD:
-            message = f"{path} has {size} bytes, which is no multiple of {self._RECORD}: it is cut short, fetch it again"
-            raise UserError(message)
-        return size // self._RECORD
-
-    def _read(self, paths: list[Path], count: int) -> Images:
-        records = np.concatenate([np.fromfile(path, dtype=np.uint8).reshape(-1, self._RECORD) for path in paths])[:count]
-        labels = _checked(records[:, 0].astype(np.int64), self.classes, self._folder)
-        return records[:, 1:].reshape(-1, 3, 32, 32), labels
+def _count_records(path: Path) -> int:
+    size = path.stat().st_size
+    if size == 0 or size % CIFAR10_RECORD:
+        message = f"{path} has {size} bytes, no multiple of {CIFAR10_RECORD}: it is cut short, fetch it again"
+        raise UserError(message)
+    return size // CIFAR10_RECORD
 
 
-def _checked(labels: np.ndarray, classes: tuple[str, ...], folder: Path) -> np.ndarray:
-    wrong = labels[(labels < 0) | (labels >= len(classes))]
+def _read_binary(paths: list[Path], count: int) -> Images:
+    parts = [np.fromfile(path, dtype=np.uint8).reshape(-1, CIFAR10_RECORD) for path in paths]
+    records = np.concatenate(parts)[:count]
+    labels = _checked(records[:, 0].astype(np.int64), paths[0])
+    return records[:, 1:].reshape(-1, 3, 32, 32), labels
+
+
+def _checked(labels: np.ndarray, path: Path) -> np.ndarray:
+    wrong = labels[(labels < 0) | (labels >= len(CIFAR10))]
     if wrong.size:
-        message = f"{folder}: label {wrong[0]} found; labels must be 0 to {len(classes) - 1}: the file is damaged or another data set"
+        message = f"{path}: label {wrong[0]} found, labels are 0 to {len(CIFAR10) - 1}: damaged, or another data set"
         raise UserError(message)
     return labels
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 
 class Interval(NamedTuple):
@@ -41,6 +40,8 @@ def interval(values: Sequence[float]) -> Interval:
         >>> round(interval([1.0, 2.0, 3.0]).half, 3)
         2.484
     """
+    from scipy import stats  # takes a second to import, and training processes do not need it
+
     array = np.asarray(values, dtype=np.float64)
     if array.size < 2:
         return Interval(float(array.mean()), math.nan)

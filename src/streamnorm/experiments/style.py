@@ -34,7 +34,7 @@ tbody th { font-weight: 600; white-space: nowrap; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
 small { color: var(--soft); }
 .ahead { color: var(--good); } .behind { color: var(--bad); }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; overflow-x: auto;
-      font-size: .9rem; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem;
+      font-size: .9rem; overflow-x: auto; }
 a { color: var(--link); }
 """

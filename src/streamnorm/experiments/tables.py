@@ -4,87 +4,123 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from streamnorm.experiments.files import write_text
 from streamnorm.experiments.methods import METHODS
 from streamnorm.experiments.results import Cell, Results
-from streamnorm.experiments.verdict import percent, points
+from streamnorm.experiments.runlog import LoggedRun, Record
+from streamnorm.experiments.stats import Interval
+from streamnorm.experiments.verdict import points
+
+Row = dict[str, Any]
 
 
-def print_table(results: Results, console: Console) -> None:
-    """Print accuracies by method and setting, with the paired difference to the reference below each."""
-    reference = METHODS[results.experiment.reference]
-    table = Table(title="Test accuracy, mean ± 95% interval; below it the paired difference to " + reference.label)
-    table.add_column("method", no_wrap=True)
-    for setting in results.settings:
-        table.add_column(setting.label, justify="right", no_wrap=True)
+def print_tables(results: Results, console: Console) -> None:
+    """Print accuracies by method and setting, and the paired differences that the verdict is about."""
+    accuracy = _table(results, "Test accuracy in %, mean ± 95% interval", "method")
     for method in results.methods:
         cells = (results.cells[method.name, setting] for setting in results.settings)
-        table.add_row(method.label, *(f"{accuracy_text(cell)}\n{difference_text(results, cell)}" for cell in cells))
-    console.print(table, highlight=False)
+        accuracy.add_row(method.label, *(accuracy_text(cell) for cell in cells))
+    console.print(accuracy, "", highlight=False)
+    differences = _table(results, "Difference in points, paired by seed, mean ± 95% interval", "pair")
+    for ours, theirs in results.experiment.comparisons:
+        if {ours, theirs} <= {method.name for method in results.methods}:
+            found = (results.difference(ours, theirs, setting) for setting in results.settings)
+            differences.add_row(f"{METHODS[ours].label}\n− {METHODS[theirs].label}", *map(difference_text, found))
+    if differences.row_count:
+        console.print(differences, "", highlight=False)
+
+
+def _table(results: Results, title: str, first: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column(first)
+    for setting in results.settings:
+        table.add_column(setting.label, justify="right", no_wrap=True)
+    return table
 
 
 def accuracy_text(cell: Cell) -> str:
-    """The mean accuracy of a cell with its interval, or why there is none."""
+    """The mean accuracy of a cell in percent with its interval, or why there is none."""
     if cell.mean is None:
         return "fails" if cell.reason else "–"
-    spread = f" ± {100 * cell.mean.half:.1f}" if cell.mean.known else ""
-    return percent(cell.mean.mean) + spread
+    return f"{100 * cell.mean.mean:.1f}{_spread(cell.mean)}"
 
 
-def difference_text(results: Results, cell: Cell) -> str:
-    """The mean paired difference to the reference with its interval; empty for the reference itself."""
-    difference = results.difference(cell.method.name, results.experiment.reference, cell.setting)
-    if difference is None or cell.method.name == results.experiment.reference:
-        return ""
-    spread = f" ± {100 * difference.half:.1f}" if difference.known else ""
-    return points(difference.mean) + spread
+def difference_text(difference: Interval | None) -> str:
+    """A mean difference in points with its interval; a dash if there is none."""
+    return "–" if difference is None else f"{points(difference.mean)}{_spread(difference)}"
+
+
+def _spread(mean: Interval) -> str:
+    return f" ± {100 * mean.half:.1f}" if mean.known else ""
 
 
 def save_tables(results: Results, folder: Path) -> None:
     """Write ``results.csv``, a line per method and setting, and ``runs.csv``, a line per finished run."""
-    header = "method setting samples_per_batch batches_per_update status rate seeds accuracy half_interval".split()
-    header += ["difference", "difference_half_interval", "diverged", "reason"]
-    rows = [_result_row(results, cell) for cell in results.cells.values()]
-    write_text(folder / "results.csv", _csv(header, rows))
-    keys = "stage method setting rate seed".split()
-    outcomes = "status updates images seconds".split()
-    lines = [
-        [*(run.run[key] for key in keys), row, *(run.end.get(key) for key in outcomes), scores["loss"], scores["accuracy"]]
-        for run in results.logs
-        if run.end is not None
-        for row, scores in run.end.get("scores", {run.run["method"]: {"loss": None, "accuracy": None}}).items()
-    ]
-    write_text(folder / "runs.csv", _csv([*keys, "evaluated_as", *outcomes, "loss", "accuracy"], lines))
+    write_text(folder / "results.csv", _csv([_result_row(results, cell) for cell in results.cells.values()]))
+    write_text(folder / "runs.csv", _csv([row for run in results.logs for row in _run_rows(run)]))
 
 
-def _result_row(results: Results, cell: Cell) -> list[object]:
-    difference = results.difference(cell.method.name, results.experiment.reference, cell.setting)
-    mean = cell.mean
-    return [
-        cell.method.name,
-        cell.setting,
-        cell.setting.samples,
-        cell.setting.batches,
-        "done" if mean else "fails" if cell.reason else "missing",
-        cell.rate,
-        len(cell.accuracy),
-        mean and mean.mean,
-        mean and mean.known and mean.half or None,
-        difference and difference.mean,
-        difference and difference.known and difference.half or None,
-        cell.diverged,
-        cell.reason,
-    ]
+def _run_rows(run: LoggedRun) -> Iterator[Row]:
+    """One row for each way in which a finished run was evaluated."""
+    if run.end is None:
+        return
+    unknown: dict[str, Record] = {run.run["method"]: {}}
+    for evaluated_as, scores in run.end.get("scores", unknown).items():
+        yield {
+            **run.run,
+            "evaluated_as": evaluated_as,
+            **{name: run.end[name] for name in ("status", "updates", "images", "seconds")},
+            **{name: scores.get(name) for name in ("loss", "accuracy")},
+        }
 
 
-def _csv(header: list[str], rows: list[list[object]]) -> str:
+def _result_row(results: Results, cell: Cell) -> Row:
+    reference = results.experiment.reference
+    accuracy, half = _numbers(cell.mean)
+    difference, difference_half = _numbers(results.difference(cell.method.name, reference, cell.setting))
+    return {
+        "method": cell.method.name,
+        "setting": cell.setting,
+        "samples_per_batch": cell.setting.samples,
+        "batches_per_update": cell.setting.batches,
+        "status": "done" if cell.accuracy else "fails" if cell.reason else "missing",
+        "rate": cell.rate,
+        "seeds": len(cell.accuracy),
+        "accuracy": accuracy,
+        "half_interval": half,
+        f"difference_to_{reference}": difference,
+        "difference_half_interval": difference_half,
+        "diverged": cell.diverged,
+        "reason": cell.reason,
+    }
+
+
+def _numbers(mean: Interval | None) -> tuple[float | None, float | None]:
+    """Mean and half interval, empty where unknown."""
+    if mean is None:
+        return None, None
+    return mean.mean, mean.half if mean.known else None
+
+
+def _csv(rows: list[Row]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -27,7 +27,7 @@ TICK_SECONDS = 0.2
 
 Scores = dict[str, float | None]
 Tick = Callable[[int, float, float], None]
-"""Told now and then: images seen, training loss and training accuracy since the last point."""
+"""Told now and then: images seen, and the training loss and accuracy of the last point."""
 
 
 class Diverged(Exception):
@@ -39,18 +39,24 @@ class Meter:
     """Loss and accuracy over the images seen since the last point, each judged before it is learnt from."""
 
     images: int = 0
-    loss: float = 0.0
+    total_loss: float = 0.0
     correct: int = 0
 
     def add(self, loss: float, logits: Tensor, targets: Tensor) -> None:
         """Take in one mini-batch and its mean loss."""
         self.images += len(targets)
-        self.loss += loss * len(targets)
+        self.total_loss += loss * len(targets)
         self.correct += int((logits.argmax(1) == targets).sum())
 
-    def scores(self) -> Scores:
-        """The means so far."""
-        return {"loss": self.loss / max(1, self.images), "accuracy": self.correct / max(1, self.images)}
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.total_loss / max(1, self.images)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images classified rightly."""
+        return self.correct / max(1, self.images)
 
 
 class Training:
@@ -66,9 +72,7 @@ class Training:
         self.setting = Setting.parse(run.setting)
         torch.manual_seed(run.seed)
         self.model = experiment.network(data.shape, data.classes, METHODS[run.method].make)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=run.rate, momentum=experiment.momentum, fused=True
-        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=run.rate, momentum=experiment.momentum, fused=True)
         self.batches_per_epoch = len(data.train) // self.setting.samples
         self.updates_per_epoch = math.ceil(self.batches_per_epoch / self.setting.batches)
         self.total_updates = experiment.epochs * self.updates_per_epoch
@@ -158,15 +162,16 @@ def train(experiment: Experiment, run: Run, data: Data, log: RunLog, tick: Tick)
 def _follow(training: Training, experiment: Experiment, log: RunLog, began: float, tick: Tick) -> None:
     """Train; write points, checkpoints and ticks when they are due."""
     points = {math.ceil(training.total_updates * i / experiment.points) for i in range(1, experiment.points + 1)}
+    latest = training.meter
     saved = ticked = time.monotonic()
     for _ in training.advance():
         now = time.monotonic()
         if now - ticked >= TICK_SECONDS:
-            scores = training.meter.scores()
-            tick(training.images, scores["loss"] or 0.0, scores["accuracy"] or 0.0)
+            tick(training.images, latest.loss, latest.accuracy)
             ticked = now
         if training.updates in points:
             log.write(_point(training, experiment))
+            latest = training.meter
             training.meter = Meter()
         if now - saved >= experiment.checkpoint_every:
             log.save({**training.state_dict(), "seconds": now - began})
@@ -178,7 +183,7 @@ def _point(training: Training, experiment: Experiment) -> dict[str, Any]:
         "type": "point",
         "update": training.updates,
         "images": training.images,
-        "train": training.meter.scores(),
+        "train": {"loss": training.meter.loss, "accuracy": training.meter.accuracy},
     }
     if training.run.stage == "final":
         point["test"] = evaluate(training.model, training.data.test.first(experiment.curve_images))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from streamnorm.experiments.methods import METHODS
 from streamnorm.experiments.results import Results
@@ -29,35 +29,37 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
-def between(difference: Interval) -> str:
-    """The 95% interval of a difference in words, if it is known."""
-    return f"{points(difference.low)} to {points(difference.high)}" if difference.known else "one seed only"
-
-
 def sentences(results: Results) -> list[str]:
     """The verdict, one statement per sentence."""
     return [*_failures(results), *_comparisons(results), *_divergences(results)]
 
 
-def _comparisons(results: Results) -> Iterator[str]:
-    for ours, theirs in results.experiment.comparisons:
-        outcomes: dict[str, list[str]] = {"ahead": [], "behind": [], "not told apart": []}
-        for setting in results.settings:
-            difference = results.difference(ours, theirs, setting)
-            if difference is not None:
-                text = f"{setting.label} ({points(difference.mean)} points, {between(difference)})"
-                outcomes[_outcome(difference)].append(text)
-        parts = [f"{outcome} at {_listed(places)}" for outcome, places in outcomes.items() if places]
-        if parts:
-            yield f"{METHODS[ours].label} against {METHODS[theirs].label}: {'; '.join(parts)}."
-
-
-def _outcome(difference: Interval) -> str:
+def outcome(difference: Interval) -> str:
+    """Whether the 95% interval of a difference lies above zero, below it, or around it."""
     if difference.known and difference.low > 0:
-        return "ahead"
+        return "ahead of"
     if difference.known and difference.high < 0:
         return "behind"
-    return "not told apart"
+    return "not told apart from"
+
+
+def _comparisons(results: Results) -> Iterator[str]:
+    for ours, theirs in results.experiment.comparisons:
+        found = {setting: results.difference(ours, theirs, setting) for setting in results.settings}
+        known = {setting: difference for setting, difference in found.items() if difference is not None}
+        parts = []
+        for word in ("ahead of", "not told apart from", "behind"):
+            places = {setting.label: d.mean for setting, d in known.items() if outcome(d) == word}
+            if places:
+                where = f"at {_listed(list(places))} ({_range(places.values())} points)"
+                parts.append(f"{word} {METHODS[theirs].label} {where}")
+        if parts:
+            yield f"{METHODS[ours].label} is {'; '.join(parts)}."
+
+
+def _range(values: Iterable[float]) -> str:
+    lowest, *_, highest = sorted([*values, *values])
+    return points(lowest) if points(lowest) == points(highest) else f"{points(lowest)} to {points(highest)}"
 
 
 def _failures(results: Results) -> Iterator[str]:
@@ -70,12 +72,10 @@ def _failures(results: Results) -> Iterator[str]:
 
 
 def _divergences(results: Results) -> Iterator[str]:
-    for (name, setting), cell in results.cells.items():
-        if cell.diverged:
-            yield (
-                f"{METHODS[name].label} diverged in {cell.diverged} of {len(cell.runs)} runs at {setting.label}, "
-                f"at its best rate {cell.rate:g}; they count with the accuracy of guessing."
-            )
+    cells = [cell for cell in results.cells.values() if cell.diverged]
+    if cells:
+        places = [f"{c.method.label} at {c.setting.label} ({c.diverged} of {len(c.runs)} runs)" for c in cells]
+        yield f"Diverged even at the best rate: {_listed(places)}; such runs count with the accuracy of guessing."
 
 
 def warnings(results: Results) -> list[str]:
@@ -85,10 +85,14 @@ def warnings(results: Results) -> list[str]:
 
 def _edges(results: Results) -> Iterator[str]:
     for edge in ("lowest", "highest"):
-        cells = [cell for cell in results.cells.values() if cell.edge == edge]
-        if cells:
-            places = _listed([f"{cell.method.label} {cell.setting.label} ({cell.rate:g})" for cell in cells])
-            yield f"The best rate is the {edge} of the grid for {places}: a better one may lie beyond; widen --rates."
+        places = []
+        for method in results.methods:
+            cells = [cell for cell in results.cells.values() if cell.method is method and cell.edge == edge]
+            if cells:
+                places.append(f"{method.label} at {_listed([cell.setting.label for cell in cells])}")
+        if places:
+            found = "; ".join(places)
+            yield f"The best rate is the {edge} one tried for {found}: a better one may lie beyond (--rates)."
 
 
 def _unfinished(results: Results) -> Iterator[str]:
