@@ -15,6 +15,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 # A block of another library's may say what it needs in the line before it: <!-- needs: accelerate -->
 BLOCK = re.compile(r"(?:^<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 
 
@@ -42,7 +43,8 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = [link[1] or link[2] for link in LINK.finditer(page.read_text(encoding="utf-8"))]
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = [link[1] or link[2] for link in LINK.finditer(prose)]
     files = [target.split("#")[0] for target in targets if not re.match(r"https?:|mailto:|#", target)]
     missing = [name for name in files if not (page.parent / name).exists()]
     assert not missing
