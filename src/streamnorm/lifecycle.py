@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import updates
 from .norm import GeneralBatchNorm, Norm, streaming_layers
@@ -93,7 +93,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
 
     While it runs, a layer normalizes by what it has collected so far, and the rest of the model is in evaluation
     mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of
-    training. The streamed gradients start over.
+    training. The streamed gradients start over. A layer that the mini-batches do not reach keeps what it had.
 
     Args:
         model: a layer, or any module that holds some; its training modes are restored.
@@ -125,7 +125,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     before = [(module, module.training) for module in model.modules()]
     settings = [(layer, layer.stream, layer.frozen) for layer in streaming if layer.stream is not None]
     momenta = [(layer, layer.momentum, layer.frozen) for layer in running]
-    backup = [(buffer, buffer.clone()) for layer in (*streaming, *running) for buffer in layer.buffers(recurse=False)]
+    backup = [(layer, [buffer.clone() for buffer in layer.buffers(recurse=False)]) for layer in (*streaming, *running)]
     model.eval()
     for layer in (*streaming, *running):
         layer.train()
@@ -138,10 +138,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     try:
         for batch in chain((first,), iterator):
             forward(batch) if forward is not None else _run(model, batch)
+        unused = [(layer, values) for layer, values in backup if not _has_collected(layer)]
         updates.commit(model)
+        _restore(unused)
     except BaseException:
-        for buffer, value in backup:
-            buffer.copy_(value)
+        _restore(backup)
         raise
     finally:
         for layer, stream, was_frozen in settings:
@@ -158,6 +159,16 @@ def _run(model: nn.Module, batch: Any) -> None:
         model(**batch)
     else:
         model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _has_collected(layer: Norm) -> bool:
+    return bool(layer.num_batches_tracked if isinstance(layer, GeneralBatchNorm) else layer.samples)
+
+
+def _restore(backup: Iterable[tuple[Norm, list[Tensor]]]) -> None:
+    for layer, values in backup:
+        for buffer, value in zip(layer.buffers(recurse=False), values):
+            buffer.copy_(value)
 
 
 def _layers(model: nn.Module) -> list[Norm]:
