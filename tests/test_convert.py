@@ -1,0 +1,710 @@
+"""Moving a model in and out: nothing changes that should not, and nothing is passed over in silence."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import streamnorm as sn
+
+BATCH_NORMS: dict[type[nn.Module], tuple[type[sn.Norm], tuple[int, ...]]] = {
+    nn.BatchNorm1d: (sn.StreamingNorm1d, (5, 4)),
+    nn.BatchNorm2d: (sn.StreamingNorm2d, (5, 4, 3, 2)),
+    nn.BatchNorm3d: (sn.StreamingNorm3d, (5, 4, 3, 2, 2)),
+    nn.SyncBatchNorm: (sn.Norm, (5, 4, 3, 2)),
+}
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORMS = {1: sn.StreamingNorm1d, 2: sn.StreamingNorm2d, 3: sn.StreamingNorm3d}
+
+
+def with_statistics(layer: nn.Module) -> Any:
+    """Any statistics, gain and bias but those of the start."""
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            if "var" in name:
+                tensor.uniform_(0.3, 4)
+            elif tensor.is_floating_point():
+                tensor.normal_(0.5)
+    return layer
+
+
+def trained(model: nn.Module, *shape: int) -> Any:
+    """A model of ours after three updates, in evaluation mode."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        model(torch.randn(shape) * 2 + 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    kinds = (sn.Norm, nn.modules.batchnorm._BatchNorm)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def silent(model: nn.Module, **options: Any) -> Any:
+    """Converted without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return sn.convert(model, **options)
+
+
+# From Batch Normalization
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 7])
+@pytest.mark.parametrize("center", ["mean", "zero"])
+@pytest.mark.parametrize("kind", BATCH_NORMS, ids=lambda kind: kind.__name__)
+def test_a_converted_layer_evaluates_as_before(kind: type[nn.Module], center: str, p: float) -> None:
+    expected_type, shape = BATCH_NORMS[kind]
+    old = with_statistics(kind(4, eps=1e-3)).eval()
+    new = silent(old, p=p, center=center)
+    x = torch.randn(shape) * 3
+    assert type(new) is expected_type
+    torch.testing.assert_close(new(x), old.cpu()(x), rtol=2e-6, atol=2e-6)
+    assert new.moment == sn.LpMoment(p, center, "gaussian")
+
+
+def test_with_the_raw_scale_too() -> None:
+    old = with_statistics(nn.BatchNorm1d(4)).eval()
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(silent(old, scale="raw", p=1)(x), old(x), rtol=2e-6, atol=2e-6)
+
+
+def test_double_precision_to_its_rounding() -> None:
+    old = with_statistics(nn.BatchNorm2d(4).double()).eval()
+    x = torch.randn(5, 4, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(silent(old, p=3)(x), old(x), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dtype_stays(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), with_statistics(nn.BatchNorm1d(4))).to(dtype).eval()
+    x = torch.randn(5, 4, dtype=dtype)
+    expected = model(x)
+    layer = silent(model)[1]
+    assert layer.weight.dtype == dtype
+    assert layer.long.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(model(x), expected, rtol=2 * step, atol=2 * step)
+
+
+def test_device_stays() -> None:
+    layer = silent(nn.BatchNorm1d(4, device="meta"))
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+    layer = silent(nn.BatchNorm1d(4, affine=False, device="meta"))
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_stays(training: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4)))
+    model[1][0].train(not training)  # type: ignore[index]
+    model[0].train(training)
+    silent(model)
+    assert [layer.training for layer in norms(model)] == [training, not training]
+
+
+def test_parameters_stay_the_same_objects() -> None:
+    """So an optimizer made before goes on working, frozen parameters stay frozen, and layers commit."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model.get_parameter("1.bias").requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = dict(model.named_parameters())
+    layer = silent(model)[1]
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert not layer.bias.requires_grad
+    model(torch.randn(5, 3)).square().mean().backward()
+    gain = layer.weight.clone()
+    optimizer.step()
+    assert not layer.weight.equal(gain)
+    assert int(layer.samples) == 0
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+@pytest.mark.parametrize(("affine", "bias"), [(True, True), (True, False), (False, True)])
+def test_with_and_without_parameters(kind: type[nn.Module], affine: bool, bias: bool) -> None:
+    arguments: dict[str, Any] = {"affine": affine} | ({} if kind is nn.SyncBatchNorm else {"bias": bias})
+    old = with_statistics(kind(4, **arguments)).eval()
+    if kind is nn.SyncBatchNorm and not bias:
+        old.bias = None
+    new = silent(old)
+    x = torch.randn(5, 4, 3, 2)
+    assert (new.weight is None, new.bias is None) == (not affine, not (affine and bias))
+    torch.testing.assert_close(new(x), old(x), rtol=2e-6, atol=2e-6)
+
+
+def test_without_running_statistics_it_starts_at_the_prior() -> None:
+    new = silent(nn.BatchNorm1d(4, track_running_stats=False))
+    assert new.long.tolist() == [[0] * 4, [1] * 4]
+    assert new.weight is not None
+
+
+def test_options_reach_every_layer() -> None:
+    model = silent(
+        nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4)), p=3, center="zero", scale="raw", kappa=0.5, eps=0.1
+    )
+    for layer in model:
+        assert layer.moment == sn.LpMoment(3, "zero", "raw")
+        assert layer.stream == sn.Stream(kappa=0.5)
+        assert layer.eps == 0.1
+    for layer in silent(nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4)), ref=("group", 2), window=9):
+        assert layer.ref == sn.NormRef.batch(("group", 2))
+        assert layer.stream == sn.Stream(window=9)
+        assert layer.moment.p == 1
+
+
+@pytest.mark.parametrize(
+    ("ref", "groups"),
+    [("layer", [0, 0, 0, 0]), (("group", 2), [0, 0, 1, 1]), (sn.NormRef.of("n (k g) ... -> g", g=2), [0, 1, 0, 1])],
+    ids=str,
+)
+def test_a_wider_reference_merges_the_statistics(ref: Any, groups: list[int]) -> None:
+    """Into the mean and the variance of the mixture."""
+    old = with_statistics(nn.BatchNorm1d(4, affine=False).double())
+    mean, variance = silent(old, ref=ref, p=2).eval_stats()
+    assert len(mean) == len(variance) == max(groups) + 1
+    for group in range(len(mean)):
+        members = torch.tensor(groups) == group
+        mu = old.running_mean[members].mean()
+        second_moment = (old.running_var + old.running_mean.square())[members].mean()
+        torch.testing.assert_close(mean[group], mu)
+        torch.testing.assert_close(variance[group], second_moment - mu.square())
+
+
+def test_statistics_per_place_are_those_of_the_channel() -> None:
+    old = with_statistics(nn.BatchNorm2d(4)).eval()
+    new = silent(old, ref=sn.NormRef.of("n c h w -> c h", h=3))
+    x = torch.randn(5, 4, 3, 2)
+    torch.testing.assert_close(new(x), old(x), rtol=2e-6, atol=2e-6)
+
+
+# Names, hooks, shared modules, choices
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.nothing = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.lin(x))
+        return y
+
+
+def test_names_stay() -> None:
+    model = nn.ModuleDict({"a": Block(), "b": nn.ModuleList([Block(), nn.Sequential(Block())])})
+    before = [name for name, _ in model.named_modules()]
+    assert silent(model) is model
+    assert [name for name, _ in model.named_modules()] == before
+    assert [type(layer) for layer in norms(model)] == [sn.StreamingNorm1d] * 3
+
+
+def test_a_layer_that_is_the_model_is_returned() -> None:
+    old = nn.BatchNorm1d(4)
+    assert isinstance(silent(old), sn.StreamingNorm1d)
+    assert isinstance(sn.to_batchnorm(sn.StreamingNorm1d(4)), nn.BatchNorm1d)
+
+
+def test_shared_modules_stay_shared() -> None:
+    shared, block = nn.BatchNorm1d(4), Block()
+    model = nn.ModuleDict({"x": shared, "y": shared, "b": block, "list": nn.ModuleList([shared, block, block])})
+    silent(model)
+    layer = model["x"]
+    assert isinstance(layer, sn.StreamingNorm1d)
+    assert model["y"] is layer
+    assert model["list"][0] is layer  # type: ignore[index]
+    assert model["list"][1] is model["b"] is block  # type: ignore[index]
+    assert len(norms(model)) == 2
+
+
+HOOKS = ["forward_pre", "forward", "forward with kwargs", "always", "full backward", "full backward pre", "state dict"]
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["convert", "to_batchnorm"])
+@pytest.mark.parametrize("which", HOOKS)
+def test_hooks_stay_and_fire(which: str, back: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4) if back else nn.BatchNorm1d(4))
+    layer, fired = model[1], []
+
+    def hook(module: nn.Module, *args: Any, **_: Any) -> None:
+        fired.append((module, args))
+
+    handle: Any = {
+        "forward_pre": lambda: layer.register_forward_pre_hook(hook),
+        "forward": lambda: layer.register_forward_hook(hook),
+        "forward with kwargs": lambda: layer.register_forward_hook(hook, with_kwargs=True),
+        "always": lambda: layer.register_forward_hook(hook, always_call=True),
+        "full backward": lambda: layer.register_full_backward_hook(hook),
+        "full backward pre": lambda: layer.register_full_backward_pre_hook(hook),
+        "state dict": lambda: layer.register_state_dict_post_hook(hook),
+    }[which]()
+    if back:
+        sn.to_batchnorm(model)
+    else:
+        silent(model)
+    assert model[1] is not layer
+    for _ in range(2):
+        model(torch.randn(5, 3)).sum().backward()
+        model.state_dict()
+        handle.remove()
+    assert len(fired) == 1
+    module, args = fired[0]
+    assert module is model[1]
+    if which == "full backward":
+        (grad_input,), (grad_output,) = args
+        assert grad_input.shape == grad_output.shape == (5, 4)
+
+
+def test_where_chooses_by_name_and_module() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(8), nn.BatchNorm1d(4)))
+    silent(model, where=lambda name, module: name.startswith("1.") and module.num_features == 4)
+    assert [type(layer) for layer in norms(model)] == [nn.BatchNorm1d, nn.BatchNorm1d, sn.StreamingNorm1d]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (lambda: nn.GroupNorm(2, 4), sn.Norm),
+        (lambda: nn.InstanceNorm2d(4), sn.StreamingNorm2d),
+        (lambda: nn.InstanceNorm2d(4, affine=True), sn.StreamingNorm2d),
+    ],
+)
+def test_others_are_converted_when_asked_for(kind: Callable[[], nn.Module], expected: type[nn.Module]) -> None:
+    conv, old = nn.Conv2d(3, 4, 1), kind()
+    model = nn.Sequential(conv, old, nn.BatchNorm2d(4))
+    assert silent(model)[1] is old
+    new = silent(model, also=(nn.GroupNorm, nn.InstanceNorm2d), p=2)[1]
+    assert type(new) is expected
+    assert new.weight is old.weight
+    assert new.bias is old.bias
+    assert new.long.tolist() == [[0] * 4, [1] * 4]
+    assert new.ref == sn.NormRef.batch("channel")
+    data = torch.randn(20, 3, 5, 5)
+    sn.calibrate(model, data.split(6))
+    torch.testing.assert_close(new.long[0], conv(data).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_an_instance_norm_that_tracks_evaluates_as_before() -> None:
+    old = with_statistics(nn.InstanceNorm1d(4, track_running_stats=True)).eval()
+    new = silent(old, also=(nn.InstanceNorm1d,))
+    x = torch.randn(5, 4, 3)
+    torch.testing.assert_close(new(x), old(x), rtol=2e-6, atol=2e-6)
+
+
+# Subclasses
+
+
+class Renamed(nn.BatchNorm2d):
+    """A subclass that evaluates as its parent does."""
+
+
+class Activated(nn.BatchNorm2d):
+    """As some libraries of models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.fixture
+def _forget_converters(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = __import__("sys").modules["streamnorm.convert"]
+    monkeypatch.setattr(module, "_converters", {})
+
+
+def test_a_subclass_without_its_own_forward_is_converted() -> None:
+    old = with_statistics(Renamed(4)).eval()
+    new = silent(old)
+    x = torch.randn(5, 4, 3, 2)
+    assert type(new) is sn.StreamingNorm2d
+    torch.testing.assert_close(new(x), old(x), rtol=2e-6, atol=2e-6)
+
+
+def test_a_subclass_with_its_own_forward_is_kept_and_named() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(Activated(4)), nn.BatchNorm2d(4))
+    kept = model[1][0]  # type: ignore[index]
+    with pytest.warns(UserWarning, match=r"1\.0 is a Activated.*register_converter\(Activated") as record:
+        sn.convert(model)
+    assert record[0].filename == __file__
+    assert [type(layer) for layer in norms(model)] == [sn.StreamingNorm2d, Activated, sn.StreamingNorm2d]
+    assert model[1][0] is kept  # type: ignore[index]
+
+
+def test_a_subclass_that_is_left_out_gives_no_warning() -> None:
+    silent(nn.Sequential(Activated(4)), where=lambda name, module: not isinstance(module, Activated))
+
+
+def test_a_lazy_batch_norm_is_named() -> None:
+    model = nn.Sequential(nn.LazyBatchNorm1d())
+    with pytest.warns(UserWarning, match="LazyBatchNorm1d and was not converted.*first batch"):
+        sn.convert(model)
+    model(torch.randn(5, 4))
+    assert isinstance(silent(model)[0], sn.StreamingNorm1d)
+
+
+@pytest.mark.usefixtures("_forget_converters")
+def test_a_registered_converter_is_used_for_its_type_alone() -> None:
+    calls = []
+
+    def converter(module: nn.Module, **options: Any) -> nn.Module:
+        calls.append((module, options))
+        plain = nn.BatchNorm2d(4)
+        plain.load_state_dict(module.state_dict())
+        return nn.Sequential(sn.convert(plain, **options), nn.ReLU())
+
+    class Further(Activated):
+        pass
+
+    sn.register_converter(Activated, converter)
+    old = with_statistics(Activated(4))
+    model = nn.Sequential(old, Further(4)).eval()
+    x = torch.randn(5, 4, 3, 2)
+    expected = old(x)
+    with pytest.warns(UserWarning, match="1 is a Further"):
+        sn.convert(model, p=3)
+    assert calls == [(old, {"p": 3, "scale": "gaussian"})]
+    torch.testing.assert_close(model[0](x), expected, rtol=2e-6, atol=2e-6)
+    assert not model[0].training
+    assert type(model[1]) is Further
+
+
+@pytest.mark.usefixtures("_forget_converters")
+def test_a_converter_may_return_an_empty_module() -> None:
+    sn.register_converter(Activated, lambda module, **options: nn.Sequential())
+    assert type(silent(nn.Sequential(Activated(4)))[0]) is nn.Sequential
+
+
+# All or nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ref": ("group", 3)}, "8 channels do not fall into 3 equal groups"),
+        ({"window": 0}, "window"),
+        ({"window": 9, "kappa": 0.5}, "window=9 and kappa=0.5 exclude each other"),
+        ({"p": 0.5}, "p must be"),
+        ({"affine": False}, "affine=False.*leave it out"),
+        ({"dtype": torch.float64}, "dtype=torch.float64.*leave it out"),
+        ({"also": (nn.LayerNorm,)}, r"3 is a LayerNorm.*register_converter\(LayerNorm"),
+    ],
+)
+def test_what_is_refused_changes_nothing(options: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.LayerNorm(8))
+    before = list(model)
+    with pytest.raises(ValueError, match=message):
+        sn.convert(model, **options)
+    assert list(model) == before
+
+
+def test_an_unknown_option_is_refused() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(6))
+    with pytest.raises(TypeError, match="momentum"):
+        sn.convert(model, momentum=0.1)
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+# Back to plain layers
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("ref", ["channel", "layer", ("group", 2), sn.NormRef.of("n (k g) ... -> g", g=2)], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_to_batchnorm_evaluates_as_before(dims: int, ref: Any, p: float) -> None:
+    shape = {1: (5, 4), 2: (5, 4, 3, 2), 3: (5, 4, 3, 2, 2)}[dims]
+    layer = trained(NORMS[dims](4, p=p, ref=ref, window=5), *shape)
+    layer.train()(torch.randn(shape))  # short-term statistics count as well
+    model = nn.Sequential(layer).eval()
+    x = torch.randn(shape)
+    expected = model(x)
+    assert sn.to_batchnorm(model) is model
+    assert type(model[0]) is {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+    torch.testing.assert_close(model(x), expected, rtol=2e-6, atol=2e-6)
+    assert model[0].weight is layer.weight
+    assert not model[0].training
+
+
+@pytest.mark.parametrize(("affine", "bias"), [(True, False), (False, True)])
+def test_to_batchnorm_with_and_without_parameters(affine: bool, bias: bool) -> None:
+    layer = trained(nn.Sequential(nn.Linear(4, 4), sn.StreamingNorm1d(4, affine=affine, bias=bias)), 5, 4)
+    x = torch.randn(5, 4)
+    expected = layer(x)
+    torch.testing.assert_close(sn.to_batchnorm(layer)(x), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_to_batchnorm_keeps_the_dtype(dtype: torch.dtype) -> None:
+    model = trained(nn.Sequential(nn.Linear(4, 4), sn.StreamingNorm1d(4)), 5, 4).to(dtype)
+    x = torch.randn(5, 4, dtype=dtype)
+    expected = model(x)
+    plain = sn.to_batchnorm(model)
+    assert isinstance(model[1], nn.BatchNorm1d)
+    assert {tensor.dtype for tensor in model[1].state_dict().values()} == {dtype, torch.int64}
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(plain(x), expected, rtol=4 * step, atol=4 * step)
+
+
+def test_there_and_back_is_the_start() -> None:
+    model = nn.Sequential(with_statistics(nn.BatchNorm2d(4)), nn.Sequential(with_statistics(nn.BatchNorm2d(4))))
+    before = copy.deepcopy(model.state_dict())
+    after = sn.to_batchnorm(silent(model, p=3)).state_dict()
+    assert list(after) == list(before)
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_general_batch_norm_needs_dims() -> None:
+    model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), sn.GeneralBatchNorm(4, ghosts=2)), 5, 4, 3, 2)
+    with pytest.raises(ValueError, match=r"1 takes any rank.*dims=1, 2 or 3"):
+        sn.to_batchnorm(model)
+    x = torch.randn(5, 4, 3, 2)
+    expected = model(x)
+    torch.testing.assert_close(sn.to_batchnorm(model, dims=2)(x), expected)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(("ref", "groups"), [("layer", 1), ("channel", 4), (("group", 2), 2)], ids=str)
+def test_sample_norm_becomes_group_norm(ref: Any, groups: int) -> None:
+    model = nn.Sequential(with_statistics(sn.SampleNorm(4, ref, eps=1e-3)))
+    x = torch.randn(5, 4, 3, 2)
+    expected = model(x)
+    torch.testing.assert_close(sn.to_batchnorm(model)(x), expected, rtol=2e-6, atol=2e-6)
+    assert isinstance(model[0], nn.GroupNorm)
+    assert model[0].num_groups == groups
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        sn.SampleNorm(4, p=1),
+        sn.SampleNorm(4, center="zero"),
+        sn.SampleNorm(4, "position"),
+        sn.SampleNorm(4, bias=False),
+        sn.Norm(4, sn.NormRef.of("n c h w -> c h", h=3), sn.LpMoment(), sn.Stream()),
+    ],
+    ids=str,
+)
+def test_a_layer_without_a_plain_equal_is_refused(layer: sn.Norm) -> None:
+    model = nn.Sequential(sn.StreamingNorm2d(4), layer)
+    before = list(model)
+    with pytest.raises(ValueError, match=r"1 has no equal in torch\.nn|1 keeps a statistic per place"):
+        sn.to_batchnorm(model, dims=2)
+    assert list(model) == before
+
+
+# Fold
+
+
+def assert_folds(model: nn.Module, x: Tensor, left: int = 0, tolerance: float = 1e-5) -> Any:
+    """Folded, the model gives the same and has this many normalizations left; the original has all of its own."""
+    before, number = model(x), len(norms(model))
+    state = copy.deepcopy(model.state_dict())
+    folded = sn.fold(model)
+    torch.testing.assert_close(folded(x), before, rtol=tolerance, atol=tolerance)
+    assert len(norms(folded)) == left
+    assert not folded.training
+    assert len(norms(model)) == number
+    assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
+    return folded
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_into_a_linear(bias: bool, affine: bool) -> None:
+    model = trained(nn.Sequential(nn.Linear(3, 4, bias=bias), sn.StreamingNorm1d(4, affine=affine), nn.ReLU()), 5, 3)
+    assert_folds(model, torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_into_a_convolution(dims: int, groups: int, bias: bool, transposed: bool) -> None:
+    cls = (TRANSPOSED if transposed else CONVS)[dims]
+    conv = cls(4, 6, 3, stride=2, padding=1, groups=groups, bias=bias)
+    model = trained(nn.Sequential(conv, NORMS[dims](6)), 3, 4, *(5,) * dims)
+    assert_folds(model, torch.randn(2, 4, *(5,) * dims))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_into_a_convolution_with_padding(mode: Any) -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=2, dilation=2, padding_mode=mode)
+    assert_folds(trained(nn.Sequential(conv, sn.StreamingNorm2d(6)), 3, 4, 6, 6), torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("ref", ["layer", ("group", 2), sn.NormRef.of("n (k g) ... -> g", g=2)], ids=str)
+@pytest.mark.parametrize("p", [1, 3])
+def test_any_reference_and_moment_folds(ref: Any, p: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4, ref=ref, p=p, window=4))
+    assert_folds(trained(model, 5, 3), torch.randn(6, 3))
+
+
+def test_general_batch_norm_folds() -> None:
+    assert_folds(trained(nn.Sequential(nn.Linear(3, 4), sn.GeneralBatchNorm(4)), 5, 3), torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_folded_model_keeps_its_dtype(dtype: torch.dtype) -> None:
+    model = trained(nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4)), 5, 3).to(dtype)
+    folded = assert_folds(model, torch.randn(6, 3, dtype=dtype), tolerance=8 * torch.finfo(dtype).eps)
+    assert {parameter.dtype for parameter in folded.parameters()} == {dtype}
+
+
+class Residual(nn.Module):
+    """The block of a ResNet."""
+
+    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.norm1 = sn.StreamingNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.norm2 = sn.StreamingNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), sn.StreamingNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        y += self.shortcut(x)
+        out: Tensor = self.relu(y)
+        return out
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), sn.StreamingNorm2d(8), nn.ReLU())
+        self.blocks = nn.Sequential(Residual(8, 8), Residual(8, 16, 2), Residual(16, 16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks(self.stem(x)).mean((2, 3))
+        y: Tensor = self.head(h)
+        return y
+
+
+def test_a_resnet_folds() -> None:
+    model = trained(ResNet(), 4, 3, 8, 8)
+    assert len(norms(model)) == 8
+    assert_folds(model, torch.randn(2, 3, 8, 8))
+
+
+class Stays(nn.Module):
+    """A linear layer and a norm, joined in ways that are not one after the other and nothing else."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.lin, self.norm, self.relu = how, nn.Linear(4, 4), sn.StreamingNorm1d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor
+        if self.how == "shared linear":
+            y = self.norm(self.lin(torch.tanh(self.lin(x))))
+        elif self.how == "shared norm":
+            y = self.norm(self.lin(self.norm(x)))
+        elif self.how == "output used twice":
+            h = self.lin(x)
+            y = self.norm(h) + h
+        elif self.how == "masked":
+            y = self.norm(self.lin(x), x[:, 0] > 0)
+        elif self.how == "masked by name":
+            y = self.norm(self.lin(x), mask=x[:, 0] > 0)
+        elif self.how == "activation before":
+            y = self.norm(self.relu(self.lin(x)))
+        elif self.how == "function between":
+            y = self.norm(torch.tanh(self.lin(x)))
+        elif self.how == "weight shared":
+            y = linear(self.norm(self.lin(x)), self.lin.weight.t())
+        elif self.how == "gain shared":
+            y = self.norm(self.lin(x)) * self.norm.weight
+        else:
+            y = self.norm(x)
+        return y
+
+
+WAYS = ["shared linear", "shared norm", "output used twice", "masked", "masked by name", "activation before"]
+WAYS += ["function between", "weight shared", "gain shared", "nothing before"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_what_cannot_fold_stays(how: str) -> None:
+    assert_folds(trained(Stays(how), 7, 4), torch.randn(6, 4), left=1)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_what_has_hooks_stays(which: int, hook: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), sn.StreamingNorm1d(4))
+
+    def doubled(module: nn.Module, *args: Any) -> Any:
+        return 2 * args[-1] if isinstance(args[-1], Tensor) else (2 * args[0][0],)
+
+    getattr(model[which], hook)(doubled)
+    assert_folds(trained(model, 5, 4), torch.randn(6, 4), left=1)
+
+
+def test_a_parametrized_layer_stays() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), sn.StreamingNorm1d(4))
+    assert_folds(trained(model, 5, 4), torch.randn(6, 4), left=1)
+
+
+def test_a_linear_over_sequences_stays() -> None:
+    """Its features come last, and the norm's channels in axis 1."""
+    assert_folds(trained(nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(5)), 6, 5, 3), torch.randn(2, 5, 3), left=1)
+
+
+def test_sample_statistics_and_plain_batch_norm_stay() -> None:
+    layers = nn.Linear(3, 4), sn.SampleNorm(4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+    assert_folds(trained(nn.Sequential(*layers), 5, 3), torch.randn(6, 3), left=2)
+
+
+def test_a_norm_with_two_names_folds_under_both() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.norm = nn.Linear(3, 4), sn.StreamingNorm1d(4)
+            self.alias, self.inner = self.norm, nn.Sequential(self.lin)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.lin(x))
+            return y
+
+    folded = assert_folds(trained(Aliased(), 5, 3), torch.randn(6, 3))
+    assert folded.norm is folded.alias
+    assert folded.inner[0] is folded.lin
+
+
+def test_a_tied_weight_unties_in_the_copy_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), sn.StreamingNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+    model[3].weight = model[0].weight
+    assert_folds(trained(model, 5, 4), torch.randn(6, 4))
+    assert model[3].weight is model[0].weight
+
+
+def test_a_model_that_cannot_be_traced_is_refused() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = sn.StreamingNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(x) if x.sum() > 0 else x
+            return y
+
+    with pytest.raises(ValueError, match=r"torch\.fx, which cannot trace this model"):
+        sn.fold(Branches())
