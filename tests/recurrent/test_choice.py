@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import streamnorm as sn
-from streamnorm.recurrent import norms
+from streamnorm.recurrent import fused, norms
 
 
 def test_a_norm_for_each_path_layer_and_direction() -> None:
@@ -105,3 +106,21 @@ def test_wrong_inputs() -> None:
 def test_an_empty_batch() -> None:
     output, h = sn.GRU(3, 4, bidirectional=True)(torch.randn(5, 0, 3))
     assert (output.shape, h.shape) == ((5, 0, 8), (2, 0, 4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "norm_ih_l0", nn.LayerNorm(15)),
+        lambda model: model.norm_ih_l0.register_forward_hook(lambda *args: None),
+        lambda model: model.norm_ih_l0.eval(),
+        lambda model: setattr(model.norm_hh_l0, "frozen", True),
+        lambda model: setattr(model, "norm_hh_l0", sn.StreamingNorm1d(15)),
+    ],
+    ids=["another module", "a hook", "one in evaluation", "one frozen", "one with a bias"],
+)
+def test_what_is_left_to_the_loop(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sn.GRU(3, 5)
+    change(model)
+    monkeypatch.setattr(fused, "run", lambda *args: pytest.fail("this ran on the whole-sequence engine"))
+    model(torch.randn(4, 2, 3))[0].sum().backward()

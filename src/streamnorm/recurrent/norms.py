@@ -202,8 +202,12 @@ class PerStepBatchNorm(RecurrentBatchNorm):
         """Normalize x, the values of time step ``when.step``."""
         if when.step is None:
             raise ValueError("norm='batch-per-step' has to know the time step: write cell(x, h, step=t), from 0 on")
-        self._row = min(when.step, self.max_steps - 1)
+        self.select(when.step)
         return super().at(x, when)
+
+    def select(self, step: int) -> None:
+        """Say which time step comes next."""
+        self._row = min(step, self.max_steps - 1)
 
     def eval_stats(self) -> tuple[Tensor, Tensor]:
         """mu and sigma² of the time step that was used last."""

@@ -1,0 +1,132 @@
+"""The whole-sequence engine: one autograd.Function per layer and direction, backpropagation through time by hand.
+
+The input's products of all steps are one matrix product, and so are the weights' gradients. In between, time steps
+are taken one after the other, see ``traced``. Backward retraces them from the last to the first, so that the streams
+meet their gradients in the order in which autograd delivers them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import updates
+from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
+from ..ops.first_order import first_order_only
+from .norms import PerStepBatchNorm, RecurrentBatchNorm
+from .steps import Hidden, Norms, Weights
+from .traced import TRACED, Gradient, Gradients, Tensors, Traced, plus
+
+_KNOWN = (Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm, RecurrentBatchNorm, PerStepBatchNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
+    """Whether this engine runs such a layer. What it does not know, the loop over the cells runs."""
+    return (
+        sizes[0] > 0
+        and data.dtype in (torch.float32, torch.float64)
+        and all(t.dtype == data.dtype for t in (*hidden, *weights) if t is not None)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(data.device.type)
+        and all(_can_run(norm, data.dtype, sizes) for norm in norms)
+        and all(getattr(norm, "bias", None) is None for norm in norms[:3])
+    )
+
+
+def _can_run(norm: nn.Module | None, dtype: torch.dtype, sizes: list[int]) -> bool:
+    """Whether the engine does all that this norm's own forward would do."""
+    if norm is None:
+        return True
+    if type(norm) not in _KNOWN or any(getattr(norm, hooks) for hooks in _HOOKS):
+        return False
+    assert isinstance(norm, Norm)
+    if any(parameter.dtype != dtype for parameter in norm.parameters()):
+        return False
+    if isinstance(norm, GeneralBatchNorm):
+        return norm.training and not norm.frozen and norm.ghosts == 1 and sizes[-1] > 1
+    if norm.stream is not None:
+        return norm.training and not norm.frozen and norm.state.long.dtype == dtype
+    return not norm.training or norm.ref.view((sizes[-1], norm.num_features)).num_elements > 1
+
+
+def run(
+    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
+) -> tuple[Tensor, Hidden]:
+    """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
+    for norm in norms:
+        if isinstance(norm, Norm) and norm.stream is not None and not norm._watched:
+            updates.watch(norm)
+    gains = [getattr(norm, "weight", None) for norm in norms]
+    bias_cell = getattr(norms.cell, "bias", None)
+    tensors = Tensors._make((data, *weights, *gains, bias_cell, *hidden, *(None,) * (2 - len(hidden))))
+    output, *finals = _Sequence.apply(TRACED[kind], sizes, norms, *tensors)
+    return output, tuple(finals)
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, traced: type[Traced], sizes: list[int], norms: Norms, *arguments: Any) -> Any:
+        tensors = Tensors(*arguments)
+        hidden: Hidden = (tensors.h,) if tensors.c is None else (tensors.h, tensors.c)
+        steps = traced(tensors, norms)
+        outputs: list[Tensor] = []
+        ended: list[Hidden] = []
+        for number, wx in enumerate((tensors.data @ tensors.w_ih.t()).split(sizes)):
+            rows = len(wx)
+            if rows < len(hidden[0]):
+                ended.append(tuple(h[rows:] for h in hidden))
+                hidden = tuple(h[:rows] for h in hidden)
+            hidden = steps.forward(number, wx, hidden)
+            outputs.append(hidden[0])
+        output = torch.cat(outputs)
+        ctx.save_for_backward(output, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.steps, ctx.sizes = steps, sizes
+        return output, *(torch.cat(parts) for parts in zip(hidden, *reversed(ended)))
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
+        output, *saved = ctx.saved_tensors
+        tensors, needs = Tensors(*saved), Tensors(*ctx.needs_input_grad[3:])
+        steps: Traced = ctx.steps
+        sizes: list[int] = ctx.sizes
+        states = output.split(sizes)
+        before = [tensors.h, *(state[:rows] for state, rows in zip(states, sizes[1:]))]
+        d_states = [None] * len(sizes) if d_output is None else d_output.split(sizes)
+
+        steps.start_backward(needs)
+        d_hidden: Gradients = (None,) * len(d_finals)
+        reached = 0
+        for number in reversed(range(len(sizes))):
+            d_hidden = tuple(_grown(d, d_final, reached, sizes[number]) for d, d_final in zip(d_hidden, d_finals))
+            d_hidden = (plus(d_hidden[0], d_states[number]), *d_hidden[1:])
+            d_hidden = steps.backward(number, states[number], before[number], d_hidden)
+            reached = sizes[number]
+
+        gradients = steps.finish_backward(torch.cat(before))
+        if steps.d_wx:
+            d_wx = torch.cat(steps.d_wx[::-1])
+            gradients["data"] = d_wx @ tensors.w_ih if needs.data else None
+            gradients["w_ih"] = d_wx.t() @ tensors.data if needs.w_ih else None
+        gradients.update(zip(("h", "c"), d_hidden))
+        return None, None, None, *(gradients.get(name) for name in Tensors._fields)
+
+
+def _grown(d: Gradient, d_final: Gradient, reached: int, rows: int) -> Gradient:
+    """The gradient of a hidden tensor after a step, of which the first ``reached`` rows went on to the next one."""
+    if reached == rows or (d is None and d_final is None):
+        return d
+    ended = d_final[reached:rows] if d_final is not None else None
+    if reached == 0:
+        return ended
+    like = d if d is not None else d_final
+    assert like is not None
+    parts = (
+        like.new_zeros(reached, like.shape[1]) if d is None else d,
+        like.new_zeros(rows - reached, like.shape[1]) if ended is None else ended,
+    )
+    return torch.cat(parts)

@@ -1,0 +1,361 @@
+"""Time steps that can be retraced: each network forward and, by hand, backward, in PyTorch operations.
+
+The equations are those of ``steps``; a backward pass takes their derivatives from the last line to the first. The
+normalizations go through the PyTorch engine of ``streamnorm.ops``, call by call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..norm import GeneralBatchNorm, Norm
+from ..ops.eager import _Normalize
+from .norms import PerStepBatchNorm
+from .steps import Hidden, Norms
+
+Gradient = Tensor | None
+Gradients = tuple[Gradient, ...]
+
+
+class Tensors(NamedTuple):
+    """All that has a gradient: inputs, weights, gains, the cell norm's bias, and where the sequences start."""
+
+    data: Any
+    w_ih: Any
+    w_hh: Any
+    b_ih: Any
+    b_hh: Any
+    w_hr: Any
+    gain_ih: Any
+    gain_hh: Any
+    gain_hn: Any
+    gain_cell: Any
+    bias_cell: Any
+    h: Any
+    c: Any
+
+
+class _Use:
+    """What one use of a norm keeps for its backward; it stands where the engine expects autograd's context."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor | None, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+class Path:
+    """N(x) + bias at each step, with the gradients of gain and bias summed over the steps."""
+
+    def __init__(self, norm: nn.Module | None, gain: Tensor | None, bias: Tensor | None) -> None:
+        assert norm is None or isinstance(norm, Norm)
+        self.norm, self.gain, self.bias = norm, gain, bias
+        self.uses: list[_Use] = []
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        """Normalize the values of a step; the norm's statistics and stream advance."""
+        norm = self.norm
+        if norm is None:
+            return x if self.bias is None else x + self.bias
+        view, use = norm.ref.view(x.shape), _Use()
+        tracks = isinstance(norm, GeneralBatchNorm)
+        stats = x.new_empty(2, view.num_stats) if tracks else None
+        state = None if norm.stream is None else norm.state
+        y = _Normalize.forward(use, x, self.gain, self.bias, None, view, norm.formula, state, norm._grad_scale, stats)
+        self.uses.append(use)
+        if isinstance(norm, PerStepBatchNorm):
+            norm.select(number)
+        if isinstance(norm, GeneralBatchNorm) and stats is not None:
+            norm._track(stats, len(x))
+        return y
+
+    def start_backward(self, wants_gain: bool, wants_bias: bool) -> None:
+        """Begin to sum."""
+        self.wants_gain, self.wants_bias = wants_gain, wants_bias
+        self.d_gain: Gradient = None
+        self.d_bias: Gradient = None
+
+    def backward(self, dy: Tensor, number: int, flows: bool) -> Gradient:
+        """The gradient of x if it flows there, and then the norm's gradient stream advances."""
+        if self.norm is None:
+            if self.wants_bias:
+                self.d_bias = plus(self.d_bias, dy.sum(0))
+            return dy if flows else None
+        use = self.uses[number]
+        use.needs_input_grad = (flows, self.wants_gain, self.wants_bias)
+        dx, d_gain, d_bias, *_ = _Normalize.backward(use, dy)
+        self.d_gain, self.d_bias = plus(self.d_gain, d_gain), plus(self.d_bias, d_bias)
+        return dx
+
+
+class Product:
+    """N(W·h) + bias at each step. The gradient of W is one product over all steps."""
+
+    def __init__(self, weight: Tensor, path: Path) -> None:
+        self.weight, self.path = weight, path
+
+    def forward(self, h: Tensor, number: int) -> Tensor:
+        """The values of a step."""
+        return self.path.forward(h @ self.weight.t(), number)
+
+    def start_backward(self, wants_weight: bool, wants_gain: bool, wants_bias: bool) -> None:
+        """Begin to collect."""
+        self.wants_weight = wants_weight
+        self.d_products: list[Tensor] = []
+        self.path.start_backward(wants_gain, wants_bias)
+
+    def backward(self, dy: Tensor, number: int, flows: bool) -> Gradient:
+        """The gradient of h, if it flows there."""
+        d_product = self.path.backward(dy, number, flows or self.wants_weight)
+        if d_product is None:
+            return None
+        self.d_products.append(d_product)
+        return d_product @ self.weight if flows else None
+
+    def d_weight(self, inputs: Tensor) -> Gradient:
+        """The gradient of W, from the h of all steps."""
+        return torch.cat(self.d_products[::-1]).t() @ inputs if self.wants_weight else None
+
+
+class Traced:
+    """The time steps of one layer in one direction.
+
+    Args:
+        tensors: weights and gains.
+        norms: its normalizations.
+    """
+
+    def __init__(self, tensors: Tensors, norms: Norms) -> None:
+        self.input = Path(norms.ih, tensors.gain_ih, tensors.b_ih)
+        self.product = Product(tensors.w_hh, Path(norms.hh, tensors.gain_hh, tensors.b_hh))
+        self.saved: list[tuple[Tensor, ...]] = []
+
+    def forward(self, number: int, wx: Tensor, hidden: Hidden) -> Hidden:
+        """Advance by one step."""
+        raise NotImplementedError
+
+    def start_backward(self, needs: Tensors) -> None:
+        """Before the first step is retraced: which tensors want a gradient."""
+        self.needs = needs
+        self.input.start_backward(needs.gain_ih, needs.b_ih)
+        self.product.start_backward(needs.w_hh, needs.gain_hh, needs.b_hh)
+        self.d_wx: list[Tensor] = []
+
+    def backward(self, number: int, h: Tensor, previous: Tensor, d_hidden: Gradients) -> Gradients:
+        """Retrace the step that led from ``previous`` to ``h``: the gradients of the hidden tensors before it."""
+        raise NotImplementedError
+
+    def finish_backward(self, previous: Tensor) -> dict[str, Gradient]:
+        """The gradients of weights and gains, given the hidden states before all steps."""
+        path = self.product.path
+        return {
+            "w_hh": self.product.d_weight(previous),
+            "b_ih": self.input.d_bias,
+            "b_hh": path.d_bias,
+            "gain_ih": self.input.d_gain,
+            "gain_hh": path.d_gain,
+        }
+
+    def _flows_into_past(self, number: int) -> bool:
+        """Whether the hidden state before this step wants a gradient: what it was computed from does, or it itself."""
+        return number > 0 or self.needs.h
+
+    def _input_backward(self, d_sum: Tensor, number: int) -> None:
+        d_wx = self.input.backward(d_sum, number, self.needs.data or self.needs.w_ih)
+        if d_wx is not None:
+            self.d_wx.append(d_wx)
+
+
+class _RNN(Traced):
+    def forward(self, number: int, wx: Tensor, hidden: Hidden) -> Hidden:
+        return (self._activation(self.input.forward(wx, number) + self.product.forward(hidden[0], number)),)
+
+    def backward(self, number: int, h: Tensor, previous: Tensor, d_hidden: Gradients) -> Gradients:
+        (d_h,) = d_hidden
+        assert d_h is not None
+        d_sum = d_h * self._derivative(h)
+        self._input_backward(d_sum, number)
+        return (self.product.backward(d_sum, number, self._flows_into_past(number)),)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _derivative(self, h: Tensor) -> Tensor:
+        """Of the activation, from its value."""
+        raise NotImplementedError
+
+
+class _RNNTanh(_RNN):
+    def _activation(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+    def _derivative(self, h: Tensor) -> Tensor:
+        return 1 - h * h
+
+
+class _RNNRelu(_RNN):
+    def _activation(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def _derivative(self, h: Tensor) -> Tensor:
+        return (h > 0).to(h.dtype)
+
+
+class _GRU(Traced):
+    def forward(self, number: int, wx: Tensor, hidden: Hidden) -> Hidden:
+        (h,) = hidden
+        reset_x, update_x, new_x = self.input.forward(wx, number).chunk(3, 1)
+        reset_h, update_h, new_h = self.product.forward(h, number).chunk(3, 1)
+        reset, update = (reset_x + reset_h).sigmoid_(), (update_x + update_h).sigmoid_()
+        new = torch.addcmul(new_x, reset, new_h).tanh_()
+        self.saved.append((reset, update, new, new_h))
+        return (new + update * (h - new),)
+
+    def backward(self, number: int, h: Tensor, previous: Tensor, d_hidden: Gradients) -> Gradients:
+        (d_h,) = d_hidden
+        assert d_h is not None
+        reset, update, new, new_h = self.saved[number]
+        d_new = d_h * (1 - update) * (1 - new * new)
+        d_update = d_h * (previous - new) * update * (1 - update)
+        d_reset = d_new * new_h * reset * (1 - reset)
+        self._input_backward(torch.cat((d_reset, d_update, d_new), 1), number)
+        d_sum = torch.cat((d_reset, d_update, d_new * reset), 1)
+        flows = self._flows_into_past(number)
+        d_previous = self.product.backward(d_sum, number, flows)
+        return (plus(d_previous, d_h * update) if flows else None,)
+
+
+class _GRUResetBefore(Traced):
+    def __init__(self, tensors: Tensors, norms: Norms) -> None:
+        super().__init__(tensors, norms)
+        gates = 2 * tensors.w_hh.shape[1]
+        b_gates, b_new = (None, None) if tensors.b_hh is None else (tensors.b_hh[:gates], tensors.b_hh[gates:])
+        self.product = Product(tensors.w_hh[:gates], Path(norms.hh, tensors.gain_hh, b_gates))
+        self.new_product = Product(tensors.w_hh[gates:], Path(norms.hn, tensors.gain_hn, b_new))
+
+    def forward(self, number: int, wx: Tensor, hidden: Hidden) -> Hidden:
+        (h,) = hidden
+        reset_x, update_x, new_x = self.input.forward(wx, number).chunk(3, 1)
+        reset_h, update_h = self.product.forward(h, number).chunk(2, 1)
+        reset, update = (reset_x + reset_h).sigmoid_(), (update_x + update_h).sigmoid_()
+        new = (new_x + self.new_product.forward(reset * h, number)).tanh_()
+        self.saved.append((reset, update, new))
+        return (new + update * (h - new),)
+
+    def start_backward(self, needs: Tensors) -> None:
+        super().start_backward(needs)
+        self.new_product.start_backward(needs.w_hh, needs.gain_hn, needs.b_hh)
+        self.first_reset_flows = _any_but(needs, "gain_hn")
+
+    def backward(self, number: int, h: Tensor, previous: Tensor, d_hidden: Gradients) -> Gradients:
+        (d_h,) = d_hidden
+        assert d_h is not None
+        reset, update, new = self.saved[number]
+        flows = self._flows_into_past(number)
+        d_new = d_h * (1 - update) * (1 - new * new)
+        d_update = d_h * (previous - new) * update * (1 - update)
+        d_kept = self.new_product.backward(d_new, number, number > 0 or self.first_reset_flows)
+        if d_kept is None:  # only the gain behind the product, at the first step
+            return (None,)
+        d_reset = d_kept * previous * reset * (1 - reset)
+        self._input_backward(torch.cat((d_reset, d_update, d_new), 1), number)
+        d_previous = self.product.backward(torch.cat((d_reset, d_update), 1), number, flows)
+        return (plus(d_previous, d_h * update + d_kept * reset) if flows else None,)
+
+    def finish_backward(self, previous: Tensor) -> dict[str, Gradient]:
+        reset = torch.cat([saved[0] for saved in self.saved])
+        gradients = super().finish_backward(previous)
+        path = self.new_product.path
+        gradients["gain_hn"] = path.d_gain
+        gradients["w_hh"] = _stacked(gradients["w_hh"], self.new_product.d_weight(reset * previous))
+        gradients["b_hh"] = _stacked(gradients["b_hh"], path.d_bias)
+        return gradients
+
+
+class _LSTM(Traced):
+    def __init__(self, tensors: Tensors, norms: Norms) -> None:
+        super().__init__(tensors, norms)
+        self.w_hr = tensors.w_hr
+        self.cell = Path(norms.cell, tensors.gain_cell, tensors.bias_cell)
+
+    def forward(self, number: int, wx: Tensor, hidden: Hidden) -> Hidden:
+        h, c = hidden
+        size = c.shape[1]
+        gates = self.input.forward(wx, number) + self.product.forward(h, number)
+        gates[:, : 2 * size].sigmoid_()
+        gates[:, 2 * size : 3 * size].tanh_()
+        gates[:, 3 * size :].sigmoid_()
+        input_, forget, candidate, output = gates.chunk(4, 1)
+        next_c = torch.addcmul(forget * c, input_, candidate)
+        squashed = self.cell.forward(next_c, number).tanh()
+        self.saved.append((gates, c, squashed))
+        h = output * squashed
+        return (h if self.w_hr is None else h @ self.w_hr.t()), next_c
+
+    def start_backward(self, needs: Tensors) -> None:
+        super().start_backward(needs)
+        self.cell.start_backward(needs.gain_cell, needs.bias_cell)
+        self.d_projected: list[Tensor] = []
+        self.first_cell_flows = _any_but(needs, "gain_cell", "bias_cell", "w_hr")
+
+    def backward(self, number: int, h: Tensor, previous: Tensor, d_hidden: Gradients) -> Gradients:
+        d_h, d_c = d_hidden
+        gates, previous_c, squashed = self.saved[number]
+        input_, forget, candidate, output = gates.chunk(4, 1)
+        d_output = None
+        if d_h is not None:
+            if self.w_hr is not None:
+                self.d_projected.append(d_h)
+                d_h = d_h @ self.w_hr
+            d_output = d_h * squashed * output * (1 - output)
+            d_squashed = d_h * output * (1 - squashed * squashed)
+            d_c = plus(d_c, self.cell.backward(d_squashed, number, number > 0 or self.first_cell_flows))
+        if d_c is None:  # only the cell norm's own parameters, at the first step
+            return None, None
+        d_sum = torch.cat(
+            (
+                d_c * candidate * input_ * (1 - input_),
+                d_c * previous_c * forget * (1 - forget),
+                d_c * input_ * (1 - candidate * candidate),
+                torch.zeros_like(d_c) if d_output is None else d_output,
+            ),
+            1,
+        )
+        self._input_backward(d_sum, number)
+        d_previous = self.product.backward(d_sum, number, self._flows_into_past(number))
+        return d_previous, d_c * forget if number > 0 or self.needs.c else None
+
+    def finish_backward(self, previous: Tensor) -> dict[str, Gradient]:
+        gradients = super().finish_backward(previous)
+        gradients.update(gain_cell=self.cell.d_gain, bias_cell=self.cell.d_bias)
+        if self.needs.w_hr:
+            steps = self.saved[: len(self.d_projected)]
+            squeezed = torch.cat([gates.chunk(4, 1)[3] * squashed for gates, _, squashed in steps])
+            gradients["w_hr"] = torch.cat(self.d_projected[::-1]).t() @ squeezed
+        return gradients
+
+
+TRACED: dict[str, type[Traced]] = {
+    "RNN_TANH": _RNNTanh,
+    "RNN_RELU": _RNNRelu,
+    "GRU": _GRU,
+    "GRU_RESET_BEFORE": _GRUResetBefore,
+    "LSTM": _LSTM,
+}
+
+
+def plus(a: Gradient, b: Gradient) -> Gradient:
+    """Their sum, where None is no gradient."""
+    return b if a is None else a if b is None else a + b
+
+
+def _any_but(needs: Tensors, *names: str) -> bool:
+    return any(need for name, need in needs._asdict().items() if name not in names)
+
+
+def _stacked(a: Gradient, b: Gradient) -> Gradient:
+    return None if a is None or b is None else torch.cat((a, b))
