@@ -1,7 +1,7 @@
 """The command line: ``streamnorm COMMAND …``.
 
-Commands are imported when they are called, so that ``streamnorm --help`` answers at once, and a package that a
-command needs and is not there is named in one line.
+Commands are imported when they are called, so that a package that one of them needs and is not there is named in
+one line, and does not keep the others from working.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def _call(command: Command, words: list[str]) -> int:
         function = cast(Callable[[list[str]], int], getattr(import_module(module), name))
         return function(words)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "streamnorm":
+        package = (error.name or "").split(".")[0]
+        if package == "streamnorm":
             raise
-        return _complain(f'this command needs the package {error.name!r}: pip install "streamnorm[experiments]"')
+        return _complain(f'this command needs the package {package!r}: pip install "streamnorm[experiments]"')
     except UserError as error:
         return _complain(str(error))
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

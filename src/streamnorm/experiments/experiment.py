@@ -110,7 +110,7 @@ class Experiment(ABC):
     points: int = 16
     """Points of each curve."""
 
-    curve_images: int = 2000
+    curve_images: int = 1000
     """Test images used for the points of a curve; the final accuracy always uses all of them."""
 
     jobs: Number = None

@@ -41,10 +41,13 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no flock; there two commands in one folder are the user's own care
         yield
         return
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             message = f"another command is writing to {folder}: wait for it, or choose another folder with --out"
             raise UserError(message) from None
         yield
+    finally:
+        os.close(descriptor)
