@@ -164,7 +164,7 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
 
     Example:
         >>> to_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), StreamingNorm2d(8)))[1]
-        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, ...)
     """
 
     def plain(name: str, module: nn.Module) -> nn.Module | None:
@@ -290,13 +290,7 @@ def _to_plain(name: str, layer: Norm, dims: int | None) -> nn.Module:
                 f"{name or 'the layer'} takes any rank: say with dims=1, 2 or 3 which BatchNorm to write for it"
             )
         mu, variance = (_per_channel(name, layer, value) for value in layer.eval_stats())
-        plain = cls(
-            layer.num_features,
-            layer.eps,
-            affine=layer.weight is not None,
-            bias=layer.bias is not None,
-            device=mu.device,
-        )
+        plain = cls(layer.num_features, layer.eps, affine=layer.weight is not None, device=mu.device)
         dtype = mu.dtype if layer.weight is None else layer.weight.dtype
         plain.running_mean, plain.running_var = mu.to(dtype), variance.to(dtype)
     plain.weight, plain.bias = layer.weight, layer.bias

@@ -269,7 +269,7 @@ class SampleNorm(Norm):
     channels at each place. Training and evaluation are the same.
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         ref: ``"layer"``, ``"channel"``, ``"position"``, ``("group", g)``, or a NormRef inside the sample.
         eps: added to sigma², ≥ 0.
         affine: whether to learn a gain and a bias per channel.
@@ -327,7 +327,7 @@ class GeneralBatchNorm(Norm):
     which is exact for normal data.
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
         momentum: share of the present mini-batch in the running statistics, in [0, 1]; None averages over all.
         ghosts: number of ghost batches: sample i is normalized with the samples of its index modulo ``ghosts``
@@ -430,7 +430,7 @@ class GeneralBatchNorm(Norm):
         if isinstance(n, Tensor):
             known &= n.flatten() > 0
         self.num_batches_tracked += known.any()
-        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        share = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             value = value.masked_fill(~known, torch.nan).view(-1, len(running)).nanmean(0)  # over ghost batches
             running.copy_(torch.where(value.isnan(), running, running + share * (value - running)))
@@ -502,7 +502,7 @@ _STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn
     enough. The training loop stays as it is: the layer notices ``optimizer.step()`` by itself.
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         eps: added to sigma², ≥ 0.
         affine: whether to learn a gain and a bias per channel.
         p: order of the moment, ≥ 1; 1 is recommended.

@@ -1,8 +1,8 @@
 """One operation, several engines, and the choice between them.
 
 ``normalize`` and ``commit`` run on the first engine of ``ENGINES`` that takes the input. The environment variable
-``STREAMNORM_ENGINE`` (``native``, ``torch`` or ``plain``), read at import, or the context manager :func:`force` names
-one engine for all calls.
+``STREAMNORM_ENGINE`` (``native``, ``torch`` or ``plain``), read at import, or the context manager :func:`force` leaves
+out the engines before the one that it names; ``torch`` and ``plain`` take every input.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import eager, plain
+from . import eager, native, plain
 from .spec import Formula, State, View
 
-ENGINES: tuple[ModuleType, ...] = (eager, plain)
+ENGINES: tuple[ModuleType, ...] = (native, eager, plain)
 """From the fastest to the reference."""
 
-_forced: ModuleType | None = None
+_active = ENGINES
 
 
 def normalize(
@@ -35,15 +35,14 @@ def normalize(
     stats: Tensor | None = None,
 ) -> Tensor:
     """Normalize, apply gain and bias, advance the stream; ``plain.normalize`` explains the arguments."""
-    engine = _forced or next(e for e in ENGINES if e.supports(x, mask, view, formula, state))
+    engine = next(e for e in _active if e.supports(x, mask, view, formula, state))
     y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     return y
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
     """Move the short-term averages of these streams into their long-term ones (design, section 2.4)."""
-    engine = _forced or ENGINES[0]
-    engine.commit(uses)
+    _active[0].commit(uses)
 
 
 def engines() -> dict[str, str]:
@@ -53,42 +52,36 @@ def engines() -> dict[str, str]:
         >>> "torch" in engines()
         True
     """
-    lines = {engine.NAME: engine.status() for engine in ENGINES}
-    if _forced is not None:
-        lines = {
-            name: line if name == _forced.NAME else "switched off: another engine is forced"
-            for name, line in lines.items()
-        }
-    return lines
+    return {e.NAME: e.status() if e in _active else f"switched off: {_active[0].NAME} is forced" for e in ENGINES}
 
 
 @contextmanager
 def force(name: str) -> Iterator[None]:
-    """Run every call on one engine, for tests and for bug reports.
+    """Leave out the engines before the one of this name, for tests and for bug reports.
 
     Raises:
         ValueError: if no engine has this name.
 
     Example:
         >>> with force("plain"):
-        ...     engines()["plain"]
-        'available: the reference, autograd over the formulas; only used when forced'
+        ...     engines()["torch"]
+        'switched off: plain is forced'
     """
-    global _forced
-    before, _forced = _forced, _named(name)
+    global _active
+    before, _active = _active, _from(name)
     try:
         yield
     finally:
-        _forced = before
+        _active = before
 
 
-def _named(name: str) -> ModuleType:
-    for engine in ENGINES:
+def _from(name: str) -> tuple[ModuleType, ...]:
+    for i, engine in enumerate(ENGINES):
         if name == engine.NAME:
-            return engine
+            return ENGINES[i:]
     names = ", ".join(engine.NAME for engine in ENGINES)
     raise ValueError(f"there is no engine {name!r}; STREAMNORM_ENGINE can be one of {names}")
 
 
 if os.environ.get("STREAMNORM_ENGINE"):
-    _forced = _named(os.environ["STREAMNORM_ENGINE"])
+    _active = _from(os.environ["STREAMNORM_ENGINE"])
