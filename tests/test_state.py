@@ -411,19 +411,35 @@ def test_under_autocast(engine: str, dtype: torch.dtype) -> None:
 # Layouts
 
 
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The numbers of x, (N, C, H, W), in other places in memory."""
-    wider = torch.zeros(x.shape[0], x.shape[1] * 2, x.shape[2], x.shape[3] * 3)
-    wider[:, 1::2, :, 2::3] = x
-    return {
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
-        "transposed": x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0),
-        "sliced": wider[:, 1::2, :, 2::3],
-        "batch inside": x.movedim(0, 3).contiguous().movedim(3, 0),
-    }
+Part = tuple[slice, ...]
+ALL, PART = slice(None), slice(1, None, 2)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "batch inside"])
+def cut(x: Tensor, part: Part, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """The numbers of x as a part of a larger tensor."""
+    larger = torch.zeros([2 * size + 1 if s == PART else size + 3 * (s != ALL) for size, s in zip(x.shape, part)])
+    larger = larger.contiguous(memory_format=memory_format)
+    view = larger[part]
+    view = view[tuple(slice(size) for size in x.shape)]
+    view.copy_(x)
+    return view
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0),
+    "batch inside": lambda x: x.movedim(0, 3).contiguous().movedim(3, 0),
+    "every other sample": lambda x: cut(x, (PART, ALL, ALL, ALL)),
+    "every other channel": lambda x: cut(x, (ALL, PART, ALL, ALL)),
+    "every other of all": lambda x: cut(x, (PART, PART, PART, PART)),
+    "some channels": lambda x: cut(x, (ALL, slice(2, None), ALL, ALL)),
+    "some channels_last channels": lambda x: cut(x, (ALL, slice(2, None), ALL, ALL), torch.channels_last),
+    "every other channels_last sample": lambda x: cut(x, (PART, ALL, ALL, ALL), torch.channels_last),
+    "a crop": lambda x: cut(x, (ALL, ALL, slice(1, None), slice(1, None))),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ref", ["channel", "layer", ("group", 2)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_any_layout(engine: str, layout: str, ref: Any, masked: bool) -> None:
@@ -431,15 +447,32 @@ def test_any_layout(engine: str, layout: str, ref: Any, masked: bool) -> None:
     mask = torch.rand(3, 5, 2) < 0.7 if masked else None
     for _ in range(2):
         x, dy = torch.randn(3, 4, 5, 2), torch.randn(3, 4, 5, 2)
-        ours, theirs = layouts(x)[layout].detach().requires_grad_(), x.clone().requires_grad_()
+        ours, theirs = LAYOUTS[layout](x).detach().requires_grad_(), x.clone().requires_grad_()
         assert not ours.is_contiguous()
         y, expected = layer(ours, mask), plain(theirs, mask)
-        y.backward(layouts(dy)[layout])
+        y.backward(LAYOUTS[layout](dy))
         expected.backward(dy)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(ours.grad, theirs.grad)
         sn.commit(layer)
         sn.commit(plain)
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(buffer, plain.get_buffer(name))
+
+
+@pytest.mark.parametrize(
+    "part", [(PART, ALL), (ALL, PART), (PART, PART), (ALL, slice(2, None)), (slice(1, None), ALL)], ids=str
+)
+@pytest.mark.parametrize("ref", ["channel", ("group", 2)], ids=str)
+def test_any_layout_of_vectors(engine: str, part: Part, ref: Any) -> None:
+    layer, plain = (sn.StreamingNorm1d(4, ref=ref) for _ in range(2))
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    ours, theirs = cut(x, part).detach().requires_grad_(), x.clone().requires_grad_()
+    y, expected = layer(ours), plain(theirs)
+    y.backward(cut(dy, part))
+    expected.backward(dy)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
     for name, buffer in layer.named_buffers():
         torch.testing.assert_close(buffer, plain.get_buffer(name))
 
