@@ -321,7 +321,7 @@ class Activated(nn.BatchNorm2d):
 
 @pytest.fixture
 def _forget_converters(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = __import__("sys").modules["streamnorm.convert"]
+    module = __import__("sys").modules["streamnorm.conversion"]
     monkeypatch.setattr(module, "_converters", {})
 
 

@@ -1,7 +1,7 @@
 """Normalization for PyTorch that works where Batch Normalization does not: one sample at a time, tiny mini-batches."""
 
-from .accumulate import accumulate
-from .convert import convert, fold, register_converter, to_batchnorm
+from .accumulation import accumulate
+from .conversion import convert, fold, register_converter, to_batchnorm
 from .lifecycle import calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
