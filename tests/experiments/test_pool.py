@@ -12,21 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from experiments.pool_tasks import work
 
 from streamnorm.experiments.pool import Pool
 
 
-@pytest.fixture(scope="module")
-def work():
-    folder = str(Path(__file__).parent)
-    sys.path.insert(0, folder)  # worker processes get this path too
-    import pool_tasks
-
-    yield pool_tasks.work
-    sys.path.remove(folder)
-
-
-def test_each_task_is_started_and_ended_once_and_its_news_arrive(work):
+def test_each_task_is_started_and_ended_once_and_its_news_arrive():
     tasks = [("news", number) for number in range(6)]
     with Pool(2, work) as pool:
         events = list(pool.run(tasks))
@@ -39,7 +30,7 @@ def test_each_task_is_started_and_ended_once_and_its_news_arrive(work):
     assert [event.payload for event in again if event.kind == "news"] == [1]
 
 
-def test_a_bad_task_does_not_stop_the_others(work):
+def test_a_bad_task_does_not_stop_the_others():
     with Pool(1, work) as pool:
         events = [e for e in pool.run([("mistake",), ("die",), ("full",), ("interrupt",)]) if e.kind != "start"]
     mistake, death, full, news, done = events
@@ -53,7 +44,7 @@ def test_a_bad_task_does_not_stop_the_others(work):
 PARENT = """
 import sys
 sys.path.insert(0, {folder!r})
-from pool_tasks import work
+from experiments.pool_tasks import work
 from streamnorm.experiments.pool import Pool
 if __name__ == "__main__":
     with Pool(1, work) as pool:
@@ -66,7 +57,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(folder=str(Path(__file__).parent)))
+    script.write_text(PARENT.format(folder=str(Path(__file__).parents[1])))
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())

@@ -129,7 +129,12 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
     with open(path, "ab") as file:
         file.write(b'{"type": "point", "upd')  # the kill hit a write
     started_at = []
-    monkeypatch.setattr(Training, "advance", lambda self: started_at.append(self.updates) or advance(self))
+
+    def watched(self):
+        started_at.append(self.updates)
+        return advance(self)
+
+    monkeypatch.setattr(Training, "advance", watched)
     torn = finish(experiment, run, data, path)
     assert started_at == [stop_after]
     assert timeless(torn) == timeless(whole)
@@ -176,6 +181,8 @@ def test_recalibrated_batch_normalization_has_the_statistics_of_the_training_ima
         hidden = model[1](model[0](inputs))
     torch.testing.assert_close(model[2].running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model[2].running_var, hidden.var(0), rtol=1e-4, atol=1e-5)
+    assert isinstance(before[2], nn.BatchNorm1d)
+    assert before[2].running_mean is not None
     assert not torch.allclose(before[2].running_mean, hidden.mean(0), rtol=1e-2)
     logged = finish(make_experiment(), Run("final", "batch", "2x1", 0.05, 0), data, tmp_path / "log.jsonl")
     assert logged.end["scores"].keys() == {"batch", "batch-recalibrated"}

@@ -31,7 +31,18 @@ def points(value: float) -> str:
 
 def sentences(results: Results) -> list[str]:
     """The verdict, one statement per sentence."""
-    return [*_failures(results), *_comparisons(results), *_divergences(results)]
+    return [*_opening(results), *_failures(results), *_comparisons(results), *_divergences(results)]
+
+
+def _opening(results: Results) -> Iterator[str]:
+    """How the method in question fares from setting to setting."""
+    name = results.experiment.comparisons[0][0]
+    cells = [results.cells[name, setting] for setting in results.settings if (name, setting) in results.cells]
+    means = sorted(cell.mean.mean for cell in cells if cell.mean is not None)
+    if means:
+        places = _listed([cell.setting.label for cell in cells if cell.mean is not None])
+        between = f"between {percent(means[0])} and {percent(means[-1])}" if len(means) > 1 else percent(means[0])
+        yield f"{METHODS[name].label} reaches {between} at {places}."
 
 
 def outcome(difference: Interval) -> str:
