@@ -16,9 +16,11 @@ _MESSAGE = (
 
 
 class _Refuse(torch.autograd.Function):
+    """Hands on the first of its arguments; what they depend on follows, so that every way back leads through here."""
+
     @staticmethod
-    def forward(ctx: Any, *grads: Any) -> Any:
-        return grads
+    def forward(ctx: Any, number: int, *tensors: Any) -> Any:
+        return tensors[:number]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -34,6 +36,6 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        return _Refuse.apply(*(r.detach().requires_grad_() if isinstance(r, torch.Tensor) else r for r in results))
+        return _Refuse.apply(len(results), *results, *ctx.saved_tensors, *grads)
 
     return once
