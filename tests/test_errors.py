@@ -324,6 +324,21 @@ def test_a_second_derivative_of_a_stream_is_refused_by_every_engine(engine: str)
         first.square().sum().backward()
 
 
+@pytest.mark.parametrize("target", ["x", "0.weight", "0.bias", "1.weight", "3.weight"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [(name, make) for name in ENGINES for make in (S, G) if name != "plain" or make is S],  # G is autograd alone there
+)
+def test_no_way_to_a_second_derivative_is_open(name: str, make: Callable[..., sn.Norm], target: str) -> None:
+    """``autograd.grad`` runs only what leads to its targets; part of a derivative would be a wrong one."""
+    model = nn.Sequential(nn.Linear(3, 4), make(4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(5, 3, requires_grad=True)
+    with ops.force(name):
+        (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative through a streamnorm layer"):
+        torch.autograd.grad(first.square().sum(), x if target == "x" else model.get_parameter(target))
+
+
 def test_create_graph_gives_the_same_gradient(engine: str) -> None:
     layer, x, gradients = S(4), torch.randn(3, 4), []
     for create_graph in (False, True):
