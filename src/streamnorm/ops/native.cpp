@@ -18,6 +18,7 @@
 #ifndef _WIN32
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #endif
 
 // --- DLPack 1.x, the part that is used (https://github.com/dmlc/dlpack, dlpack.h) ------------------------------------
@@ -87,14 +88,17 @@ struct Block {
   int64_t rows, length, from, to;
 };
 
-// The loops of native_kernels.h for one storage type and p. `void*` without a note is of the storage type where it is x,
-// y, dy or dx, and else of the type of statistics: double for double, float for all others.
+// The loops of native_kernels.h for one storage type and p. Pointers to void are of the storage type where they are x, y,
+// dy or dx, and else of the type of statistics: double for double, float for all others.
 struct Kernels {
   double (*sum)(const Block&, const void* x);
   double (*powers)(const Block&, const void* x, double centre, double p);
   void (*output)(const Block&, const void* x, void* y, double mu, double scale, double shift);
-  void (*gradients[2])(const Block&, const void* x, const void* dy, double mu, double centre, double p, double* out);
+  void (*output_and_sums)(const Block&, const void* x, void* y, double mu, double scale, double shift, double centre, double p, double* out);
+  void (*gradients)(const Block&, const void* x, const void* dy, double mu, double centre, double p, double* out);
   void (*input)(const Block&, const void* x, const void* dy, void* dx, double centre, double scale, double constant, double along, double p);
+  void (*input_and_gradients)(const Block&, const void* x, const void* dy, void* dx, double mu, double centre, double scale,
+                              double constant, double along, double p, double* out);
 
   void (*output_elements)(const Block&, const void* x, void* y, double mu, double inverse, const void* gain, const void* bias);
   void (*gradients_elements)(const Block&, const void* x, const void* dy, double mu, double centre, double inverse, double p,
@@ -105,14 +109,22 @@ struct Kernels {
   void (*sum_columns)(const Block&, const void* x, double* out);
   void (*powers_columns)(const Block&, const void* x, const void* centre, double p, double* out);
   void (*output_columns)(const Block&, const void* x, void* y, const void* mu, const void* scale, const void* shift);
-  void (*gradients_columns[2])(const Block&, const void* x, const void* dy, const void* mu, bool centered, double p, double* out, int64_t stride);
+  void (*output_and_sums_columns)(const Block&, const void* x, void* y, const void* mu, const void* scale, const void* shift,
+                                  bool centered, double p, double* out, int64_t stride);
+  void (*gradients_columns)(const Block&, const void* x, const void* dy, const void* mu, bool centered, double p, double* out, int64_t stride);
   void (*input_columns)(const Block&, const void* x, const void* dy, void* dx, const void* centre, const void* scale,
                         const void* constant, const void* along, double p);
+  void (*input_and_gradients_columns)(const Block&, const void* x, const void* dy, void* dx, const void* mu, bool centered,
+                                      const void* scale, const void* constant, const void* along, double p, double* out, int64_t stride);
 
   void (*locations)(const Call&, int64_t from, int64_t to, const double* sums);
-  void (*scales)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_of_powers);
-  void (*stream_gradients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu,
-                           const double* sums_of_u, void* constant, void* along);
+  void (*scales)(const Call&, int64_t from, int64_t to, const double* powers);
+  void (*advance)(const Call&, int64_t from, int64_t to, const double* sums, const double* powers);
+  void (*coefficients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u,
+                       void* constant, void* along);
+  void (*advance_gradients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u);
+  void (*add_normalized)(const Call&, int64_t from, int64_t to, const double* values, double* out);
+  void (*column_scales)(const Call&, int64_t from, int64_t to, const void* gain, void* out);
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -136,22 +148,33 @@ struct Buffer {
   }
 };
 
-// Memory that a thread keeps between calls.
-void* scratch(size_t bytes) {
-  struct Kept {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Kept() { free(data); }
-  };
-  static thread_local Kept kept;
-  if (kept.size < bytes) {
-    free(kept.data);
-    kept.size = 0;
-    kept.data = malloc(bytes);
-    if (!kept.data) throw std::bad_alloc();
-    kept.size = bytes;
+// Memory that a thread keeps from call to call, unless it is large.
+struct Scratch {
+  static constexpr size_t most_kept = 1 << 20;
+  Buffer own;
+  char* data;
+  explicit Scratch(size_t bytes) {
+    static thread_local Buffer kept;
+    if (bytes > most_kept) {
+      data = (char*)own.allocate(bytes);
+      return;
+    }
+    if (!kept.data) kept.allocate(most_kept);
+    data = (char*)kept.data;
   }
-  return kept.data;
+};
+
+// A large output lies in fresh memory, and every small page of it would cost a page fault that takes longer than the
+// arithmetic. The hint affects nothing but these pages, all of which are about to be written.
+void expect_writes(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 1 << 21;
+  if (bytes < 16 * page) return;
+  uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
+  madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 float as_float(uint32_t bits) {
@@ -204,6 +227,13 @@ void set_number(void* p, Type type, int64_t i, double value) {
     }
     default: ((float*)p)[i] = (float)value;
   }
+}
+
+void set_numbers(void* p, Type type, int64_t count, const double* values) {
+  if (type == Type::f32)
+    for (int64_t i = 0; i < count; i++) ((float*)p)[i] = (float)values[i];
+  else
+    for (int64_t i = 0; i < count; i++) set_number(p, type, i, values[i]);
 }
 
 // --- threads: those of the OpenMP runtime that PyTorch runs on -----------------------------------------------------------
@@ -295,24 +325,49 @@ bool can_run(const char* name) {
   return !strcmp(name, "baseline");
 }
 
-// --- gain and bias -------------------------------------------------------------------------------------------------------
+// --- walks over a tensor ----------------------------------------------------------------------------------------------
 
-// A parameter in the type of statistics, each value repeated `times`: the tensor itself where it can be, else a copy.
+// A parameter in the type of statistics, each value repeated `times` and with room to be read in whole packs: the tensor
+// itself where it can be, else a copy.
 struct Parameter {
   Buffer copy;
-  const void* values = nullptr;
-  Parameter(const void* data, Type type, Type wide, int64_t count, int64_t times, double otherwise) {
-    if (data && type == wide && times == 1) {
-      values = data;
-      return;
-    }
-    values = copy.allocate((count * times + 16) * sizeof(double));
+  const void* values;
+  Parameter(const void* data, Type type, Type wide, int64_t count, int64_t times, bool pad, double otherwise) : values(data) {
+    if (data && type == wide && times == 1 && !pad) return;
+    copy.zeroed((count * times + 16) * sizeof(double));
+    values = copy.data;
     for (int64_t c = 0; c < count; c++)
       for (int64_t i = 0; i < times; i++) set_number(copy.data, wide, c * times + i, data ? number(data, type, c) : otherwise);
   }
 };
 
-// --- runs: a statistic owns A runs of B elements, each of them contiguous ------------------------------------------------
+// What both walks need of a call.
+struct Walk {
+  const Call& call;
+  const Layout& at;
+  const Kernels& loops;
+  const Type wide;
+  const int64_t width, wide_width, lanes;  // bytes of an element and of a statistic, statistics in a pack
+  const double p;
+  const bool centered;
+  // One pass: with weights (1, 0, 0) what this call uses is known before it starts.
+  const bool known;
+
+  Walk(const Call& c, const Kernels& k)
+      : call(c), at(*c.layout), loops(k), wide(c.type == Type::f64 ? Type::f64 : Type::f32),
+        width(c.type == Type::f64 ? 8 : c.type == Type::f32 ? 4 : 2), wide_width(wide == Type::f64 ? 8 : 4), lanes(64 / wide_width),
+        p(c.formula->p), centered(c.formula->centered), known(c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0) {}
+
+  template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
+  double saved(int row, int64_t g) const { return number(call.saved, wide, row * at.G + g); }
+  double gain(int64_t c) const { return call.weight ? number(call.weight, call.weight_type, c) : 1; }
+  double bias(int64_t c) const { return call.bias ? number(call.bias, call.bias_type, c) : 0; }
+
+  // Rows of `length` elements from one stride to another.
+  void copy_rows(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows, int64_t length) const {
+    for (int64_t r = 0; r < rows; r++) memcpy(move(to, r * to_stride), move(from, r * from_stride), length * width);
+  }
+};
 
 // How channels lie along a run. uniform: one channel for all of it. segments: one after the other, long enough for loops
 // of their own. elements: so short that gain and bias are spread out, one value for each element of a run.
@@ -324,36 +379,33 @@ struct Totals {
   void add(const double* t) { dy += t[0], from_mu += t[1], u += t[2]; }
 };
 
-struct Runs {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 32768, shortest_segment = 16, most_blocks = 64;
+// Runs: a statistic owns A runs of B elements, each of them contiguous.
+struct Runs : Walk {
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 65536, short_run = 64, shortest_segment = 16, most_blocks = 64;
 
-  const Call& call;
-  const Layout& at;
-  const Kernels& loops;
-  const int64_t width;  // bytes of an element
-  const double p;
-  const bool centered;
-  const Type wide;
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
-
-  // A chunk is what one partial sum covers: a piece of a long run, or several short runs.
-  const int64_t pieces, runs, chunks;
-  // Many short runs of one statistic are copied together first: strided, they would push each other out of the cache.
+  // A chunk is what one partial sum covers: a piece of a long run, or several short runs. Pieces are made of whole units,
+  // the channels of a run, or divide them where they are long.
+  const int64_t unit, divided, units, pieces, runs, chunks;
+  // Short runs of one statistic are copied together first: they would push each other out of the cache.
   const bool gathered;
+  const bool padded;  // elements in runs shorter than a pack
   // Gradients of gain and bias that several statistics share are summed in about most_blocks blocks.
   const int64_t stats_per_block, chunks_per_block, blocks_per_stat, blocks;
   // One statistic at a time keeps it in cache; with few statistics their chunks are shared out among the threads.
   const bool whole;
 
   Runs(const Call& c, const Kernels& k)
-      : call(c), at(*c.layout), loops(k), width(c.type == Type::f64 ? 8 : c.type == Type::f32 ? 4 : 2), p(c.formula->p),
-        centered(c.formula->centered), wide(c.type == Type::f64 ? Type::f64 : Type::f32),
+      : Walk(c, k),
         affine(at.Bc == 1 || !(c.weight || c.bias || c.dw || c.db) ? Affine::uniform : at.S >= shortest_segment ? Affine::segments : Affine::elements),
-        spread(affine == Affine::elements ? at.S : 1), pieces((at.B + chunk_size - 1) / chunk_size),
-        runs(pieces > 1 ? 1 : chunk_size / at.B), chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
-        gathered(affine == Affine::uniform && at.A > 1 && c.n * width <= gather_bytes),
-        stats_per_block((at.G + most_blocks - 1) / most_blocks),
+        spread(affine == Affine::elements ? at.S : 1), unit(affine == Affine::uniform ? at.B : at.S),
+        divided((unit + chunk_size - 1) / chunk_size), units(at.B / unit),
+        pieces(divided > 1 ? units * divided : (units + chunk_size / unit - 1) / (chunk_size / unit)),
+        runs(pieces > 1 ? 1 : larger(1, chunk_size / larger(at.B, lanes))),
+        chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
+        gathered(affine == Affine::uniform && (at.B < lanes || (at.A > 1 && (at.B < short_run || c.n * width <= gather_bytes)))),
+        padded(affine == Affine::elements && at.B < lanes), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
         blocks((at.G + stats_per_block - 1) / stats_per_block * blocks_per_stat),
@@ -361,10 +413,6 @@ struct Runs {
 
   int64_t start(int64_t g) const { return g / at.G2 * at.sg1 + g % at.G2 * at.sg2; }
   int64_t group(int64_t g) const { return g % (at.C / at.Bc); }
-  double saved(int row, int64_t g) const { return number(call.saved, wide, row * at.G + g); }
-  double gain(int64_t c) const { return call.weight ? number(call.weight, call.weight_type, c) : 1; }
-  double bias(int64_t c) const { return call.bias ? number(call.bias, call.bias_type, c) : 0; }
-  template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
 
   // Where a chunk is: its first element in memory, that element's place in the run, and the block.
   struct Place {
@@ -372,92 +420,156 @@ struct Runs {
     Block block;
   };
   Place place(int64_t g, int64_t chunk) const {
-    if (pieces > 1) {
-      int64_t b = chunk % pieces * chunk_size;
-      return {start(g) + chunk / pieces * at.sa + b, b, {1, smaller(chunk_size, at.B - b), 0, 0}};
+    if (pieces == 1) {
+      int64_t a = chunk * runs;
+      return {start(g) + a * at.sa, 0, {smaller(runs, at.A - a), at.B, at.sa, at.sa}};
     }
-    int64_t a = chunk * runs;
-    return {start(g) + a * at.sa, 0, {smaller(runs, at.A - a), at.B, at.sa, at.sa}};
+    int64_t k = chunk % pieces, b, end;
+    if (divided > 1) {
+      int64_t in = k % divided;
+      b = k / divided * unit + unit * in / divided;
+      end = k / divided * unit + unit * (in + 1) / divided;
+    } else {
+      b = units * k / pieces * unit;
+      end = units * (k + 1) / pieces * unit;
+    }
+    return {start(g) + chunk / pieces * at.sa + b, b, {1, end - b, 0, 0}};
   }
 
   // fn(channel of the statistic, offset, block) for each segment of a chunk
-  template <class Fn> void segments(const Place& at_chunk, const Fn& fn) const {
-    int64_t end = at_chunk.b + at_chunk.block.length;
-    for (int64_t r = 0; r < at_chunk.block.rows; r++)
-      for (int64_t from = at_chunk.b; from < end;) {
-        int64_t c = from / at.S, to = smaller((c + 1) * at.S, end);
-        fn(c, at_chunk.offset + r * at.sa + from - at_chunk.b, Block{1, to - from, 0, 0});
+  template <class Fn> void segments(const Place& in, const Fn& fn) const {
+    int64_t end = in.b + in.block.length;
+    for (int64_t r = 0; r < in.block.rows; r++)
+      for (int64_t from = in.b; from < end;) {
+        int64_t c = from / unit, to = smaller((c + 1) * unit, end);
+        fn(c, in.offset + r * at.sa + from - in.b, Block{1, to - from, 0, 0});
         from = to;
       }
+  }
+
+  // The input of a chunk as the loops may read it, and where they may write; give_back puts what they wrote in its place.
+  const void* take(const void* base, const Place& in, Block& block, char* pad) const {
+    if (!padded) return move(base, in.offset);
+    copy_rows(move(base, in.offset), at.sa, pad, lanes, block.rows, at.B);
+    block.from = lanes;
+    return pad;
+  }
+  void* target(void* base, const Place& in, Block& block, char* pad) const {
+    if (!padded) return move(base, in.offset);
+    block.to = lanes;
+    return pad;
+  }
+  void give_back(const void* written, void* base, const Place& in) const {
+    if (padded) copy_rows(written, lanes, move(base, in.offset), at.sa, in.block.rows, at.B);
+  }
+  size_t pad_bytes() const { return padded ? runs * lanes * width : 0; }
+
+  // gain or bias for each element of the runs of statistic g, from element b on
+  const void* elements(const Parameter& parameter, int64_t g, int64_t b) const {
+    return (const char*)parameter.values + (group(g) * at.B + b) * wide_width;
+  }
+  Parameter spread_out(const void* data, Type type, double otherwise) const {
+    return Parameter(data, type, wide, affine == Affine::elements ? at.C : 0, spread, padded, otherwise);
   }
 
   template <class Fn> void each_chunk(const Fn& fn) const {
     parallel(at.G * chunks, call.threads, [&](int64_t i) { fn(i / chunks, i % chunks); });
   }
-  void gather(const void* from, int64_t g, char* to) const {
-    for (int64_t a = 0; a < at.A; a++) memcpy(to + a * at.B * width, move(from, start(g) + a * at.sa), at.B * width);
-  }
 
   void forward() const {
-    Buffer buffer, gain_copy;
-    double* partial = (double*)buffer.allocate(at.G * (chunks + 1) * sizeof(double));
-    double* sums = partial + at.G * chunks;
-    Parameter gains(affine == Affine::elements ? call.weight : nullptr, call.weight_type, wide, affine == Affine::elements ? at.C : 0, spread, 1);
-    Parameter biases(affine == Affine::elements ? call.bias : nullptr, call.bias_type, wide, affine == Affine::elements ? at.C : 0, spread, 0);
-    const int64_t wide_bytes = wide == Type::f64 ? 8 : 4;
+    Buffer buffer;
+    double* partial = (double*)buffer.allocate(2 * at.G * (chunks + 1) * sizeof(double));  // sums, and sums of powers
+    double *partial_powers = partial + at.G * chunks, *sums = partial_powers + at.G * chunks, *powers = sums + at.G;
+    Parameter gains = spread_out(call.weight, call.weight_type, 1), biases = spread_out(call.bias, call.bias_type, 0);
 
-    auto fold = [&](int64_t g) {
+    auto fold = [&](const double* of_chunks, int64_t g) {
       double sum = 0;
-      for (int64_t k = 0; k < chunks; k++) sum += partial[g * chunks + k];
+      for (int64_t k = 0; k < chunks; k++) sum += of_chunks[g * chunks + k];
       return sum;
     };
     auto locate = [&](int64_t g) {
-      sums[g] = fold(g);
+      sums[g] = fold(partial, g);
       loops.locations(call, g, g + 1, &sums[g]);
     };
     auto scale = [&](int64_t g) {
-      double sum_of_powers = fold(g);
-      loops.scales(call, g, g + 1, &sums[g], &sum_of_powers);
+      powers[g] = fold(partial_powers, g);
+      loops.scales(call, g, g + 1, &powers[g]);
+      loops.advance(call, g, g + 1, &sums[g], &powers[g]);
     };
     auto sum_chunk = [&](int64_t g, int64_t k) {
-      Place at_chunk = place(g, k);
-      partial[g * chunks + k] = loops.sum(at_chunk.block, move(call.x, at_chunk.offset));
+      Scratch pad(pad_bytes());
+      Place in = place(g, k);
+      Block block = in.block;
+      const void* x = take(call.x, in, block, pad.data);
+      partial[g * chunks + k] = loops.sum(block, x);
     };
     auto power_chunk = [&](int64_t g, int64_t k) {
-      Place at_chunk = place(g, k);
-      partial[g * chunks + k] = loops.powers(at_chunk.block, move(call.x, at_chunk.offset), centered ? saved(0, g) : 0, p);
+      Scratch pad(pad_bytes());
+      Place in = place(g, k);
+      Block block = in.block;
+      const void* x = take(call.x, in, block, pad.data);
+      partial_powers[g * chunks + k] = loops.powers(block, x, centered ? saved(0, g) : 0, p);
     };
     auto output_chunk = [&](int64_t g, int64_t k) {
-      Place at_chunk = place(g, k);
+      Scratch pad(2 * pad_bytes());
+      Place in = place(g, k);
       double mu = saved(0, g), inverse = saved(1, g);
-      const void* x = move(call.x, at_chunk.offset);
-      void* y = move(call.y, at_chunk.offset);
       int64_t first = group(g) * at.Bc;
       if (affine == Affine::uniform) {
-        loops.output(at_chunk.block, x, y, mu, inverse * gain(first), bias(first));
+        loops.output(in.block, move(call.x, in.offset), move(call.y, in.offset), mu, inverse * gain(first), bias(first));
       } else if (affine == Affine::segments) {
-        segments(at_chunk, [&](int64_t c, int64_t offset, const Block& block) {
+        segments(in, [&](int64_t c, int64_t offset, const Block& block) {
           loops.output(block, move(call.x, offset), move(call.y, offset), mu, inverse * gain(first + c), bias(first + c));
         });
       } else {
-        int64_t skip = (first * at.S + at_chunk.b) * wide_bytes;
-        loops.output_elements(at_chunk.block, x, y, mu, inverse, (char*)gains.values + skip, (char*)biases.values + skip);
+        Block block = in.block;
+        const void* x = take(call.x, in, block, pad.data);
+        void* y = target(call.y, in, block, pad.data + pad_bytes());
+        loops.output_elements(block, x, y, mu, inverse, elements(gains, g, in.b), elements(biases, g, in.b));
+        give_back(y, call.y, in);
       }
+    };
+    auto output_known_chunk = [&](int64_t g, int64_t k) {
+      Place in = place(g, k);
+      double mu = saved(0, g), inverse = saved(1, g), centre = centered ? mu : 0, t[2];
+      double &sum = partial[g * chunks + k], &power = partial_powers[g * chunks + k];
+      int64_t first = group(g) * at.Bc;
+      auto add = [&](int64_t c, int64_t offset, const Block& block) {
+        loops.output_and_sums(block, move(call.x, offset), move(call.y, offset), mu, inverse * gain(first + c), bias(first + c), centre, p, t);
+        sum += t[0], power += t[1];
+      };
+      sum = power = 0;
+      if (affine == Affine::uniform) add(0, in.offset, in.block);
+      else if (affine == Affine::segments) segments(in, add);
+      else sum_chunk(g, k), power_chunk(g, k), output_chunk(g, k);
     };
 
     if (gathered) {
       parallel(at.G, call.threads, [&](int64_t g) {
-        char* x = (char*)scratch(call.n * width);
-        gather(call.x, g, x);
-        Block all = {1, call.n, 0, 0};
-        partial[g] = loops.sum(all, x);
-        sums[g] = partial[g];
+        const int64_t size = (call.n + lanes) * width;
+        Scratch scratch(2 * size);
+        char *x = scratch.data, *y = x + size;
+        copy_rows(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
+        Block together = {1, call.n, 0, 0};
+        sums[g] = loops.sum(together, x);
         loops.locations(call, g, g + 1, &sums[g]);
-        partial[g] = loops.powers(all, x, centered ? saved(0, g) : 0, p);
-        loops.scales(call, g, g + 1, &sums[g], &partial[g]);
+        powers[g] = loops.powers(together, x, centered ? saved(0, g) : 0, p);
+        loops.scales(call, g, g + 1, &powers[g]);
+        loops.advance(call, g, g + 1, &sums[g], &powers[g]);
         int64_t c = group(g) * at.Bc;
-        loops.output({at.A, at.B, at.B, at.sa}, x, move(call.y, start(g)), saved(0, g), saved(1, g) * gain(c), bias(c));
+        double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
+        void* to = move(call.y, start(g));
+        if (at.B >= lanes) return loops.output({at.A, at.B, at.B, at.sa}, x, to, mu, scale, shift);
+        loops.output(together, x, y, mu, scale, shift);
+        copy_rows(y, at.B, to, at.sa, at.A, at.B);
       });
+    } else if (known) {
+      memset(sums, 0, 2 * at.G * sizeof(double));
+      loops.locations(call, 0, at.G, sums);
+      loops.scales(call, 0, at.G, powers);
+      each_chunk(output_known_chunk);
+      for (int64_t g = 0; g < at.G; g++) sums[g] = fold(partial, g), powers[g] = fold(partial_powers, g);
+      loops.advance(call, 0, at.G, sums, powers);
     } else if (whole) {
       parallel(at.G, call.threads, [&](int64_t g) {
         for (int64_t k = 0; k < chunks; k++) sum_chunk(g, k);
@@ -476,32 +588,33 @@ struct Runs {
   }
 
   void backward() const {
-    const bool needs_u = call.dx && centered;
-    const int64_t wide_bytes = wide == Type::f64 ? 8 : 4;
     // Of gain's and bias's gradients there is one value per statistic, or one per channel (or element) and block.
     const int64_t values = affine == Affine::uniform ? at.G : at.C * spread, stride = values + 16;
     const int64_t copies = affine == Affine::uniform ? 1 : blocks;
     Buffer totals, parameters, coefficients;
-    Totals* partial = (Totals*)totals.allocate(at.G * chunks * sizeof(Totals));
+    Totals* partial = (Totals*)totals.allocate(at.G * (chunks + 1) * sizeof(Totals));
+    Totals* sums = partial + at.G * chunks;
     double* dw = (double*)parameters.zeroed(2 * copies * stride * sizeof(double));
     double* db = dw + copies * stride;
-    char* constant = (char*)coefficients.allocate(2 * at.G * sizeof(double));
-    char* along = constant + at.G * sizeof(double);
-    Parameter gains(affine == Affine::elements ? call.weight : nullptr, call.weight_type, wide, affine == Affine::elements ? at.C : 0, spread, 1);
+    char* constant = (char*)coefficients.zeroed(2 * at.G * wide_width);
+    char* along = constant + at.G * wide_width;
+    Parameter gains = spread_out(call.weight, call.weight_type, 1);
 
+    auto block_of = [&](int64_t g, int64_t k) { return (g / stats_per_block * blocks_per_stat + k / chunks_per_block) * stride; };
+    auto coefficient = [&](const char* values, int64_t g) { return number(values, wide, g); };
     auto add_chunk = [&](int64_t g, int64_t k) {
-      Place at_chunk = place(g, k);
+      Scratch pad(2 * pad_bytes());
+      Place in = place(g, k);
       double mu = saved(0, g), inverse = saved(1, g), centre = centered ? mu : 0, t[3];
-      const void *x = move(call.x, at_chunk.offset), *dy = move(call.dy, at_chunk.offset);
-      int64_t first = group(g) * at.Bc, block = g / stats_per_block * blocks_per_stat + k / chunks_per_block;
+      int64_t first = group(g) * at.Bc;
       Totals sum = {0, 0, 0};
       if (affine == Affine::uniform) {
-        loops.gradients[needs_u](at_chunk.block, x, dy, mu, centre, p, t);
+        loops.gradients(in.block, move(call.x, in.offset), move(call.dy, in.offset), mu, centre, p, t);
         sum.add(t);
       } else if (affine == Affine::segments) {
-        double *w = dw + block * stride + first, *b = db + block * stride + first;
-        segments(at_chunk, [&](int64_t c, int64_t offset, const Block& segment) {
-          loops.gradients[needs_u](segment, move(call.x, offset), move(call.dy, offset), mu, centre, p, t);
+        double *w = dw + block_of(g, k) + first, *b = db + block_of(g, k) + first;
+        segments(in, [&](int64_t c, int64_t offset, const Block& segment) {
+          loops.gradients(segment, move(call.x, offset), move(call.dy, offset), mu, centre, p, t);
           w[c] += t[1] * inverse;
           b[c] += t[0];
           t[0] *= gain(first + c);
@@ -509,58 +622,86 @@ struct Runs {
           sum.add(t);
         });
       } else {
-        int64_t skip = first * at.S + at_chunk.b;
-        loops.gradients_elements(at_chunk.block, x, dy, mu, centre, inverse, p, (char*)gains.values + skip * wide_bytes,
-                                 dw + block * stride + skip, db + block * stride + skip, t);
+        Block block = in.block;
+        const void *x = take(call.x, in, block, pad.data), *dy = take(call.dy, in, block, pad.data + pad_bytes());
+        int64_t skip = block_of(g, k) + first * at.S + in.b;
+        loops.gradients_elements(block, x, dy, mu, centre, inverse, p, elements(gains, g, in.b), dw + skip, db + skip, t);
         sum.add(t);
       }
       partial[g * chunks + k] = sum;
     };
-    auto finish = [&](int64_t g, Totals t) {
+    // From the sums of a statistic to dw, db, and what dx needs.
+    auto finish = [&](int64_t g) {
+      Totals& t = sums[g];
       if (affine == Affine::uniform) {
         dw[g] = t.from_mu * saved(1, g);
         db[g] = t.dy;
         t.dy *= gain(group(g) * at.Bc);
         t.from_mu *= gain(group(g) * at.Bc);
       }
-      if (call.dx) loops.stream_gradients(call, g, g + 1, &t.dy, &t.from_mu, &t.u, constant + g * wide_bytes, along + g * wide_bytes);
+      if (!call.dx) return;
+      if (!known || gathered)
+        loops.coefficients(call, g, g + 1, &t.dy, &t.from_mu, &t.u, constant + g * wide_width, along + g * wide_width);
+      loops.advance_gradients(call, g, g + 1, &t.dy, &t.from_mu, &t.u);
     };
     auto fold = [&](int64_t g) {
-      Totals t = {0, 0, 0};
-      for (int64_t k = 0; k < chunks; k++) t.add(&partial[g * chunks + k].dy);
-      finish(g, t);
+      sums[g] = {0, 0, 0};
+      for (int64_t k = 0; k < chunks; k++) sums[g].add(&partial[g * chunks + k].dy);
+      finish(g);
     };
     auto input_chunk = [&](int64_t g, int64_t k) {
-      Place at_chunk = place(g, k);
-      double inverse = saved(1, g), centre = centered ? saved(0, g) : 0, b = number(constant, wide, g), u = number(along, wide, g);
-      const void *x = move(call.x, at_chunk.offset), *dy = move(call.dy, at_chunk.offset);
-      void* dx = move(call.dx, at_chunk.offset);
-      int64_t first = group(g) * at.Bc;
+      Scratch pad(3 * pad_bytes());
+      Place in = place(g, k);
+      double inverse = saved(1, g), centre = centered ? saved(0, g) : 0, b = coefficient(constant, g), u = coefficient(along, g);
+      int64_t first = group(g) * at.Bc, o = in.offset;
       if (affine == Affine::uniform) {
-        loops.input(at_chunk.block, x, dy, dx, centre, inverse * gain(first), b, u, p);
+        loops.input(in.block, move(call.x, o), move(call.dy, o), move(call.dx, o), centre, inverse * gain(first), b, u, p);
       } else if (affine == Affine::segments) {
-        segments(at_chunk, [&](int64_t c, int64_t o, const Block& segment) {
-          loops.input(segment, move(call.x, o), move(call.dy, o), move(call.dx, o), centre, inverse * gain(first + c), b, u, p);
+        segments(in, [&](int64_t c, int64_t from, const Block& segment) {
+          loops.input(segment, move(call.x, from), move(call.dy, from), move(call.dx, from), centre, inverse * gain(first + c), b, u, p);
         });
       } else {
-        loops.input_elements(at_chunk.block, x, dy, dx, centre, inverse, b, u, p, (char*)gains.values + (first * at.S + at_chunk.b) * wide_bytes);
+        Block block = in.block;
+        const void *x = take(call.x, in, block, pad.data), *dy = take(call.dy, in, block, pad.data + pad_bytes());
+        void* dx = target(call.dx, in, block, pad.data + 2 * pad_bytes());
+        loops.input_elements(block, x, dy, dx, centre, inverse, b, u, p, elements(gains, g, in.b));
+        give_back(dx, call.dx, in);
       }
+    };
+    auto input_known_chunk = [&](int64_t g, int64_t k) {
+      Place in = place(g, k);
+      double mu = saved(0, g), inverse = saved(1, g), centre = centered ? mu : 0, t[3];
+      int64_t o = in.offset, c = group(g) * at.Bc;
+      loops.input_and_gradients(in.block, move(call.x, o), move(call.dy, o), move(call.dx, o), mu, centre, inverse * gain(c),
+                                coefficient(constant, g), coefficient(along, g), p, t);
+      partial[g * chunks + k] = {t[0], t[1], t[2]};
     };
 
     if (gathered) {
       parallel(at.G, call.threads, [&](int64_t g) {
-        char* x = (char*)scratch(2 * call.n * width);
-        char* dy = x + call.n * width;
-        gather(call.x, g, x);
-        gather(call.dy, g, dy);
-        double mu = saved(0, g), centre = centered ? mu : 0;
-        loops.gradients[needs_u]({1, call.n, 0, 0}, x, dy, mu, centre, p, &partial[g].dy);
-        finish(g, partial[g]);
-        if (call.dx)
-          loops.input({at.A, at.B, at.B, at.sa}, x, dy, move(call.dx, start(g)), centre, saved(1, g) * gain(group(g) * at.Bc),
-                      number(constant, wide, g), number(along, wide, g), p);
+        const int64_t size = (call.n + lanes) * width;
+        Scratch scratch(3 * size);
+        char *x = scratch.data, *dy = x + size, *dx = dy + size;
+        copy_rows(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
+        copy_rows(move(call.dy, start(g)), at.sa, dy, at.B, at.A, at.B);
+        double mu = saved(0, g), centre = centered ? mu : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
+        Block together = {1, call.n, 0, 0};
+        loops.gradients(together, x, dy, mu, centre, p, &sums[g].dy);
+        finish(g);
+        if (!call.dx) return;
+        double b = coefficient(constant, g), u = coefficient(along, g);
+        void* to = move(call.dx, start(g));
+        if (at.B >= lanes) return loops.input({at.A, at.B, at.B, at.sa}, x, dy, to, centre, scale, b, u, p);
+        loops.input(together, x, dy, dx, centre, scale, b, u, p);
+        copy_rows(dx, at.B, to, at.sa, at.A, at.B);
       });
+    } else if (known && call.dx && affine == Affine::uniform) {
+      memset(sums, 0, at.G * sizeof(Totals));
+      loops.coefficients(call, 0, at.G, &sums[0].dy, &sums[0].dy, &sums[0].dy, constant, along);
+      each_chunk(input_known_chunk);
+      for (int64_t g = 0; g < at.G; g++) fold(g);
     } else if (whole) {
+      if (known && call.dx) memset(sums, 0, at.G * sizeof(Totals)), loops.coefficients(call, 0, at.G, &sums[0].dy, &sums[0].dy, &sums[0].dy, constant, along);
       parallel((at.G + stats_per_block - 1) / stats_per_block, call.threads, [&](int64_t block) {
         int64_t end = smaller(at.G, (block + 1) * stats_per_block);
         for (int64_t g = block * stats_per_block; g < end; g++) {
@@ -570,6 +711,7 @@ struct Runs {
         }
       });
     } else {
+      if (known && call.dx) memset(sums, 0, at.G * sizeof(Totals)), loops.coefficients(call, 0, at.G, &sums[0].dy, &sums[0].dy, &sums[0].dy, constant, along);
       if (affine == Affine::uniform) each_chunk(add_chunk);
       else
         parallel(blocks, call.threads, [&](int64_t block) {
@@ -589,152 +731,204 @@ struct Runs {
     for (int64_t copy = 1; copy < copies; copy++)
       for (int64_t i = 0; i < values; i++) sums[i] += sums[copy * stride + i];
     for (int64_t i = at.C; spread == 1 && i < values; i++) sums[i % at.C] += sums[i];
-    for (int64_t c = 0; c < at.C; c++) {
-      double sum = 0;
-      for (int64_t i = 0; i < spread; i++) sum += sums[c * spread + i];
-      set_number(out, type, c, sum);
-    }
+    for (int64_t c = 0; c < at.C; c++)
+      for (int64_t i = 0; i < spread; i++) sums[c] = i ? sums[c] + sums[c * spread + i] : sums[c * spread];
+    set_numbers(out, type, at.C, sums);
   }
 };
 
-// --- rows: a statistic is a column of a matrix whose rows are contiguous ---------------------------------------------------
-
-struct Rows {
+// Rows: a statistic is a column of a matrix whose rows are contiguous.
+struct Rows : Walk {
   static constexpr int64_t task_size = 65536, strip_size = 16384;
 
-  const Call& call;
-  const Layout& at;
-  const Kernels& loops;
-  const int64_t width, wide_bytes;
-  const double p;
-  const bool centered;
-  const Type wide;
   const int64_t columns, stride;  // stride: columns, in whole packs
+  const bool padded;              // rows shorter than a pack are copied apart
   const int64_t rows_per_task, rows_per_strip, tasks_per_block, tasks_per_outer, tasks;
 
   Rows(const Call& c, const Kernels& k)
-      : call(c), at(*c.layout), loops(k), width(c.type == Type::f64 ? 8 : c.type == Type::f32 ? 4 : 2),
-        wide_bytes(c.type == Type::f64 ? 8 : 4), p(c.formula->p), centered(c.formula->centered),
-        wide(c.type == Type::f64 ? Type::f64 : Type::f32), columns(at.C), stride((columns + 15) / 16 * 16),
-        rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(larger(16, strip_size / columns / 4 * 4)),
+      : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), padded(columns < lanes),
+        rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(larger(16, strip_size / larger(columns, lanes) / 4 * 4)),
         tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer) {}
 
-  template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
-  // Row `row` of what is saved, from outer index o on.
-  const void* saved(int row, int64_t o) const { return (char*)call.saved + (row * at.G + o * columns) * wide_bytes; }
+  // Row `row` of what is saved, or an array of coefficients, from outer index o on.
+  const char* saved(int row, int64_t o) const { return (const char*)call.saved + (row * at.G + o * columns) * wide_width; }
+  char* from_outer(char* values, int64_t o) const { return values + o * columns * wide_width; }
 
   // fn(offset, block) for each strip of a task, small enough to stay in cache while its columns are walked
   template <class Fn> void strips(int64_t task, const Fn& fn) const {
     int64_t o = task / tasks_per_outer, a = task % tasks_per_outer / tasks_per_block, first = task % tasks_per_block * rows_per_task;
     int64_t end = smaller(at.B, first + rows_per_task), base = o * at.sg1 + a * at.sa;
-    for (int64_t r = first; r < end; r += rows_per_strip) fn(base + r * at.sb, Block{smaller(rows_per_strip, end - r), columns, at.sb, at.sb});
+    for (int64_t r = first; r < end; r += rows_per_strip) {
+      int64_t step = padded ? lanes : at.sb;
+      fn(base + r * at.sb, Block{smaller(rows_per_strip, end - r), columns, step, step});
+    }
   }
+  // A strip as the loops may read and write it, see Runs.
+  const void* take(const void* base, int64_t offset, const Block& block, char* pad) const {
+    if (!padded) return move(base, offset);
+    copy_rows(move(base, offset), at.sb, pad, lanes, block.rows, columns);
+    return pad;
+  }
+  void* target(void* base, int64_t offset, char* pad) const { return padded ? pad : move(base, offset); }
+  void give_back(const void* written, void* base, int64_t offset, const Block& block) const {
+    if (padded) copy_rows(written, lanes, move(base, offset), at.sb, block.rows, columns);
+  }
+  size_t pad_bytes() const { return padded ? (rows_per_strip + 1) * lanes * width : 0; }
 
-  // sums[o·size ...] += partial[task·size ...], in order; nothing to do where a task is all that an outer index has
+  // The sums of outer index o from those of its tasks, in order; in place where it has but one.
   void fold(double* sums, const double* partial, int64_t size) const {
     if (sums == partial) return;
     for (int64_t task = 0; task < tasks; task++)
       for (int64_t i = 0; i < size; i++) sums[task / tasks_per_outer * size + i] += partial[task * size + i];
   }
+  template <class Fn> void each_outer(const Fn& fn) const {
+    for (int64_t o = 0; o < at.G1; o++) fn(o, o * columns, (o + 1) * columns);
+  }
 
   void forward() const {
+    const int64_t size = 2 * stride;  // sums, and sums of powers
     Buffer buffer, partial_buffer, coefficients;
-    double* sums = (double*)buffer.zeroed(2 * at.G1 * stride * sizeof(double));
-    double* sums_of_powers = sums + at.G1 * stride;
-    double *partial = sums, *partial_powers = sums_of_powers;
-    if (tasks_per_outer > 1) {
-      partial = (double*)partial_buffer.zeroed(2 * tasks * stride * sizeof(double));
-      partial_powers = partial + tasks * stride;
-    }
-    Parameter gain(call.weight, call.weight_type, wide, columns, 1, 1), bias(call.bias, call.bias_type, wide, columns, 1, 0);
-    char* scale = (char*)coefficients.allocate(at.G1 * columns * wide_bytes);
-
-    parallel(tasks, call.threads, [&](int64_t task) {
-      strips(task, [&](int64_t offset, const Block& block) { loops.sum_columns(block, move(call.x, offset), partial + task * stride); });
-    });
-    fold(sums, partial, stride);
-    for (int64_t o = 0; o < at.G1; o++) loops.locations(call, o * columns, (o + 1) * columns, sums + o * stride);
-
-    parallel(tasks, call.threads, [&](int64_t task) {
-      const void* centre = centered ? saved(0, task / tasks_per_outer) : nullptr;
-      strips(task, [&](int64_t offset, const Block& block) {
-        loops.powers_columns(block, move(call.x, offset), centre, p, partial_powers + task * stride);
-      });
-    });
-    fold(sums_of_powers, partial_powers, stride);
-    for (int64_t o = 0; o < at.G1; o++) {
-      loops.scales(call, o * columns, (o + 1) * columns, sums + o * stride, sums_of_powers + o * stride);
-      multiply(saved(1, o), gain.values, scale + o * columns * wide_bytes);
-    }
-
-    parallel(tasks, call.threads, [&](int64_t task) {
-      int64_t o = task / tasks_per_outer;
-      strips(task, [&](int64_t offset, const Block& block) {
-        loops.output_columns(block, move(call.x, offset), move(call.y, offset), saved(0, o), scale + o * columns * wide_bytes, bias.values);
-      });
-    });
-  }
-
-  void multiply(const void* a, const void* b, void* out) const {
-    for (int64_t c = 0; c < columns; c++) {
-      if (wide == Type::f64) ((double*)out)[c] = ((const double*)a)[c] * ((const double*)b)[c];
-      else ((float*)out)[c] = ((const float*)a)[c] * ((const float*)b)[c];
-    }
-  }
-
-  void backward() const {
-    const bool needs_u = call.dx && centered;
-    const int64_t size = 3 * stride;
-    Buffer buffer, partial_buffer, coefficients, parameters;
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
+    Parameter gain(call.weight, call.weight_type, wide, columns, 1, false, 1);
+    Parameter bias(call.bias, call.bias_type, wide, columns, 1, padded, 0);
+    char* scale = (char*)coefficients.allocate(at.G * wide_width + 64);
+
+    auto locate = [&](int64_t o, int64_t from, int64_t to) { loops.locations(call, from, to, sums + o * size); };
+    auto scales = [&](int64_t o, int64_t from, int64_t to) {
+      loops.scales(call, from, to, sums + o * size + stride);
+      loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
+    };
+    auto advance = [&](int64_t o, int64_t from, int64_t to) { loops.advance(call, from, to, sums + o * size, sums + o * size + stride); };
+
+    if (known) {
+      each_outer(locate);
+      each_outer(scales);
+      parallel(tasks, call.threads, [&](int64_t task) {
+        Scratch pad(2 * pad_bytes());
+        int64_t o = task / tasks_per_outer;
+        strips(task, [&](int64_t offset, const Block& block) {
+          void* y = target(call.y, offset, pad.data + pad_bytes());
+          loops.output_and_sums_columns(block, take(call.x, offset, block, pad.data), y, saved(0, o), from_outer(scale, o), bias.values,
+                                        centered, p, partial + task * size, stride);
+          give_back(y, call.y, offset, block);
+        });
+      });
+      fold(sums, partial, size);
+      each_outer(advance);
+      return;
+    }
     parallel(tasks, call.threads, [&](int64_t task) {
-      const void* mu = saved(0, task / tasks_per_outer);
+      Scratch pad(pad_bytes());
       strips(task, [&](int64_t offset, const Block& block) {
-        loops.gradients_columns[needs_u](block, move(call.x, offset), move(call.dy, offset), mu, centered, p, partial + task * size, stride);
+        loops.sum_columns(block, take(call.x, offset, block, pad.data), partial + task * size);
       });
     });
     fold(sums, partial, size);
+    each_outer(locate);
+    parallel(tasks, call.threads, [&](int64_t task) {
+      Scratch pad(pad_bytes());
+      const void* centre = centered ? saved(0, task / tasks_per_outer) : nullptr;
+      strips(task, [&](int64_t offset, const Block& block) {
+        loops.powers_columns(block, take(call.x, offset, block, pad.data), centre, p, partial + task * size + stride);
+      });
+    });
+    if (sums != partial) memset(sums, 0, at.G1 * size * sizeof(double));
+    fold(sums, partial, size);
+    each_outer(scales);
+    each_outer(advance);
+    parallel(tasks, call.threads, [&](int64_t task) {
+      Scratch pad(2 * pad_bytes());
+      int64_t o = task / tasks_per_outer;
+      strips(task, [&](int64_t offset, const Block& block) {
+        void* y = target(call.y, offset, pad.data + pad_bytes());
+        loops.output_columns(block, take(call.x, offset, block, pad.data), y, saved(0, o), from_outer(scale, o), bias.values);
+        give_back(y, call.y, offset, block);
+      });
+    });
+  }
 
-    const int64_t bytes = columns * wide_bytes;
-    Parameter gain(call.weight, call.weight_type, wide, columns, 1, 1);
-    char* scale = (char*)coefficients.allocate(3 * at.G1 * bytes);
-    char *constant = scale + at.G1 * bytes, *along = constant + at.G1 * bytes;
+  void backward() const {
+    const int64_t size = 3 * stride;  // sums of dy, of dy·(x − mu) and of u
+    Buffer buffer, partial_buffer, coefficients, parameters;
+    double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
+    double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
+    Parameter gain(call.weight, call.weight_type, wide, columns, 1, false, 1);
+    char* scale = (char*)coefficients.allocate(3 * at.G * wide_width + 64);
+    char *constant = scale + at.G * wide_width, *along = constant + at.G * wide_width;
     double* dw = (double*)parameters.zeroed(2 * columns * sizeof(double));
     double* db = dw + columns;
-    for (int64_t o = 0; o < at.G1; o++) {
-      double *of_dy = sums + o * size, *of_from_mu = of_dy + stride, *of_u = of_from_mu + stride;
-      for (int64_t c = 0; c < columns; c++) {
-        dw[c] += of_from_mu[c] * number(saved(1, o), wide, c);
-        db[c] += of_dy[c];
-      }
-      if (!call.dx) continue;
+
+    auto scales = [&](int64_t o, int64_t from, int64_t to) {
+      double* t = sums + o * size;
+      loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
+      loops.coefficients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o));
+    };
+    auto add_parameters = [&](int64_t o, int64_t from, int64_t to) {
+      double* t = sums + o * size;
+      if (call.dw) loops.add_normalized(call, from, to, t + stride, dw);
+      for (int64_t c = 0; c < columns; c++) db[c] += t[c];
       for (int64_t c = 0; call.weight && c < columns; c++) {
         double w = number(gain.values, wide, c);
-        of_dy[c] *= w;
-        of_from_mu[c] *= w;
+        t[c] *= w;
+        t[stride + c] *= w;
       }
-      loops.stream_gradients(call, o * columns, (o + 1) * columns, of_dy, of_from_mu, of_u, constant + o * bytes, along + o * bytes);
-      multiply(saved(1, o), gain.values, scale + o * bytes);
-    }
-    if (call.dx)
+    };
+    auto advance = [&](int64_t o, int64_t from, int64_t to) {
+      double* t = sums + o * size;
+      loops.advance_gradients(call, from, to, t, t + stride, t + 2 * stride);
+    };
+
+    if (known && call.dx) {
+      each_outer(scales);
       parallel(tasks, call.threads, [&](int64_t task) {
+        Scratch pad(3 * pad_bytes());
         int64_t o = task / tasks_per_outer;
-        const void* centre = centered ? saved(0, o) : nullptr;
         strips(task, [&](int64_t offset, const Block& block) {
-          loops.input_columns(block, move(call.x, offset), move(call.dy, offset), move(call.dx, offset), centre, scale + o * bytes,
-                              constant + o * bytes, along + o * bytes, p);
+          const void *x = take(call.x, offset, block, pad.data), *dy = take(call.dy, offset, block, pad.data + pad_bytes());
+          void* dx = target(call.dx, offset, pad.data + 2 * pad_bytes());
+          loops.input_and_gradients_columns(block, x, dy, dx, saved(0, o), centered, from_outer(scale, o), from_outer(constant, o),
+                                            from_outer(along, o), p, partial + task * size, stride);
+          give_back(dx, call.dx, offset, block);
         });
       });
-    for (int64_t c = 0; c < columns; c++) {
-      if (call.dw) set_number(call.dw, call.weight_type, c, dw[c]);
-      if (call.db) set_number(call.db, call.bias_type, c, db[c]);
+      fold(sums, partial, size);
+      each_outer(add_parameters);
+      each_outer(advance);
+    } else {
+      parallel(tasks, call.threads, [&](int64_t task) {
+        Scratch pad(2 * pad_bytes());
+        const void* mu = saved(0, task / tasks_per_outer);
+        strips(task, [&](int64_t offset, const Block& block) {
+          const void *x = take(call.x, offset, block, pad.data), *dy = take(call.dy, offset, block, pad.data + pad_bytes());
+          loops.gradients_columns(block, x, dy, mu, centered, p, partial + task * size, stride);
+        });
+      });
+      fold(sums, partial, size);
+      each_outer(add_parameters);
+      if (call.dx) {
+        each_outer(scales);
+        each_outer(advance);
+        parallel(tasks, call.threads, [&](int64_t task) {
+          Scratch pad(3 * pad_bytes());
+          int64_t o = task / tasks_per_outer;
+          const void* centre = centered ? saved(0, o) : nullptr;
+          strips(task, [&](int64_t offset, const Block& block) {
+            const void *x = take(call.x, offset, block, pad.data), *dy = take(call.dy, offset, block, pad.data + pad_bytes());
+            void* dx = target(call.dx, offset, pad.data + 2 * pad_bytes());
+            loops.input_columns(block, x, dy, dx, centre, from_outer(scale, o), from_outer(constant, o), from_outer(along, o), p);
+            give_back(dx, call.dx, offset, block);
+          });
+        });
+      }
     }
+    if (call.dw) set_numbers(call.dw, call.weight_type, columns, dw);
+    if (call.db) set_numbers(call.db, call.bias_type, columns, db);
   }
 };
 
-template <class Walk> void walk(const Call& call, bool forward) {
-  Walk kernel(call, *variant->kernels(call.type, call.formula->p));
+template <class W> void walk(const Call& call, bool forward) {
+  W kernel(call, *variant->kernels(call.type, call.formula->p));
   if (forward) kernel.forward();
   else kernel.backward();
 }
@@ -1051,6 +1245,9 @@ bool execute(Call& call, int64_t numel, bool forward) {
   return enough;
 }
 
+// (3, G), and room to read the last values as a whole pack.
+Py_ssize_t saved_size(const Plan& plan, Type wide) { return 3 * plan.G * (wide == Type::f64 ? 8 : 4) + 64; }
+
 // forward(plan, x, weight, bias, y, state, stats) -> saved
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 7) return refuse("a number of arguments");
@@ -1072,13 +1269,14 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!read_parameter(args[3], plan->channels, call.bias, call.bias_type)) return refuse("a bias");
   if (!borrow(args[4], y) || type_of(y) != call.type || !same_strides(x, y)) return refuse("an output");
   call.y = y.data;
+  expect_writes(call.y, plan->numel * x.dtype.bits / 8);
   DLTensor stats = {};
   Buffer moments;
   if (args[6] != Py_None) {
     if (!borrow_flat(args[6], 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("a tensor for statistics");
     call.moments = (double*)moments.zeroed(plan->G * sizeof(double));
   }
-  PyObject* saved = PyBytes_FromStringAndSize(nullptr, 3 * plan->G * (wide == Type::f64 ? 8 : 4));
+  PyObject* saved = PyBytes_FromStringAndSize(nullptr, saved_size(*plan, wide));
   if (!saved) return nullptr;
   call.saved = PyBytes_AsString(saved);
   if (!read_state(*plan, args[5], false, wide, call)) {
@@ -1113,13 +1311,14 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.x = x.data;
   Type wide = call.type == Type::f64 ? Type::f64 : Type::f32;
   call.saved = PyBytes_AsString(args[1]);
-  if (!call.saved || PyBytes_Size(args[1]) != 3 * plan->G * (wide == Type::f64 ? 8 : 4)) return refuse("saved statistics");
+  if (!call.saved || PyBytes_Size(args[1]) != saved_size(*plan, wide)) return refuse("saved statistics");
   if (!borrow(args[2], dy) || type_of(dy) != call.type || !same_strides(x, dy)) return refuse("an output gradient");
   call.dy = dy.data;
   if (!read_parameter(args[4], plan->channels, call.weight, call.weight_type)) return refuse("a gain");
   if (args[5] != Py_None) {
     if (!borrow(args[5], t) || type_of(t) != call.type || !same_strides(x, t)) return refuse("an input gradient");
     call.dx = t.data;
+    expect_writes(call.dx, plan->numel * x.dtype.bits / 8);
   }
   const void* out;
   if (args[6] != Py_None) {

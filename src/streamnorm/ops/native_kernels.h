@@ -5,6 +5,9 @@
 // Every loop works on packs of 64 bytes, whatever the register width, and every sum is folded in the same order
 // (packs in fours, then in double precision, then over chunks of fixed size). So neither the instruction set nor the
 // number of threads changes a single bit of a result.
+//
+// A stretch that is no whole number of packs ends with a pack that overlaps the one before: sums mask out what was
+// counted, writes repeat it. A stretch shorter than one pack is read and written as a whole pack: the caller pads it.
 
 namespace ISA {
 
@@ -12,21 +15,20 @@ namespace ISA {
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 
-// --- packs ---------------------------------------------------------------------------------------------------------
+// --- packs -----------------------------------------------------------------------------------------------------------
 
 template <class F> struct Register;
 template <> struct Register<float> {
   typedef float V __attribute__((vector_size(ISA_BYTES)));
   typedef int32_t I __attribute__((vector_size(ISA_BYTES)));
-  typedef uint32_t U __attribute__((vector_size(ISA_BYTES)));
-  typedef float Half __attribute__((vector_size(ISA_BYTES / 2)));
-  typedef uint16_t Narrow __attribute__((vector_size(ISA_BYTES / 2)));
-  static constexpr int32_t magnitude = 0x7fffffff, one = 0x3f800000;
+  typedef int32_t Bits;
+  static constexpr int32_t magnitude = 0x7fffffff;
 };
 template <> struct Register<double> {
   typedef double V __attribute__((vector_size(ISA_BYTES)));
   typedef int64_t I __attribute__((vector_size(ISA_BYTES)));
-  static constexpr int64_t magnitude = 0x7fffffffffffffffLL, one = 0x3ff0000000000000LL;
+  typedef int64_t Bits;
+  static constexpr int64_t magnitude = 0x7fffffffffffffffLL;
 };
 
 template <class F> struct Pack {
@@ -47,247 +49,190 @@ template <class F> INLINE Pack<F> all(F value) {
   EACH_PART r.v[i] = value - typename Pack<F>::V{};
   return r;
 }
-
 template <class F> INLINE Pack<F> absolute(Pack<F> a) {
   EACH_PART a.v[i] = (typename Pack<F>::V)((typename Pack<F>::I)a.v[i] & Register<F>::magnitude);
   return a;
 }
-
-// k·sgn(d), 0 where d is 0.
+// k·sgn(d), 0 where d is 0
 template <class F> INLINE Pack<F> signed_as(const Pack<F>& k, const Pack<F>& d) {
   typedef typename Pack<F>::I I;
   Pack<F> r;
   EACH_PART {
-    I nonzero = (I)(d.v[i] != typename Pack<F>::V{});
     I sign = (I)d.v[i] & ~Register<F>::magnitude;
-    r.v[i] = (typename Pack<F>::V)(((I)k.v[i] ^ sign) & nonzero);
+    r.v[i] = (typename Pack<F>::V)(((I)k.v[i] ^ sign) & (I)(d.v[i] != typename Pack<F>::V{}));
   }
   return r;
 }
 
-// --- memory: storage type T, arithmetic in F = Wide<T> ----------------------------------------------------------------
+// Which lanes of a pack count: all, or those in [first, end).
+struct All {
+  template <class F> INLINE Pack<F> operator()(const Pack<F>& a) const { return a; }
+};
+template <class F> struct Lanes {
+  typename Pack<F>::I keep[Pack<F>::parts];
+  INLINE Lanes(int64_t first, int64_t end) {
+    typename Register<F>::Bits mask[Pack<F>::lanes];
+    for (int lane = 0; lane < Pack<F>::lanes; lane++) mask[lane] = lane >= first && lane < end ? -1 : 0;
+    __builtin_memcpy(keep, mask, 64);
+  }
+  INLINE Pack<F> operator()(Pack<F> a) const {
+    EACH_PART a.v[i] = (typename Pack<F>::V)((typename Pack<F>::I)a.v[i] & keep[i]);
+    return a;
+  }
+};
+
+// --- memory: storage type T, arithmetic in Wide<T>::F --------------------------------------------------------------------
 
 template <class T> struct Wide { typedef float F; };
 template <> struct Wide<double> { typedef double F; };
 
-typedef Register<float>::U U32;
-typedef Register<float>::I I32;
 typedef Register<float>::V F32;
-typedef Register<float>::Narrow U16;
+typedef uint32_t U32 __attribute__((vector_size(ISA_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(ISA_BYTES / 2)));
 
-INLINE U32 select(I32 mask, U32 yes, U32 no) { return (yes & (U32)mask) | (no & ~(U32)mask); }
+template <class M> INLINE U32 select(M mask, U32 yes, U32 no) { return (yes & (U32)mask) | (no & ~(U32)mask); }
 
-INLINE F32 bfloat_widen(U32 h) { return (F32)(h << 16); }
-INLINE U32 bfloat_narrow(F32 f) {
+INLINE F32 widen(BFloat16, U32 h) { return (F32)(h << 16); }
+INLINE U32 narrow(BFloat16, F32 f) {
   U32 u = (U32)f;
   U32 nearest = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return select((I32)(f != f), U32{} + 0x7fc0, nearest);
+  return select(f != f, U32{} + 0x7fc0, nearest);
 }
-INLINE F32 half_widen(U32 h) {
+INLINE F32 widen(Float16, U32 h) {
   U32 shifted = (h & 0x7fff) << 13;
   U32 finite = (U32)((F32)shifted * 0x1p112f);
-  U32 bits = select((I32)(shifted >= 0x0f800000), shifted | 0x7f800000, finite);
-  return (F32)(bits | (h & 0x8000) << 16);
+  return (F32)(select(shifted >= 0x0f800000, shifted | 0x7f800000, finite) | (h & 0x8000) << 16);
 }
-INLINE U32 half_narrow(F32 f) {
-  U32 u = (U32)f, sign = (u >> 16) & 0x8000;
-  U32 a = u & 0x7fffffff;
+INLINE U32 narrow(Float16, F32 f) {
+  U32 u = (U32)f, a = u & 0x7fffffff;
   U32 normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
-  U32 small = (U32)((F32)a + 0.5f) - 0x3f000000;  // below 2^-14: the addition rounds to multiples of 2^-24
-  U32 r = select((I32)(a < 0x38800000), small, normal);
-  r = select((I32)(a >= 0x477ff000), U32{} + 0x7c00, r);
-  r = select((I32)(a > 0x7f800000), U32{} + 0x7e00, r);
-  return r | sign;
+  U32 small = (U32)((F32)a + 0.5f) - 0x3f000000;  // below 2^-14: the addition rounds to a multiple of 2^-24
+  U32 r = select(a < 0x38800000, small, normal);
+  r = select(a >= 0x477ff000, U32{} + 0x7c00, r);
+  r = select(a > 0x7f800000, U32{} + 0x7e00, r);
+  return r | ((u >> 16) & 0x8000);
 }
 
-INLINE F32 widen_as(BFloat16, U32 h) { return bfloat_widen(h); }
-INLINE F32 widen_as(Float16, U32 h) { return half_widen(h); }
-INLINE U32 narrow_as(BFloat16, F32 f) { return bfloat_narrow(f); }
-INLINE U32 narrow_as(Float16, F32 f) { return half_narrow(f); }
-
-template <class T> INLINE void read(const T* p, Pack<float>& r) {
+template <class T> INLINE Pack<float> load(const T* p) {
   typedef float F;
+  Pack<float> r;
   EACH_PART {
     U16 h;
     __builtin_memcpy(&h, p + i * Pack<F>::per_part, sizeof h);
-    r.v[i] = widen_as(T{}, __builtin_convertvector(h, U32));
+    r.v[i] = widen(T{}, __builtin_convertvector(h, U32));
   }
+  return r;
 }
-template <class T> INLINE void write(T* p, const Pack<float>& r) {
+template <class T> INLINE void store(T* p, const Pack<float>& a) {
   typedef float F;
   EACH_PART {
-    U16 h = __builtin_convertvector(narrow_as(T{}, r.v[i]), U16);
+    U16 h = __builtin_convertvector(narrow(T{}, a.v[i]), U16);
     __builtin_memcpy(p + i * Pack<F>::per_part, &h, sizeof h);
   }
 }
-INLINE void read(const float* p, Pack<float>& r) { __builtin_memcpy(r.v, p, 64); }
-INLINE void write(float* p, const Pack<float>& r) { __builtin_memcpy(p, r.v, 64); }
-INLINE void read(const double* p, Pack<double>& r) { __builtin_memcpy(r.v, p, 64); }
-INLINE void write(double* p, const Pack<double>& r) { __builtin_memcpy(p, r.v, 64); }
-
-// How much of a pack lies inside the array: all of it, or its first `count` lanes. Lanes outside read as `fill`.
-struct Full {
-  template <class T, class F> INLINE Pack<F> load(const T* p, F) const {
-    Pack<F> r;
-    read(p, r);
-    return r;
-  }
-  template <class T, class F> INLINE void store(T* p, const Pack<F>& r) const { write(p, r); }
-};
-template <class T, class F> NOINLINE void copy_in(const T* p, int count, F fill, F* wide) {
-  alignas(64) T buffer[Pack<F>::lanes] = {};
-  for (int i = 0; i < count; i++) buffer[i] = p[i];
+template <class F> INLINE Pack<F> load_wide(const F* p) {
   Pack<F> r;
-  read(buffer, r);
-  write(wide, r);
-  for (int i = count; i < Pack<F>::lanes; i++) wide[i] = fill;
+  __builtin_memcpy(r.v, p, 64);
+  return r;
 }
-template <class T, class F> NOINLINE void copy_out(T* p, int count, const F* wide) {
-  alignas(64) T buffer[Pack<F>::lanes];
-  Pack<F> r;
-  read(wide, r);
-  write(buffer, r);
-  for (int i = 0; i < count; i++) p[i] = buffer[i];
-}
-struct Some {
-  int count;
-  template <class T, class F> INLINE Pack<F> load(const T* p, F fill) const {
-    alignas(64) F wide[Pack<F>::lanes];
-    Pack<F> r;
-    copy_in(p, count, fill, wide);
-    read(wide, r);
-    return r;
-  }
-  template <class T, class F> INLINE void store(T* p, const Pack<F>& r) const {
-    alignas(64) F wide[Pack<F>::lanes];
-    write(wide, r);
-    copy_out(p, count, wide);
-  }
-};
+INLINE Pack<float> load(const float* p) { return load_wide(p); }
+INLINE Pack<double> load(const double* p) { return load_wide(p); }
+INLINE void store(float* p, const Pack<float>& a) { __builtin_memcpy(p, a.v, 64); }
+INLINE void store(double* p, const Pack<double>& a) { __builtin_memcpy(p, a.v, 64); }
 
 // --- sums ------------------------------------------------------------------------------------------------------------
 
 typedef Register<double>::V F64;
 
-INLINE void widen(F32 x, F64& low, F64& high) {
-  Register<float>::Half a, b;
-  __builtin_memcpy(&a, &x, sizeof a);
-  __builtin_memcpy(&b, (const char*)&x + sizeof a, sizeof b);
-  low = __builtin_convertvector(a, F64);
-  high = __builtin_convertvector(b, F64);
-}
-
-// A sum in double precision, one per lane of a pack.
-template <class F> struct Sum;
-template <> struct Sum<float> {
-  F64 v[2 * Pack<float>::parts] = {};
+// In double precision, one per lane of a pack.
+template <class F> struct Sum {
+  static constexpr int parts = Pack<F>::parts * 8 / sizeof(F);
+  F64 v[parts] = {};
+  INLINE void add(const Pack<double>& a) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < Pack<double>::parts; i++) v[i] += a.v[i];
+  }
   INLINE void add(const Pack<float>& a) {
-    typedef float F;
-    EACH_PART {
-      F64 low, high;
-      widen(a.v[i], low, high);
-      v[2 * i] += low;
-      v[2 * i + 1] += high;
+    typedef float Half __attribute__((vector_size(ISA_BYTES / 2)));
+    _Pragma("GCC unroll 4") for (int i = 0; i < Pack<float>::parts; i++) {
+      Half low, high;
+      __builtin_memcpy(&low, &a.v[i], sizeof low);
+      __builtin_memcpy(&high, (const char*)&a.v[i] + sizeof low, sizeof high);
+      v[2 * i] += __builtin_convertvector(low, F64);
+      v[2 * i + 1] += __builtin_convertvector(high, F64);
     }
   }
   INLINE void add_to(double* p) const {
-    F64 old[2 * Pack<float>::parts];
-    __builtin_memcpy(old, p, sizeof old);
-    for (int i = 0; i < 2 * Pack<float>::parts; i++) old[i] += v[i];
-    __builtin_memcpy(p, old, sizeof old);
+    _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++) {
+      F64 old;
+      __builtin_memcpy(&old, p + i * ISA_BYTES / 8, sizeof old);
+      old += v[i];
+      __builtin_memcpy(p + i * ISA_BYTES / 8, &old, sizeof old);
+    }
   }
 };
-template <> struct Sum<double> {
-  F64 v[Pack<double>::parts] = {};
-  INLINE void add(const Pack<double>& a) {
-    typedef double F;
-    EACH_PART v[i] += a.v[i];
-  }
-  INLINE void add_to(double* p) const {
-    F64 old[Pack<double>::parts];
-    __builtin_memcpy(old, p, sizeof old);
-    for (int i = 0; i < Pack<double>::parts; i++) old[i] += v[i];
-    __builtin_memcpy(p, old, sizeof old);
-  }
-};
-template <class F> INLINE double total(const Sum<F>& s) {
-  constexpr int n = Pack<F>::lanes;
-  alignas(64) double lane[n];
-  __builtin_memcpy(lane, s.v, sizeof lane);
-  for (int half = n / 2; half; half /= 2)
+template <class F> NOINLINE double total(const Sum<F>& sum) {
+  double lane[Pack<F>::lanes];
+  __builtin_memcpy(lane, sum.v, sizeof lane);
+  for (int half = Pack<F>::lanes / 2; half; half /= 2)
     for (int i = 0; i < half; i++) lane[i] += lane[i + half];
   return lane[0];
 }
 
-// Sum K values over n elements. body(part, i, q) puts the values of the pack at i into q[0..K).
+// Sum K values over a stretch of n elements; body(lanes, i, q) puts those of the pack at i into q[0..K).
 template <int K, class F, class Body> INLINE void reduce(int64_t n, Sum<F>* sums, const Body& body) {
   constexpr int L = Pack<F>::lanes;
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
-    Pack<F> a[K], b[K], c[K], d[K];
-    body(Full{}, i, a);
-    body(Full{}, i + L, b);
-    body(Full{}, i + 2 * L, c);
-    body(Full{}, i + 3 * L, d);
-    for (int k = 0; k < K; k++) sums[k].add((a[k] + b[k]) + (c[k] + d[k]));
+    Pack<F> four[K] = {};
+    _Pragma("GCC unroll 1") for (int j = 0; j < 4; j++) {
+      Pack<F> q[K];
+      body(All{}, i + j * L, q);
+      for (int k = 0; k < K; k++) four[k] = four[k] + q[k];
+    }
+    for (int k = 0; k < K; k++) sums[k].add(four[k]);
   }
-  for (; i + L <= n; i += L) {
-    Pack<F> a[K];
-    body(Full{}, i, a);
-    for (int k = 0; k < K; k++) sums[k].add(a[k]);
-  }
-  if (i < n) {
-    Pack<F> a[K];
-    body(Some{(int)(n - i)}, i, a);
-    for (int k = 0; k < K; k++) sums[k].add(a[k]);
+  for (; i < n; i += L) {
+    int64_t at = larger(0, smaller(i, n - L));
+    Lanes<F> lanes(i - at, n - at);
+    Pack<F> q[K];
+    body(lanes, at, q);
+    for (int k = 0; k < K; k++) sums[k].add(lanes(q[k]));
   }
 }
-
-// Write n elements. The last pack overlaps the one before, so body must not read what it writes.
+// Write a stretch of n elements; body must not read what it writes.
 template <class F, class Body> INLINE void map(int64_t n, const Body& body) {
-  constexpr int L = Pack<F>::lanes;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) body(Full{}, i);
-  if (i == n) return;
-  if (n >= L) body(Full{}, n - L);
-  else body(Some{(int)(n - i)}, i);
+  for (int64_t i = 0; i < n; i += Pack<F>::lanes) body(larger(0, smaller(i, n - Pack<F>::lanes)));
 }
 
 // --- the formula: P is 1, 2, or 0 for any other p -------------------------------------------------------------------------
 
-template <class F> INLINE F raise(F base, F exponent) { return sizeof(F) == 4 ? powf((float)base, (float)exponent) : pow(base, exponent); }
-
-template <class F, class Fn> INLINE Pack<F> each_lane(const Pack<F>& a, const Fn& fn) {
-  alignas(64) F lane[Pack<F>::lanes];
-  write(lane, a);
-  for (int i = 0; i < Pack<F>::lanes; i++) lane[i] = fn(lane[i]);
-  Pack<F> r;
-  read(lane, r);
-  return r;
+template <class F> NOINLINE void raise(F* values, F exponent) {
+  for (int i = 0; i < Pack<F>::lanes; i++) values[i] = sizeof(F) == 4 ? powf((float)values[i], (float)exponent) : pow(values[i], exponent);
 }
-
+template <class F> INLINE Pack<F> raised(const Pack<F>& a, F exponent) {
+  alignas(64) F values[Pack<F>::lanes];
+  store(values, a);
+  raise(values, exponent);
+  return load(values);
+}
 // |d|^p
 template <int P, class F> INLINE Pack<F> power(const Pack<F>& d, F p) {
-  if (P == 1) return absolute(d);
-  if (P == 2) return d * d;
-  return each_lane(d, [p](F x) INLINE_LAMBDA { return raise<F>(x < 0 ? -x : x, p); });
+  return P == 1 ? absolute(d) : P == 2 ? d * d : raised(absolute(d), p);
 }
-
-// k·u,  u = |d|^(p-1)·sgn d.  With k = 0 it is 0 even where u overflowed.
-template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pack<F>& d, F p) {
-  if (P == 1) return signed_as(k, d);
-  if (P == 2) return k * d;
-  F less = p - 1;
-  Pack<F> u = each_lane(d, [less](F x) INLINE_LAMBDA {
-    return x == 0 ? 0 : x < 0 ? -raise<F>(-x, less) : raise<F>(x, less);
-  });
+// u = |d|^(p-1)·sgn d
+template <int P, class F> INLINE Pack<F> slope(const Pack<F>& d, F p) {
+  return P == 1 ? signed_as(all((F)1), d) : P == 2 ? d : signed_as(raised(absolute(d), p - 1), d);
+}
+// k·u. Where k is 0 it is 0, even if u overflowed.
+template <int P, class F> INLINE Pack<F> times_slope(const Pack<F>& k, const Pack<F>& u) {
   Pack<F> r = k * u;
   typedef typename Pack<F>::I I;
-  EACH_PART r.v[i] = (typename Pack<F>::V)((I)r.v[i] & (I)(k.v[i] != typename Pack<F>::V{}));
+  if (P == 0) EACH_PART r.v[i] = (typename Pack<F>::V)((I)r.v[i] & (I)(k.v[i] != typename Pack<F>::V{}));
   return r;
 }
-
-template <class F> INLINE bool finite(F x) { return (x < 0 ? -x : x) <= (sizeof(F) == 4 ? (F)__FLT_MAX__ : (F)__DBL_MAX__); }
+template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pack<F>& d, F p) {
+  return P == 1 ? signed_as(k, d) : times_slope<P>(k, slope<P>(d, p));
+}
 
 // --- loops over a block: `rows` stretches of `length` contiguous elements -------------------------------------------------
 
@@ -296,7 +241,7 @@ template <class T> double sum(const Block& block, const void* x_) {
   Sum<F> sum;
   const T* x = (const T*)x_;
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
-    reduce<1>(block.length, &sum, [=](auto part, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = part.load(x + i, (F)0); });
+    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
   return total(sum);
 }
 
@@ -307,9 +252,7 @@ template <class T, int P> double powers(const Block& block, const void* x_, doub
   const T* x = (const T*)x_;
   Pack<F> c = all((F)centre);
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
-    reduce<1>(block.length, &sum, [=](auto part, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      q[0] = power<P>(part.load(x + i, (F)centre) - c, (F)p);
-    });
+    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = power<P>(load(x + i) - c, (F)p); });
   return total(sum);
 }
 
@@ -320,24 +263,41 @@ template <class T> void output(const Block& block, const void* x_, void* y_, dou
   T* y = (T*)y_;
   Pack<F> m = all((F)mu), a = all((F)scale), b = all((F)shift);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
-    map<F>(block.length, [=](auto part, int64_t i) INLINE_LAMBDA { part.store(y + i, (part.load(x + i, (F)0) - m) * a + b); });
+    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(y + i, (load(x + i) - m) * a + b); });
 }
 
-// Σ dy, Σ dy·(x − mu) and, where K = 3, Σ u
-template <class T, int P, int K>
-void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
+// The last three at once, where mu and scale are known beforehand: out = Σ x, Σ |x − centre|^p
+template <class T, int P>
+void output_and_sums(const Block& block, const void* x_, void* y_, double mu, double scale, double shift, double centre, double p, double* out) {
+  typedef typename Wide<T>::F F;
+  const T* x = (const T*)x_;
+  T* y = (T*)y_;
+  Pack<F> m = all((F)mu), a = all((F)scale), b = all((F)shift), c = all((F)centre);
+  Sum<F> sums[2];
+  for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
+    reduce<2>(block.length, sums, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      q[0] = load(x + i);
+      q[1] = power<P>(q[0] - c, (F)p);
+      store(y + i, (q[0] - m) * a + b);
+    });
+  out[0] = total(sums[0]);
+  out[1] = total(sums[1]);
+}
+
+// out = Σ dy, Σ dy·(x − mu), Σ u
+template <class T, int P> void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
   typedef typename Wide<T>::F F;
   const T *x = (const T*)x_, *dy = (const T*)dy_;
-  Pack<F> m = all((F)mu), c = all((F)centre), one = all((F)1);
-  Sum<F> sums[K];
+  Pack<F> m = all((F)mu), c = all((F)centre);
+  Sum<F> sums[3];
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from)
-    reduce<K>(block.length, sums, [=](auto part, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      Pack<F> g = part.load(dy + i, (F)0), value = part.load(x + i, (F)centre);
-      q[0] = g;
-      q[1] = g * (value - m);
-      if (K == 3) q[2] = slope_times<P>(one, value - c, (F)p);
+    reduce<3>(block.length, sums, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      Pack<F> value = load(x + i);
+      q[0] = load(dy + i);
+      q[1] = q[0] * (value - m);
+      q[2] = slope<P>(value - c, (F)p);
     });
-  for (int k = 0; k < 3; k++) out[k] = k < K ? total(sums[k < K ? k : 0]) : 0;
+  for (int k = 0; k < 3; k++) out[k] = total(sums[k]);
 }
 
 // dx = dy·scale + constant + along·u
@@ -348,9 +308,29 @@ void input(const Block& block, const void* x_, const void* dy_, void* dx_, doubl
   T* dx = (T*)dx_;
   Pack<F> c = all((F)centre), a = all((F)scale), b = all((F)constant), k = all((F)along);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
-    map<F>(block.length, [=](auto part, int64_t i) INLINE_LAMBDA {
-      part.store(dx + i, part.load(dy + i, (F)0) * a + (b + slope_times<P>(k, part.load(x + i, (F)centre) - c, (F)p)));
+    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
+      store(dx + i, load(dy + i) * a + (b + slope_times<P>(k, load(x + i) - c, (F)p)));
     });
+}
+
+// Both at once, where constant and along are known beforehand.
+template <class T, int P>
+void input_and_gradients(const Block& block, const void* x_, const void* dy_, void* dx_, double mu, double centre, double scale,
+                         double constant, double along, double p, double* out) {
+  typedef typename Wide<T>::F F;
+  const T *x = (const T*)x_, *dy = (const T*)dy_;
+  T* dx = (T*)dx_;
+  Pack<F> m = all((F)mu), c = all((F)centre), a = all((F)scale), b = all((F)constant), k = all((F)along);
+  Sum<F> sums[3];
+  for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
+    reduce<3>(block.length, sums, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      Pack<F> value = load(x + i);
+      q[0] = load(dy + i);
+      q[1] = q[0] * (value - m);
+      q[2] = slope<P>(value - c, (F)p);
+      store(dx + i, q[0] * a + (b + times_slope<P>(k, q[2])));
+    });
+  for (int i = 0; i < 3; i++) out[i] = total(sums[i]);
 }
 
 // --- the same with a gain and a bias for each element of a stretch --------------------------------------------------------
@@ -362,31 +342,29 @@ template <class T> void output_elements(const Block& block, const void* x_, void
   T* y = (T*)y_;
   Pack<F> m = all((F)mu), a = all((F)inverse);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
-    map<F>(block.length, [=](auto part, int64_t i) INLINE_LAMBDA {
-      part.store(y + i, (part.load(x + i, (F)0) - m) * (a * part.load(gain + i, (F)0)) + part.load(bias + i, (F)0));
-    });
+    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(y + i, (load(x + i) - m) * (a * load(gain + i)) + load(bias + i)); });
 }
 
-// Sums over dx̂ = dy·gain; dw and db, of double precision and padded to whole packs, receive the parameters' gradients.
+// Sums over dx̂ = dy·gain; dw and db, of double precision, receive the gradients of gain and bias.
 template <class T, int P>
 void gradients_elements(const Block& block, const void* x_, const void* dy_, double mu, double centre, double inverse, double p,
                         const void* gain_, double* dw, double* db, double* out) {
   typedef typename Wide<T>::F F;
   const T *x = (const T*)x_, *dy = (const T*)dy_;
   const F* gain = (const F*)gain_;
-  Pack<F> m = all((F)mu), c = all((F)centre), a = all((F)inverse), one = all((F)1);
+  Pack<F> m = all((F)mu), c = all((F)centre), a = all((F)inverse);
   Sum<F> sums[3];
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from)
-    reduce<3>(block.length, sums, [=](auto part, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      Pack<F> g = part.load(dy + i, (F)0), value = part.load(x + i, (F)centre), from_mu = value - m;
+    reduce<3>(block.length, sums, [=](auto lanes, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      Pack<F> g = load(dy + i), value = load(x + i), from_mu = value - m;
       Sum<F> of_gain, of_bias;
-      of_gain.add(g * from_mu * a);
+      of_gain.add(lanes(g * from_mu * a));
       of_gain.add_to(dw + i);
-      of_bias.add(g);
+      of_bias.add(lanes(g));
       of_bias.add_to(db + i);
-      q[0] = g * part.load(gain + i, (F)0);
+      q[0] = g * load(gain + i);
       q[1] = q[0] * from_mu;
-      q[2] = slope_times<P>(one, value - c, (F)p);
+      q[2] = slope<P>(value - c, (F)p);
     });
   for (int k = 0; k < 3; k++) out[k] = total(sums[k]);
 }
@@ -400,47 +378,44 @@ void input_elements(const Block& block, const void* x_, const void* dy_, void* d
   T* dx = (T*)dx_;
   Pack<F> c = all((F)centre), a = all((F)inverse), b = all((F)constant), k = all((F)along);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
-    map<F>(block.length, [=](auto part, int64_t i) INLINE_LAMBDA {
-      Pack<F> scaled = part.load(dy + i, (F)0) * (a * part.load(gain + i, (F)0));
-      part.store(dx + i, scaled + (b + slope_times<P>(k, part.load(x + i, (F)centre) - c, (F)p)));
+    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
+      store(dx + i, load(dy + i) * (a * load(gain + i)) + (b + slope_times<P>(k, load(x + i) - c, (F)p)));
     });
 }
 
-// --- columns: every column of a block is a statistic; sums and coefficients are arrays, sums padded to whole packs ------------
+// --- columns: every column of a block is a statistic; sums and coefficients are arrays of whole packs -----------------------
 
-template <int N> struct Packs {
-  static constexpr int count = N;
+template <int N> struct Count {
+  static constexpr int packs = N;
 };
-// fn(part, Packs<W>, column), W packs of columns at a time
+// fn(lanes, Count<W>, column) for tiles of W packs of columns
 template <class F, class Fn> INLINE void tiles(int64_t columns, const Fn& fn) {
   constexpr int L = Pack<F>::lanes;
   int64_t c = 0;
-  for (; c + 2 * L <= columns; c += 2 * L) fn(Full{}, Packs<2>{}, c);
-  for (; c + L <= columns; c += L) fn(Full{}, Packs<1>{}, c);
-  if (c < columns) fn(Some{(int)(columns - c)}, Packs<1>{}, c);
+  for (; c + 2 * L <= columns; c += 2 * L) fn(All{}, Count<2>{}, c);
+  for (; c < columns; c += L) {
+    int64_t at = larger(0, smaller(c, columns - L));
+    fn(Lanes<F>(c - at, columns - at), Count<1>{}, at);
+  }
 }
 
 // sums[k·stride + column] += K values of each element; body(w, offset, q) gives those of the w-th pack of a tile
-template <int K, int W, class F, class Body>
-INLINE void add_rows(const Block& block, int64_t offset, double* sums, int64_t stride, const Body& body) {
+template <int K, int W, class F, class M, class Body>
+INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double* sums, int64_t stride, const Body& body) {
   constexpr int L = Pack<F>::lanes;
   Sum<F> sum[W][K];
-  int64_t r = 0, step = block.from;
-  for (; r + 4 <= block.rows; r += 4, offset += 4 * step)
-    for (int w = 0; w < W; w++) {
-      Pack<F> a[K], b[K], c[K], d[K];
-      body(w, offset + w * L, a);
-      body(w, offset + w * L + step, b);
-      body(w, offset + w * L + 2 * step, c);
-      body(w, offset + w * L + 3 * step, d);
-      for (int k = 0; k < K; k++) sum[w][k].add((a[k] + b[k]) + (c[k] + d[k]));
-    }
-  for (; r < block.rows; r++, offset += step)
-    for (int w = 0; w < W; w++) {
-      Pack<F> a[K];
-      body(w, offset + w * L, a);
-      for (int k = 0; k < K; k++) sum[w][k].add(a[k]);
-    }
+  for (int64_t r = 0; r < block.rows; r += 4) {
+    Pack<F> four[W][K] = {};
+    int64_t end = smaller(4, block.rows - r);
+    _Pragma("GCC unroll 1") for (int64_t j = 0; j < end; j++, offset += block.from)
+      for (int w = 0; w < W; w++) {
+        Pack<F> q[K];
+        body(w, offset + w * L, q);
+        for (int k = 0; k < K; k++) four[w][k] = four[w][k] + q[k];
+      }
+    for (int w = 0; w < W; w++)
+      for (int k = 0; k < K; k++) sum[w][k].add(lanes(four[w][k]));
+  }
   for (int w = 0; w < W; w++)
     for (int k = 0; k < K; k++) sum[w][k].add_to(sums + k * stride + w * L);
 }
@@ -448,22 +423,24 @@ INLINE void add_rows(const Block& block, int64_t offset, double* sums, int64_t s
 template <class T> void sum_columns(const Block& block, const void* x_, double* out) {
   typedef typename Wide<T>::F F;
   const T* x = (const T*)x_;
-  tiles<F>(block.length, [=](auto part, auto packs, int64_t c) INLINE_LAMBDA {
-    add_rows<1, decltype(packs)::count, F>(block, c, out + c, 0, [=](int, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = part.load(x + i, (F)0); });
+  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    add_rows<1, decltype(count)::packs, F>(block, lanes, c, out + c, 0, [=](int, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
   });
 }
 
 // centre may be null, for 0
+template <class F> INLINE Pack<F> load_or(const F* p, int64_t i, F otherwise) { return p ? load(p + i) : all(otherwise); }
+
 template <class T, int P> void powers_columns(const Block& block, const void* x_, const void* centre_, double p, double* out) {
   typedef typename Wide<T>::F F;
   const T* x = (const T*)x_;
   const F* centre = (const F*)centre_;
-  tiles<F>(block.length, [=](auto part, auto packs, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(packs)::count, L = Pack<F>::lanes;
+  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> from[W];
-    for (int w = 0; w < W; w++) from[w] = centre ? part.load(centre + c + w * L, (F)0) : all((F)0);
-    add_rows<1, W, F>(block, c, out + c, 0, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      q[0] = power<P>(part.load(x + i, (F)0) - from[w], (F)p);
+    for (int w = 0; w < W; w++) from[w] = load_or(centre, c + w * L, (F)0);
+    add_rows<1, W, F>(block, lanes, c, out + c, 0, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      q[0] = power<P>(load(x + i) - from[w], (F)p);
     });
   });
 }
@@ -473,37 +450,61 @@ template <class T> void output_columns(const Block& block, const void* x_, void*
   const T* x = (const T*)x_;
   T* y = (T*)y_;
   const F *mu = (const F*)mu_, *scale = (const F*)scale_, *shift = (const F*)shift_;
-  tiles<F>(block.length, [=](auto part, auto packs, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(packs)::count, L = Pack<F>::lanes;
+  tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
+    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> m[W], a[W], b[W];
     for (int w = 0; w < W; w++) {
-      m[w] = part.load(mu + c + w * L, (F)0);
-      a[w] = part.load(scale + c + w * L, (F)0);
-      b[w] = shift ? part.load(shift + c + w * L, (F)0) : all((F)0);
+      m[w] = load(mu + c + w * L);
+      a[w] = load(scale + c + w * L);
+      b[w] = load_or(shift, c + w * L, (F)0);
     }
-    int64_t i = c;
-    for (int64_t r = 0; r < block.rows; r++, i += block.from)
-      for (int w = 0; w < W; w++) part.store(y + i + w * L, (part.load(x + i + w * L, (F)0) - m[w]) * a[w] + b[w]);
+    int64_t i = c, o = c;
+    for (int64_t r = 0; r < block.rows; r++, i += block.from, o += block.to)
+      for (int w = 0; w < W; w++) store(y + o + w * L, (load(x + i + w * L) - m[w]) * a[w] + b[w]);
   });
 }
 
-template <class T, int P, int K>
+template <class T, int P>
+void output_and_sums_columns(const Block& block, const void* x_, void* y_, const void* mu_, const void* scale_, const void* shift_,
+                             bool centered, double p, double* out, int64_t stride) {
+  typedef typename Wide<T>::F F;
+  const T* x = (const T*)x_;
+  T* y = (T*)y_;
+  const F *mu = (const F*)mu_, *scale = (const F*)scale_, *shift = (const F*)shift_;
+  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+    Pack<F> m[W], from[W], a[W], b[W];
+    for (int w = 0; w < W; w++) {
+      m[w] = load(mu + c + w * L);
+      from[w] = centered ? m[w] : all((F)0);
+      a[w] = load(scale + c + w * L);
+      b[w] = load_or(shift, c + w * L, (F)0);
+    }
+    add_rows<2, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      q[0] = load(x + i);
+      q[1] = power<P>(q[0] - from[w], (F)p);
+      store(y + i, (q[0] - m[w]) * a[w] + b[w]);
+    });
+  });
+}
+
+template <class T, int P>
 void gradients_columns(const Block& block, const void* x_, const void* dy_, const void* mu_, bool centered, double p, double* out, int64_t stride) {
   typedef typename Wide<T>::F F;
   const T *x = (const T*)x_, *dy = (const T*)dy_;
   const F* mu = (const F*)mu_;
-  tiles<F>(block.length, [=](auto part, auto packs, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(packs)::count, L = Pack<F>::lanes;
-    Pack<F> m[W], from[W], one = all((F)1);
+  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+    Pack<F> m[W], from[W];
     for (int w = 0; w < W; w++) {
-      m[w] = part.load(mu + c + w * L, (F)0);
+      m[w] = load(mu + c + w * L);
       from[w] = centered ? m[w] : all((F)0);
     }
-    add_rows<K, W, F>(block, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      Pack<F> g = part.load(dy + i, (F)0), value = part.load(x + i, (F)0);
-      q[0] = g;
-      q[1] = g * (value - m[w]);
-      if (K == 3) q[2] = slope_times<P>(one, value - from[w], (F)p);
+    add_rows<3, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      Pack<F> value = load(x + i);
+      q[0] = load(dy + i);
+      q[1] = q[0] * (value - m[w]);
+      q[2] = slope<P>(value - from[w], (F)p);
     });
   });
 }
@@ -515,103 +516,242 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
   const T *x = (const T*)x_, *dy = (const T*)dy_;
   T* dx = (T*)dx_;
   const F *centre = (const F*)centre_, *scale = (const F*)scale_, *constant = (const F*)constant_, *along = (const F*)along_;
-  tiles<F>(block.length, [=](auto part, auto packs, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(packs)::count, L = Pack<F>::lanes;
+  tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
+    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> from[W], a[W], b[W], k[W];
     for (int w = 0; w < W; w++) {
-      from[w] = centre ? part.load(centre + c + w * L, (F)0) : all((F)0);
-      a[w] = part.load(scale + c + w * L, (F)0);
-      b[w] = part.load(constant + c + w * L, (F)0);
-      k[w] = part.load(along + c + w * L, (F)0);
+      from[w] = load_or(centre, c + w * L, (F)0);
+      a[w] = load(scale + c + w * L);
+      b[w] = load(constant + c + w * L);
+      k[w] = load(along + c + w * L);
     }
     int64_t i = c;
     for (int64_t r = 0; r < block.rows; r++, i += block.from)
       for (int w = 0; w < W; w++) {
-        Pack<F> d = part.load(x + i + w * L, (F)0) - from[w];
-        part.store(dx + i + w * L, part.load(dy + i + w * L, (F)0) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
+        Pack<F> d = load(x + i + w * L) - from[w];
+        store(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
       }
+  });
+}
+
+template <class T, int P>
+void input_and_gradients_columns(const Block& block, const void* x_, const void* dy_, void* dx_, const void* mu_, bool centered,
+                                 const void* scale_, const void* constant_, const void* along_, double p, double* out, int64_t stride) {
+  typedef typename Wide<T>::F F;
+  const T *x = (const T*)x_, *dy = (const T*)dy_;
+  T* dx = (T*)dx_;
+  const F *mu = (const F*)mu_, *scale = (const F*)scale_, *constant = (const F*)constant_, *along = (const F*)along_;
+  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+    Pack<F> m[W], from[W], a[W], b[W], k[W];
+    for (int w = 0; w < W; w++) {
+      m[w] = load(mu + c + w * L);
+      from[w] = centered ? m[w] : all((F)0);
+      a[w] = load(scale + c + w * L);
+      b[w] = load(constant + c + w * L);
+      k[w] = load(along + c + w * L);
+    }
+    add_rows<3, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      Pack<F> value = load(x + i);
+      q[0] = load(dy + i);
+      q[1] = q[0] * (value - m[w]);
+      q[2] = slope<P>(value - from[w], (F)p);
+      store(dx + i, q[0] * a[w] + (b[w] + times_slope<P>(k[w], q[2])));
+    });
   });
 }
 
 // --- the stream, over a range [from, to) of statistics ------------------------------------------------------------------------
 
+// The formulas below serve eight statistics at a time (D8) and one (double).
+typedef double D8 __attribute__((vector_size(64)));
+typedef int64_t I8 __attribute__((vector_size(64)));
+template <class D> struct MaskOf { typedef I8 M; };
+template <> struct MaskOf<double> { typedef int64_t M; };
+
+template <class D> INLINE D get(const double* p) {
+  D r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+template <class D> INLINE void put(double* p, const D& v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class D> INLINE D get(const float* p) {
+  constexpr int n = sizeof(D) / 8;
+  double wide[n];
+  for (int i = 0; i < n; i++) wide[i] = p[i];
+  return get<D>(wide);
+}
+template <class D> INLINE void put(float* p, const D& v) {
+  constexpr int n = sizeof(D) / 8;
+  double wide[n];
+  put(wide, v);
+  for (int i = 0; i < n; i++) p[i] = (float)wide[i];
+}
+template <class D> INLINE D get(const int64_t* p) {
+  constexpr int n = sizeof(D) / 8;
+  double wide[n];
+  for (int i = 0; i < n; i++) wide[i] = (double)p[i];
+  return get<D>(wide);
+}
+template <class D, class Fn> INLINE D each(const D& v, const Fn& fn) {
+  constexpr int n = sizeof(D) / 8;
+  double values[n];
+  put(values, v);
+  for (int i = 0; i < n; i++) values[i] = fn(values[i]);
+  return get<D>(values);
+}
+INLINE int64_t below(double a, double b) { return a < b ? -1 : 0; }
+INLINE I8 below(const D8& a, const D8& b) { return a < b; }
+INLINE double choose(int64_t mask, double yes, double no) { return mask ? yes : no; }
+INLINE D8 choose(const I8& mask, const D8& yes, const D8& no) { return (D8)(((I8)yes & mask) | ((I8)no & ~mask)); }
+// Whether v is finite, also once it is rounded to F.
+template <class F, class D> INLINE typename MaskOf<D>::M finite(const D& v) {
+  D limit = D{} + (sizeof(F) == 4 ? 0x1.ffffffp127 : __builtin_inf());
+  return below(v, limit) & below(-limit, v);
+}
+
+// fn(i, a value of the type to calculate with) for i in [from, to), eight at a time where there are as many
+template <class Fn> INLINE void each_statistic(int64_t from, int64_t to, const Fn& fn) {
+  int64_t i = from;
+  for (; i + 8 <= to; i += 8) fn(i, D8{});
+  for (; i < to; i++) fn(i, 0.0);
+}
+
 // What a use does to the stream of an index, and what it then sees (design, sections 2.2 to 2.4).
 template <class F> struct Stream {
   const F* lasting;
   F* recent;
-  int64_t *count, G;
+  int64_t *count, G, elements;
   bool on;
   double n, w1, w2, w3;
 
-  explicit Stream(const Call& call)
-      : lasting((const F*)call.lasting), recent((F*)call.recent), count(call.count), G(call.layout->G), on(call.lasting != nullptr),
-        n((double)call.n), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]) {}
+  INLINE explicit Stream(const Call& call)
+      : lasting((const F*)call.lasting), recent((F*)call.recent), count(call.count), G(call.layout->G), elements(call.n),
+        on(call.lasting != nullptr), n((double)call.n), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]) {}
 
-  INLINE double fresh(int row, int64_t i, double value) const {
-    double average = recent[row * G + i];
-    return average + (value - average) * (n / ((double)count[i] + n));
+  template <class D> INLINE D fresh(int row, int64_t i, const D& value) const {
+    D average = get<D>(recent + row * G + i);
+    return average + (value - average) * (n / (get<D>(count + i) + n));
   }
   // A weight of zero keeps a value out altogether.
-  INLINE double see(int row, int64_t i, double value) const {
-    double present = w3 != 0 ? w3 * value : 0;
-    if (!on) return present;
-    return (w1 != 0 ? w1 * lasting[row * G + i] : 0) + (w2 != 0 ? w2 * fresh(row, i, value) : 0) + present;
+  template <class D> INLINE D see(int row, int64_t i, const D& value) const {
+    D seen = w3 != 0 ? w3 * value : D{};
+    if (!on) return seen;
+    if (w2 != 0) seen = w2 * fresh(row, i, value) + seen;
+    if (w1 != 0) seen = w1 * get<D>(lasting + row * G + i) + seen;
+    return seen;
   }
-  INLINE void advance(int64_t i, double mu, double m, bool keep) const {
+  template <class D> INLINE void advance(int64_t i, const D& mu, const D& m, const typename MaskOf<D>::M& keep) const {
     if (!on) return;
-    F fresh_mu = (F)fresh(0, i, mu), fresh_m = (F)fresh(1, i, m);
-    recent[i] = keep ? fresh_mu : recent[i];
-    recent[G + i] = keep ? fresh_m : recent[G + i];
-    count[i] += keep ? (int64_t)n : 0;
+    typename MaskOf<D>::M counted;
+    D fresh_mu = fresh(0, i, mu), fresh_m = fresh(1, i, m);
+    put(recent + i, choose(keep, fresh_mu, get<D>(recent + i)));
+    put(recent + G + i, choose(keep, fresh_m, get<D>(recent + G + i)));
+    __builtin_memcpy(&counted, count + i, sizeof counted);
+    counted += keep & elements;
+    __builtin_memcpy(count + i, &counted, sizeof counted);
   }
 };
 
+// mu, from sums over x
 template <class F> void locations(const Call& call, int64_t from, int64_t to, const double* sums) {
   Stream<F> stream(call);
   F* mu = (F*)call.saved;
-  for (int64_t i = from; i < to; i++) mu[i] = (F)stream.see(0, i, sums[i - from] / stream.n);
+  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    put(mu + i, stream.see(0, i, get<D>(sums + i - from) / stream.n));
+  });
 }
 
-// From sums and sums of powers to 1/s, the slope sigma²/(p·m·s³), NaN where a statistic is not finite, and the new state.
-template <class F, int P> void scales(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_of_powers) {
+// 1/s and the slope sigma²/(p·m·s³) of the normalized value in m, from sums of powers; m too where it is asked for
+template <class F, int P> void scales(const Call& call, int64_t from, int64_t to, const double* powers) {
   Stream<F> stream(call);
   F *inverse = (F*)call.saved + stream.G, *slope = inverse + stream.G;
-  double *seen = call.moments;
-  double k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
-  for (int64_t i = from; i < to; i++) {
-    double b_mu = sums[i - from] / stream.n, b_m = sums_of_powers[i - from] / stream.n;
-    bool keep = finite((F)b_mu) && finite((F)b_m);
-    double m = stream.see(1, i, b_m);
-    double sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * pow(m, 2 / p);
-    double r = 1 / __builtin_sqrt(sigma2 + eps);
-    double lift = P == 1 ? m : P == 2 ? 1 : m > 0 ? pow(m, 2 / p - 1) : 0;
-    inverse[i] = (F)r;
-    slope[i] = keep ? (F)(k2 / p * lift * r * r * r) : (F)__builtin_nan("");
-    stream.advance(i, b_mu, b_m, keep);
-    if (seen) seen[i] = m;
-  }
+  double *moments = call.moments, k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
+  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    D m = stream.see(1, i, get<D>(powers + i - from) / stream.n);
+    D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINE_LAMBDA { return pow(v, 2 / p); });
+    D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINE_LAMBDA { return v > 0 ? pow(v, 2 / p - 1) : 0; });
+    D r = 1 / each(sigma2 + eps, [](double v) INLINE_LAMBDA { return __builtin_sqrt(v); });
+    put(inverse + i, r);
+    put(slope + i, k2 / p * lift * r * r * r);
+    if (moments) put(moments + i, m);
+  });
 }
 
-// From the sums of dx̂, dx̂·(x − mu) and u to the streamed gradients: dx = dx̂/s + constant + along·u.
-template <class F>
-void stream_gradients(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u,
-                      void* constant_, void* along_) {
+// Let the use into the state; the slope becomes NaN where a statistic is not finite.
+template <class F> void advance(const Call& call, int64_t from, int64_t to, const double* sums, const double* powers) {
   Stream<F> stream(call);
-  const F *inverse = (const F*)call.saved + stream.G, *slope = inverse + stream.G;
-  F *constant = (F*)constant_, *along = (F*)along_;
-  double n = stream.n, p = call.formula->p, unscale = call.grad_scale;
-  bool centered = call.formula->centered;
-  for (int64_t i = from, j = 0; i < to; i++, j++) {
-    bool cut = !(slope[i] == slope[i]);
-    double g_m = -(sums_from_mu[j] / n) * slope[i] / unscale;
-    double g_mu = -(sums[j] / n) * inverse[i] / unscale;
-    double moment = cut ? 0 : stream.see(1, i, g_m);
-    g_mu -= centered && !cut ? moment * p * (sums_of_u[j] / n) : 0;
-    double location = stream.see(0, i, g_mu);
-    stream.advance(i, g_mu, g_m, finite((F)g_m) && finite((F)g_mu));
-    constant[j] = (F)(location * unscale);
-    along[j] = (F)(p * moment * unscale);
+  F* slope = (F*)call.saved + 2 * stream.G;
+  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    D b_mu = get<D>(sums + i - from) / stream.n, b_m = get<D>(powers + i - from) / stream.n;
+    auto keep = finite<F>(b_mu) & finite<F>(b_m);
+    put(slope + i, choose(keep, get<D>(slope + i), D{} + __builtin_nan("")));
+    stream.advance(i, b_mu, b_m, keep);
+  });
+}
+
+// The gradients of one use, from the sums of dx̂, dx̂·(x − mu) and u.
+template <class F> struct Gradients {
+  Stream<F> stream;
+  const F *inverse, *slope;
+  const double *sums, *sums_from_mu, *sums_of_u;
+  double p, unscale, centered;
+
+  INLINE Gradients(const Call& call, int64_t from, const double* sums, const double* sums_from_mu, const double* sums_of_u)
+      : stream(call), inverse((const F*)call.saved + stream.G), slope(inverse + stream.G), sums(sums - from),
+        sums_from_mu(sums_from_mu - from), sums_of_u(sums_of_u - from), p(call.formula->p), unscale(call.grad_scale),
+        centered(call.formula->centered ? 1 : 0) {}
+
+  template <class D> INLINE void operator()(int64_t i, D& g_mu, D& g_m, D& moment) const {
+    D lift = get<D>(slope + i);
+    g_m = -(get<D>(sums_from_mu + i) / stream.n) * lift / unscale;
+    moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, g_m), D{});  // 0 where the slope is NaN
+    g_mu = -(get<D>(sums + i) / stream.n) * get<D>(inverse + i) / unscale;
+    if (centered != 0) g_mu -= choose(moment == D{}, D{}, moment * p * (get<D>(sums_of_u + i) / stream.n));
   }
+};
+
+// dx = dx̂/s + constant + along·u
+template <class F>
+void coefficients(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u,
+                  void* constant_, void* along_) {
+  Gradients<F> gradients(call, from, sums, sums_from_mu, sums_of_u);
+  F *constant = (F*)constant_ - from, *along = (F*)along_ - from;
+  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    decltype(kind) g_mu, g_m, moment;
+    gradients(i, g_mu, g_m, moment);
+    put(constant + i, gradients.stream.see(0, i, g_mu) * gradients.unscale);
+    put(along + i, gradients.p * moment * gradients.unscale);
+  });
+}
+
+template <class F>
+void advance_gradients(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u) {
+  Gradients<F> gradients(call, from, sums, sums_from_mu, sums_of_u);
+  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    decltype(kind) g_mu, g_m, moment;
+    gradients(i, g_mu, g_m, moment);
+    gradients.stream.advance(i, g_mu, g_m, finite<F>(g_m) & finite<F>(g_mu));
+  });
+}
+
+// out += values·(1/s) of the statistics from `from` on
+template <class F> void add_normalized(const Call& call, int64_t from, int64_t to, const double* values, double* out) {
+  const F* inverse = (const F*)call.saved + call.layout->G;
+  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    put(out + i - from, get<D>(out + i - from) + get<D>(values + i - from) * get<D>(inverse + i));
+  });
+}
+
+// out = (1/s)·gain, for columns
+template <class F> void column_scales(const Call& call, int64_t from, int64_t to, const void* gain_, void* out_) {
+  const F *inverse = (const F*)call.saved + call.layout->G + from, *gain = (const F*)gain_;
+  F* out = (F*)out_;
+  for (int64_t i = 0; i < to - from; i++) out[i] = gain ? inverse[i] * gain[i] : inverse[i];
 }
 
 // --- one table of loops for each storage type and p -------------------------------------------------------------------------------
@@ -622,19 +762,27 @@ template <class T, int P> const Kernels* table() {
       sum<T>,
       powers<T, P>,
       output<T>,
-      {gradients<T, P, 2>, gradients<T, P, 3>},
+      output_and_sums<T, P>,
+      gradients<T, P>,
       input<T, P>,
+      input_and_gradients<T, P>,
       output_elements<T>,
       gradients_elements<T, P>,
       input_elements<T, P>,
       sum_columns<T>,
       powers_columns<T, P>,
       output_columns<T>,
-      {gradients_columns<T, P, 2>, gradients_columns<T, P, 3>},
+      output_and_sums_columns<T, P>,
+      gradients_columns<T, P>,
       input_columns<T, P>,
+      input_and_gradients_columns<T, P>,
       locations<F>,
       scales<F, P>,
-      stream_gradients<F>,
+      advance<F>,
+      coefficients<F>,
+      advance_gradients<F>,
+      add_normalized<F>,
+      column_scales<F>,
   };
   return &kernels;
 }
