@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from .normref import NormRef, RefName
 from .ops.spec import Formula, State, View
 from .stream import Stream
 
+_state_buffers = itemgetter(*State._fields)
 _REDUCED = (torch.float16, torch.bfloat16)
-_UNPICKLED = {"_watched": False, "_optimizer": None, "_owner": None, "_grad_scale": None}
+_UNPICKLED = {"_accepted": None, "_watched": False, "_optimizer": None, "_owner": None, "_grad_scale": None}
 
 
 class Norm(nn.Module):
@@ -57,6 +59,10 @@ class Norm(nn.Module):
     _optimizer: weakref.ref[torch.optim.Optimizer] | None = None
     _owner: weakref.ref[torch.optim.Optimizer] | None = None
     _grad_scale: Tensor | None = None
+
+    # The kind of input that was looked at last, and its view: the same kind is not looked at again.
+    _accepted: tuple[torch.Size, torch.dtype, bool] | None = None
+    _accepted_view: View
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -133,29 +139,21 @@ class Norm(nn.Module):
     @property
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
-        b: Any = self._buffers
-        return State(
-            b["long"],
-            b["short"],
-            b["long_grad"],
-            b["short_grad"],
-            b["count"],
-            b["grad_count"],
-            b["samples"],
-            b["grad_samples"],
-        )
+        return State._make(_state_buffers(self._buffers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
-        self._check_input(x)
+        kind = (x.shape, x.dtype, self.training)
+        if kind != self._accepted:
+            self._check_input(x)
+            if x.numel() == 0:
+                return self._pass_empty(x)
+            self._accepted, self._accepted_view = kind, self._view(x)
         if mask is not None:
             mask = _full_mask(mask, x)
-        if x.numel() == 0:
-            return self._pass_empty(x)
-        view = self._view(x)
         if self.training and not self.frozen:
-            return self._train(x, mask, view)
-        return self._evaluate(x, mask, view)
+            return self._train(x, mask, self._accepted_view)
+        return self._evaluate(x, mask, self._accepted_view)
 
     def _pass_empty(self, x: Tensor) -> Tensor:
         """An empty output that still leads back to gain and bias, so that their gradients are zero and not missing."""
@@ -230,6 +228,7 @@ class Norm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
         """As nn.Module: ``.double()`` converts the statistics, ``.half()`` and ``.bfloat16()`` leave them float32."""
+        self._accepted = None
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
