@@ -1002,8 +1002,11 @@ int merge(const Plan& plan, const int64_t* strides, Axis* blocks) {
 bool make_layout(const Plan& plan, const int64_t* strides, Layout& out) {
   Axis block[max_axes];
   int count = merge(plan, strides, block);
-  for (int i = 0; i < count; i++)
+  for (int i = 0; i < count; i++) {
     if (block[i].stride <= 0) return false;
+    // An output has no gaps between its elements, and the input's strides: so the input has none either.
+    if (i + 1 < count && block[i].stride != block[i + 1].stride * block[i + 1].size) return false;
+  }
 
   // g counts the kept axes in the order of the view, and its channels last: memory must agree.
   int last_kept = -1;
