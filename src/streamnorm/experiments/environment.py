@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+import streamnorm as sn
+
 
 def package_version(name: str) -> str:
     """The installed version of a package, or a dash."""
@@ -35,6 +37,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def first_engine() -> str:
+    """The engine that the layers run on wherever it takes their input."""
+    return next(name for name, status in sn.engines().items() if status.startswith("available"))
+
+
 def environment() -> dict[str, str | int]:
     """What a log records about where it was written."""
     return {
@@ -45,5 +52,5 @@ def environment() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "engine": os.environ.get("STREAMNORM_ENGINE", "automatic"),
+        "engine": first_engine(),
     }
