@@ -242,6 +242,7 @@ class Norm(nn.Module):
         return {**self.__dict__, **_UNPICKLED}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._accepted = None  # assign=True may bring another precision
         if self.stream is not None and prefix + "running_var" in state_dict:
             *_, error_msgs = args
             error_msgs.append(
