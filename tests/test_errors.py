@@ -261,6 +261,19 @@ def test_inputs(engine: str, name: str) -> None:
         assert tensor.equal(before[buffer]), buffer
 
 
+@pytest.mark.parametrize("how", ["moved", "loaded"])
+@pytest.mark.parametrize("make", [S, G], ids=lambda make: make.__name__)
+def test_an_input_that_was_right_before_the_layer_changed(make: Callable[..., sn.Norm], how: str) -> None:
+    layer, x = make(4), torch.randn(3, 4)
+    layer(x)
+    if how == "moved":
+        layer.double()
+    else:
+        layer.load_state_dict(make(4).double().state_dict(), assign=True)
+    with pytest.raises(TypeError, match=r"the input is torch\.float32 and the layer's state torch\.float64"):
+        layer(x)
+
+
 EVALUATED = [name for name in INPUTS if "its own mean" not in name]  # in evaluation one value is enough
 
 
