@@ -90,6 +90,11 @@ def test_constants(name: str) -> None:
     assert mend in str(error.value)
 
 
+def test_a_momentum_in_the_place_of_affine_is_explained() -> None:
+    with pytest.raises(TypeError, match=r"got 0\.1; .*window="):
+        sn.StreamingNorm1d(4, 1e-5, 0.1)  # type: ignore[arg-type]
+
+
 def test_rounding_is_no_error() -> None:
     assert sn.Stream(alpha=(0.1, 0.2, 0.7)).alpha == (0.1, 0.2, 0.7)
     assert sn.Stream(alpha=(1 / 3, 1 / 3, 1 / 3)).alpha is not None

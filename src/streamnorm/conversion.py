@@ -54,7 +54,8 @@ def convert(
 
     The converted model evaluates as before, to rounding: running mean and variance become the long-term statistics
     (``scale="gaussian"`` unless said otherwise, so that σ of any p means a standard deviation). Parameters stay the
-    same objects, so an optimizer made before goes on working; names, device, dtype, mode and hooks stay too.
+    same objects, so an optimizer made before goes on working; names, device, dtype, mode and hooks stay too. With a
+    reference wider than a channel (``ref="layer"``) the channels' statistics are pooled, and evaluation changes.
 
     Args:
         model: any module. If it is itself a BatchNorm, the new layer is only returned.

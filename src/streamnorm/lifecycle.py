@@ -95,6 +95,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of
     training. The streamed gradients start over. A layer that the mini-batches do not reach keeps what it had.
 
+    "Exact" means that every element weighs the same, however the data fall into mini-batches. Deviations about the
+    mean (``center="mean"``) are those about the location known when their mini-batch was seen, so the first few
+    mini-batches should not be tiny; raw moments (``center="zero"``) are those of the union.
+
     Args:
         model: a layer, or any module that holds some; its training modes are restored.
         batches: mini-batches of any size. Of a tuple or list the first item goes to the model; of a dict, all items

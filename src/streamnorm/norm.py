@@ -94,6 +94,11 @@ class Norm(nn.Module):
             raise ValueError(f"eps is added to sigma² and must be at least 0, such as 1e-5, got {eps}")
         if num_features < 1:
             raise ValueError(f"num_features is the number of channels, at least 1, got {num_features}")
+        if not isinstance(affine, bool):
+            raise TypeError(
+                f"affine is True or False, got {affine!r}; where BatchNorm has its momentum, streaming layers take "
+                "window=, a memory in samples"
+            )
         self.num_features = num_features
         self.ref, self.moment, self.stream = ref, moment, stream
         self.eps, self.affine = eps, affine

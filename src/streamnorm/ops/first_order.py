@@ -10,8 +10,8 @@ import torch
 
 _MESSAGE = (
     "a second derivative through a streamnorm layer is not defined: what its statistics pass back is a running average "
-    "over calls. Leave create_graph=True away, freeze the layer (streamnorm.frozen(model)) where a gradient penalty is "
-    "computed, or use torch.nn's own layer in that network"
+    "over calls. Leave create_graph=True away, or freeze the layer (streamnorm.frozen(model)) where a gradient penalty "
+    "is computed. For layers without a stream, set STREAMNORM_ENGINE=plain: that engine has second derivatives"
 )
 
 

@@ -15,6 +15,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #ifndef _WIN32
 #include <dlfcn.h>
 #include <pthread.h>
@@ -118,11 +122,9 @@ struct Kernels {
                                       const void* scale, const void* constant, const void* along, double p, double* out, int64_t stride);
 
   void (*locations)(const Call&, int64_t from, int64_t to, const double* sums);
-  void (*scales)(const Call&, int64_t from, int64_t to, const double* powers);
-  void (*advance)(const Call&, int64_t from, int64_t to, const double* sums, const double* powers);
-  void (*coefficients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u,
-                       void* constant, void* along);
-  void (*advance_gradients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u);
+  void (*scales)(const Call&, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance);
+  void (*stream_gradients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu,
+                           const double* sums_of_u, void* constant, void* along, bool use, bool advance);
   void (*add_normalized)(const Call&, int64_t from, int64_t to, const double* values, double* out);
   void (*column_scales)(const Call&, int64_t from, int64_t to, const void* gain, void* out);
 };
@@ -381,7 +383,7 @@ struct Totals {
 
 // Runs: a statistic owns A runs of B elements, each of them contiguous.
 struct Runs : Walk {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 65536, short_run = 64, shortest_segment = 16, most_blocks = 64;
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, gathered_run = 256, shortest_segment = 16, most_blocks = 64;
 
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
@@ -404,7 +406,7 @@ struct Runs : Walk {
         pieces(divided > 1 ? units * divided : (units + chunk_size / unit - 1) / (chunk_size / unit)),
         runs(pieces > 1 ? 1 : larger(1, chunk_size / larger(at.B, lanes))),
         chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
-        gathered(affine == Affine::uniform && (at.B < lanes || (at.A > 1 && (at.B < short_run || c.n * width <= gather_bytes)))),
+        gathered(affine == Affine::uniform && (at.B < lanes || (at.A > 1 && (at.B < short_run || (at.B < gathered_run && c.n * width <= gather_bytes))))),
         padded(affine == Affine::elements && at.B < lanes), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
@@ -493,8 +495,7 @@ struct Runs : Walk {
     };
     auto scale = [&](int64_t g) {
       powers[g] = fold(partial_powers, g);
-      loops.scales(call, g, g + 1, &powers[g]);
-      loops.advance(call, g, g + 1, &sums[g], &powers[g]);
+      loops.scales(call, g, g + 1, &sums[g], &powers[g], true, true);
     };
     auto sum_chunk = [&](int64_t g, int64_t k) {
       Scratch pad(pad_bytes());
@@ -554,8 +555,7 @@ struct Runs : Walk {
         sums[g] = loops.sum(together, x);
         loops.locations(call, g, g + 1, &sums[g]);
         powers[g] = loops.powers(together, x, centered ? saved(0, g) : 0, p);
-        loops.scales(call, g, g + 1, &powers[g]);
-        loops.advance(call, g, g + 1, &sums[g], &powers[g]);
+        loops.scales(call, g, g + 1, &sums[g], &powers[g], true, true);
         int64_t c = group(g) * at.Bc;
         double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
         void* to = move(call.y, start(g));
@@ -566,10 +566,10 @@ struct Runs : Walk {
     } else if (known) {
       memset(sums, 0, 2 * at.G * sizeof(double));
       loops.locations(call, 0, at.G, sums);
-      loops.scales(call, 0, at.G, powers);
+      loops.scales(call, 0, at.G, sums, powers, true, false);
       each_chunk(output_known_chunk);
       for (int64_t g = 0; g < at.G; g++) sums[g] = fold(partial, g), powers[g] = fold(partial_powers, g);
-      loops.advance(call, 0, at.G, sums, powers);
+      loops.scales(call, 0, at.G, sums, powers, false, true);
     } else if (whole) {
       parallel(at.G, call.threads, [&](int64_t g) {
         for (int64_t k = 0; k < chunks; k++) sum_chunk(g, k);
@@ -640,9 +640,7 @@ struct Runs : Walk {
         t.from_mu *= gain(group(g) * at.Bc);
       }
       if (!call.dx) return;
-      if (!known || gathered)
-        loops.coefficients(call, g, g + 1, &t.dy, &t.from_mu, &t.u, constant + g * wide_width, along + g * wide_width);
-      loops.advance_gradients(call, g, g + 1, &t.dy, &t.from_mu, &t.u);
+      loops.stream_gradients(call, g, g + 1, &t.dy, &t.from_mu, &t.u, constant + g * wide_width, along + g * wide_width, true, true);
     };
     auto fold = [&](int64_t g) {
       sums[g] = {0, 0, 0};
@@ -696,12 +694,12 @@ struct Runs : Walk {
         copy_rows(dx, at.B, to, at.sa, at.A, at.B);
       });
     } else if (known && call.dx && affine == Affine::uniform) {
-      memset(sums, 0, at.G * sizeof(Totals));
-      loops.coefficients(call, 0, at.G, &sums[0].dy, &sums[0].dy, &sums[0].dy, constant, along);
+      Buffer zeros;
+      double* zero = (double*)zeros.zeroed(at.G * sizeof(double));
+      loops.stream_gradients(call, 0, at.G, zero, zero, zero, constant, along, true, false);
       each_chunk(input_known_chunk);
       for (int64_t g = 0; g < at.G; g++) fold(g);
     } else if (whole) {
-      if (known && call.dx) memset(sums, 0, at.G * sizeof(Totals)), loops.coefficients(call, 0, at.G, &sums[0].dy, &sums[0].dy, &sums[0].dy, constant, along);
       parallel((at.G + stats_per_block - 1) / stats_per_block, call.threads, [&](int64_t block) {
         int64_t end = smaller(at.G, (block + 1) * stats_per_block);
         for (int64_t g = block * stats_per_block; g < end; g++) {
@@ -711,7 +709,6 @@ struct Runs : Walk {
         }
       });
     } else {
-      if (known && call.dx) memset(sums, 0, at.G * sizeof(Totals)), loops.coefficients(call, 0, at.G, &sums[0].dy, &sums[0].dy, &sums[0].dy, constant, along);
       if (affine == Affine::uniform) each_chunk(add_chunk);
       else
         parallel(blocks, call.threads, [&](int64_t block) {
@@ -796,10 +793,10 @@ struct Rows : Walk {
 
     auto locate = [&](int64_t o, int64_t from, int64_t to) { loops.locations(call, from, to, sums + o * size); };
     auto scales = [&](int64_t o, int64_t from, int64_t to) {
-      loops.scales(call, from, to, sums + o * size + stride);
+      loops.scales(call, from, to, sums + o * size, sums + o * size + stride, true, !known);
       loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
     };
-    auto advance = [&](int64_t o, int64_t from, int64_t to) { loops.advance(call, from, to, sums + o * size, sums + o * size + stride); };
+    auto advance = [&](int64_t o, int64_t from, int64_t to) { loops.scales(call, from, to, sums + o * size, sums + o * size + stride, false, true); };
 
     if (known) {
       each_outer(locate);
@@ -836,7 +833,6 @@ struct Rows : Walk {
     if (sums != partial) memset(sums, 0, at.G1 * size * sizeof(double));
     fold(sums, partial, size);
     each_outer(scales);
-    each_outer(advance);
     parallel(tasks, call.threads, [&](int64_t task) {
       Scratch pad(2 * pad_bytes());
       int64_t o = task / tasks_per_outer;
@@ -862,7 +858,7 @@ struct Rows : Walk {
     auto scales = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;
       loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
-      loops.coefficients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o));
+      loops.stream_gradients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), true, !known);
     };
     auto add_parameters = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;
@@ -876,7 +872,7 @@ struct Rows : Walk {
     };
     auto advance = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;
-      loops.advance_gradients(call, from, to, t, t + stride, t + 2 * stride);
+      loops.stream_gradients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), false, true);
     };
 
     if (known && call.dx) {
@@ -908,7 +904,6 @@ struct Rows : Walk {
       each_outer(add_parameters);
       if (call.dx) {
         each_outer(scales);
-        each_outer(advance);
         parallel(tasks, call.threads, [&](int64_t task) {
           Scratch pad(3 * pad_bytes());
           int64_t o = task / tasks_per_outer;

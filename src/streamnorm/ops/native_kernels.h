@@ -38,7 +38,15 @@ template <class F> struct Pack {
   V v[parts];
 };
 
-#define EACH_PART _Pragma("GCC unroll 4") for (int i = 0; i < Pack<F>::parts; i++)
+// Loops over the parts of a pack, and over what a loop sums, must become registers. Not so where there are too few of
+// them, as in baseline x86, which runs on old processors only: there it would be much code for little.
+#if ISA_BYTES == 16 && HAS_X86_VARIANTS
+#define UNROLLED _Pragma("GCC unroll 1")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
+#define EACH_PART UNROLLED for (int i = 0; i < Pack<F>::parts; i++)
+#define EACH(i, n) UNROLLED for (int i = 0; i < n; i++)
 
 template <class F> INLINE Pack<F> operator+(Pack<F> a, const Pack<F>& b) { EACH_PART a.v[i] += b.v[i]; return a; }
 template <class F> INLINE Pack<F> operator-(Pack<F> a, const Pack<F>& b) { EACH_PART a.v[i] -= b.v[i]; return a; }
@@ -144,25 +152,36 @@ INLINE void store(double* p, const Pack<double>& a) { __builtin_memcpy(p, a.v, 6
 
 typedef Register<double>::V F64;
 
+// The halves of a register of floats in double precision. What GCC makes of the plain expression for AVX-512 is slow.
+INLINE void widen(F32 x, F64& low, F64& high) {
+#if ISA_BYTES == 64 && defined(__AVX512F__)
+  low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+#else
+  typedef float Half __attribute__((vector_size(ISA_BYTES / 2)));
+  Half a, b;
+  __builtin_memcpy(&a, &x, sizeof a);
+  __builtin_memcpy(&b, (const char*)&x + sizeof a, sizeof b);
+  low = __builtin_convertvector(a, F64);
+  high = __builtin_convertvector(b, F64);
+#endif
+}
+
 // In double precision, one per lane of a pack.
 template <class F> struct Sum {
   static constexpr int parts = Pack<F>::parts * 8 / sizeof(F);
   F64 v[parts] = {};
-  INLINE void add(const Pack<double>& a) {
-    _Pragma("GCC unroll 4") for (int i = 0; i < Pack<double>::parts; i++) v[i] += a.v[i];
-  }
+  INLINE void add(const Pack<double>& a) { EACH(i, Pack<double>::parts) v[i] += a.v[i]; }
   INLINE void add(const Pack<float>& a) {
-    typedef float Half __attribute__((vector_size(ISA_BYTES / 2)));
-    _Pragma("GCC unroll 4") for (int i = 0; i < Pack<float>::parts; i++) {
-      Half low, high;
-      __builtin_memcpy(&low, &a.v[i], sizeof low);
-      __builtin_memcpy(&high, (const char*)&a.v[i] + sizeof low, sizeof high);
-      v[2 * i] += __builtin_convertvector(low, F64);
-      v[2 * i + 1] += __builtin_convertvector(high, F64);
+    EACH(i, Pack<float>::parts) {
+      F64 low, high;
+      widen(a.v[i], low, high);
+      v[2 * i] += low;
+      v[2 * i + 1] += high;
     }
   }
   INLINE void add_to(double* p) const {
-    _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++) {
+    EACH(i, parts) {
       F64 old;
       __builtin_memcpy(&old, p + i * ISA_BYTES / 8, sizeof old);
       old += v[i];
@@ -187,21 +206,24 @@ template <int K, class F, class Body> INLINE void reduce(int64_t n, Sum<F>* sums
     _Pragma("GCC unroll 1") for (int j = 0; j < 4; j++) {
       Pack<F> q[K];
       body(All{}, i + j * L, q);
-      for (int k = 0; k < K; k++) four[k] = four[k] + q[k];
+      EACH(k, K) four[k] = four[k] + q[k];
     }
-    for (int k = 0; k < K; k++) sums[k].add(four[k]);
+    EACH(k, K) sums[k].add(four[k]);
   }
   for (; i < n; i += L) {
     int64_t at = larger(0, smaller(i, n - L));
     Lanes<F> lanes(i - at, n - at);
     Pack<F> q[K];
     body(lanes, at, q);
-    for (int k = 0; k < K; k++) sums[k].add(lanes(q[k]));
+    EACH(k, K) sums[k].add(lanes(q[k]));
   }
 }
 // Write a stretch of n elements; body must not read what it writes.
 template <class F, class Body> INLINE void map(int64_t n, const Body& body) {
-  for (int64_t i = 0; i < n; i += Pack<F>::lanes) body(larger(0, smaller(i, n - Pack<F>::lanes)));
+  constexpr int L = Pack<F>::lanes;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) body(i);
+  if (i < n) body(larger(0, n - L));
 }
 
 // --- the formula: P is 1, 2, or 0 for any other p -------------------------------------------------------------------------
@@ -297,7 +319,7 @@ template <class T, int P> void gradients(const Block& block, const void* x_, con
       q[1] = q[0] * (value - m);
       q[2] = slope<P>(value - c, (F)p);
     });
-  for (int k = 0; k < 3; k++) out[k] = total(sums[k]);
+  EACH(k, 3) out[k] = total(sums[k]);
 }
 
 // dx = dy·scale + constant + along·u
@@ -330,7 +352,7 @@ void input_and_gradients(const Block& block, const void* x_, const void* dy_, vo
       q[2] = slope<P>(value - c, (F)p);
       store(dx + i, q[0] * a + (b + times_slope<P>(k, q[2])));
     });
-  for (int i = 0; i < 3; i++) out[i] = total(sums[i]);
+  EACH(i, 3) out[i] = total(sums[i]);
 }
 
 // --- the same with a gain and a bias for each element of a stretch --------------------------------------------------------
@@ -366,7 +388,7 @@ void gradients_elements(const Block& block, const void* x_, const void* dy_, dou
       q[1] = q[0] * from_mu;
       q[2] = slope<P>(value - c, (F)p);
     });
-  for (int k = 0; k < 3; k++) out[k] = total(sums[k]);
+  EACH(k, 3) out[k] = total(sums[k]);
 }
 
 template <class T, int P>
@@ -408,16 +430,16 @@ INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double*
     Pack<F> four[W][K] = {};
     int64_t end = smaller(4, block.rows - r);
     _Pragma("GCC unroll 1") for (int64_t j = 0; j < end; j++, offset += block.from)
-      for (int w = 0; w < W; w++) {
+      EACH(w, W) {
         Pack<F> q[K];
         body(w, offset + w * L, q);
-        for (int k = 0; k < K; k++) four[w][k] = four[w][k] + q[k];
+        EACH(k, K) four[w][k] = four[w][k] + q[k];
       }
-    for (int w = 0; w < W; w++)
-      for (int k = 0; k < K; k++) sum[w][k].add(lanes(four[w][k]));
+    EACH(w, W)
+      EACH(k, K) sum[w][k].add(lanes(four[w][k]));
   }
-  for (int w = 0; w < W; w++)
-    for (int k = 0; k < K; k++) sum[w][k].add_to(sums + k * stride + w * L);
+  EACH(w, W)
+    EACH(k, K) sum[w][k].add_to(sums + k * stride + w * L);
 }
 
 template <class T> void sum_columns(const Block& block, const void* x_, double* out) {
@@ -438,7 +460,7 @@ template <class T, int P> void powers_columns(const Block& block, const void* x_
   tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> from[W];
-    for (int w = 0; w < W; w++) from[w] = load_or(centre, c + w * L, (F)0);
+    EACH(w, W) from[w] = load_or(centre, c + w * L, (F)0);
     add_rows<1, W, F>(block, lanes, c, out + c, 0, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
       q[0] = power<P>(load(x + i) - from[w], (F)p);
     });
@@ -453,14 +475,14 @@ template <class T> void output_columns(const Block& block, const void* x_, void*
   tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> m[W], a[W], b[W];
-    for (int w = 0; w < W; w++) {
+    EACH(w, W) {
       m[w] = load(mu + c + w * L);
       a[w] = load(scale + c + w * L);
       b[w] = load_or(shift, c + w * L, (F)0);
     }
     int64_t i = c, o = c;
     for (int64_t r = 0; r < block.rows; r++, i += block.from, o += block.to)
-      for (int w = 0; w < W; w++) store(y + o + w * L, (load(x + i + w * L) - m[w]) * a[w] + b[w]);
+      EACH(w, W) store(y + o + w * L, (load(x + i + w * L) - m[w]) * a[w] + b[w]);
   });
 }
 
@@ -474,7 +496,7 @@ void output_and_sums_columns(const Block& block, const void* x_, void* y_, const
   tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> m[W], from[W], a[W], b[W];
-    for (int w = 0; w < W; w++) {
+    EACH(w, W) {
       m[w] = load(mu + c + w * L);
       from[w] = centered ? m[w] : all((F)0);
       a[w] = load(scale + c + w * L);
@@ -496,7 +518,7 @@ void gradients_columns(const Block& block, const void* x_, const void* dy_, cons
   tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> m[W], from[W];
-    for (int w = 0; w < W; w++) {
+    EACH(w, W) {
       m[w] = load(mu + c + w * L);
       from[w] = centered ? m[w] : all((F)0);
     }
@@ -519,7 +541,7 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
   tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> from[W], a[W], b[W], k[W];
-    for (int w = 0; w < W; w++) {
+    EACH(w, W) {
       from[w] = load_or(centre, c + w * L, (F)0);
       a[w] = load(scale + c + w * L);
       b[w] = load(constant + c + w * L);
@@ -527,7 +549,7 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
     }
     int64_t i = c;
     for (int64_t r = 0; r < block.rows; r++, i += block.from)
-      for (int w = 0; w < W; w++) {
+      EACH(w, W) {
         Pack<F> d = load(x + i + w * L) - from[w];
         store(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
       }
@@ -544,7 +566,7 @@ void input_and_gradients_columns(const Block& block, const void* x_, const void*
   tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> m[W], from[W], a[W], b[W], k[W];
-    for (int w = 0; w < W; w++) {
+    EACH(w, W) {
       m[w] = load(mu + c + w * L);
       from[w] = centered ? m[w] : all((F)0);
       a[w] = load(scale + c + w * L);
@@ -566,32 +588,46 @@ void input_and_gradients_columns(const Block& block, const void* x_, const void*
 // The formulas below serve eight statistics at a time (D8) and one (double).
 typedef double D8 __attribute__((vector_size(64)));
 typedef int64_t I8 __attribute__((vector_size(64)));
-template <class D> struct MaskOf { typedef I8 M; };
-template <> struct MaskOf<double> { typedef int64_t M; };
+typedef float S8 __attribute__((vector_size(32)));
+template <class D> struct Like {
+  typedef I8 Mask;
+  typedef S8 Float;
+#if ISA_BYTES == 64 && defined(__AVX512F__)
+  static INLINE D8 wide(const S8& v) { return (D8)_mm512_cvtps_pd((__m256)v); }
+  static INLINE S8 narrow(const D8& v) { return (S8)_mm512_cvtpd_ps((__m512d)v); }
+#else
+  static INLINE D8 wide(const S8& v) { return __builtin_convertvector(v, D8); }
+  static INLINE S8 narrow(const D8& v) { return __builtin_convertvector(v, S8); }
+#endif
+  static INLINE D8 wide(const I8& v) { return __builtin_convertvector(v, D8); }
+};
+template <> struct Like<double> {
+  typedef int64_t Mask;
+  typedef float Float;
+  static INLINE double wide(float v) { return v; }
+  static INLINE double wide(int64_t v) { return (double)v; }
+  static INLINE float narrow(double v) { return (float)v; }
+};
 
 template <class D> INLINE D get(const double* p) {
   D r;
   __builtin_memcpy(&r, p, sizeof r);
   return r;
 }
-template <class D> INLINE void put(double* p, const D& v) { __builtin_memcpy(p, &v, sizeof v); }
 template <class D> INLINE D get(const float* p) {
-  constexpr int n = sizeof(D) / 8;
-  double wide[n];
-  for (int i = 0; i < n; i++) wide[i] = p[i];
-  return get<D>(wide);
-}
-template <class D> INLINE void put(float* p, const D& v) {
-  constexpr int n = sizeof(D) / 8;
-  double wide[n];
-  put(wide, v);
-  for (int i = 0; i < n; i++) p[i] = (float)wide[i];
+  typename Like<D>::Float r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return Like<D>::wide(r);
 }
 template <class D> INLINE D get(const int64_t* p) {
-  constexpr int n = sizeof(D) / 8;
-  double wide[n];
-  for (int i = 0; i < n; i++) wide[i] = (double)p[i];
-  return get<D>(wide);
+  typename Like<D>::Mask r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return Like<D>::wide(r);
+}
+template <class D> INLINE void put(double* p, const D& v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class D> INLINE void put(float* p, const D& v) {
+  typename Like<D>::Float r = Like<D>::narrow(v);
+  __builtin_memcpy(p, &r, sizeof r);
 }
 template <class D, class Fn> INLINE D each(const D& v, const Fn& fn) {
   constexpr int n = sizeof(D) / 8;
@@ -605,7 +641,7 @@ INLINE I8 below(const D8& a, const D8& b) { return a < b; }
 INLINE double choose(int64_t mask, double yes, double no) { return mask ? yes : no; }
 INLINE D8 choose(const I8& mask, const D8& yes, const D8& no) { return (D8)(((I8)yes & mask) | ((I8)no & ~mask)); }
 // Whether v is finite, also once it is rounded to F.
-template <class F, class D> INLINE typename MaskOf<D>::M finite(const D& v) {
+template <class F, class D> INLINE typename Like<D>::Mask finite(const D& v) {
   D limit = D{} + (sizeof(F) == 4 ? 0x1.ffffffp127 : __builtin_inf());
   return below(v, limit) & below(-limit, v);
 }
@@ -623,30 +659,32 @@ template <class F> struct Stream {
   F* recent;
   int64_t *count, G, elements;
   bool on;
-  double n, w1, w2, w3;
+  double n, per_n, w1, w2, w3;
 
   INLINE explicit Stream(const Call& call)
       : lasting((const F*)call.lasting), recent((F*)call.recent), count(call.count), G(call.layout->G), elements(call.n),
-        on(call.lasting != nullptr), n((double)call.n), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]) {}
+        on(call.lasting != nullptr), n((double)call.n), per_n(1 / n), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]) {}
 
-  template <class D> INLINE D fresh(int row, int64_t i, const D& value) const {
+  // This call's share in the short-term average.
+  template <class D> INLINE D share(int64_t i) const { return on ? n / (get<D>(count + i) + n) : D{}; }
+  template <class D> INLINE D fresh(int row, int64_t i, const D& share, const D& value) const {
     D average = get<D>(recent + row * G + i);
-    return average + (value - average) * (n / (get<D>(count + i) + n));
+    return average + (value - average) * share;
   }
   // A weight of zero keeps a value out altogether.
-  template <class D> INLINE D see(int row, int64_t i, const D& value) const {
+  template <class D> INLINE D see(int row, int64_t i, const D& share, const D& value) const {
     D seen = w3 != 0 ? w3 * value : D{};
     if (!on) return seen;
-    if (w2 != 0) seen = w2 * fresh(row, i, value) + seen;
+    if (w2 != 0) seen = w2 * fresh(row, i, share, value) + seen;
     if (w1 != 0) seen = w1 * get<D>(lasting + row * G + i) + seen;
     return seen;
   }
-  template <class D> INLINE void advance(int64_t i, const D& mu, const D& m, const typename MaskOf<D>::M& keep) const {
+  template <class D>
+  INLINE void advance(int64_t i, const D& share, const D& mu, const D& m, const typename Like<D>::Mask& keep) const {
     if (!on) return;
-    typename MaskOf<D>::M counted;
-    D fresh_mu = fresh(0, i, mu), fresh_m = fresh(1, i, m);
-    put(recent + i, choose(keep, fresh_mu, get<D>(recent + i)));
-    put(recent + G + i, choose(keep, fresh_m, get<D>(recent + G + i)));
+    typename Like<D>::Mask counted;
+    put(recent + i, choose(keep, fresh(0, i, share, mu), get<D>(recent + i)));
+    put(recent + G + i, choose(keep, fresh(1, i, share, m), get<D>(recent + G + i)));
     __builtin_memcpy(&counted, count + i, sizeof counted);
     counted += keep & elements;
     __builtin_memcpy(count + i, &counted, sizeof counted);
@@ -659,82 +697,59 @@ template <class F> void locations(const Call& call, int64_t from, int64_t to, co
   F* mu = (F*)call.saved;
   each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
     typedef decltype(kind) D;
-    put(mu + i, stream.see(0, i, get<D>(sums + i - from) / stream.n));
+    put(mu + i, stream.see(0, i, stream.template share<D>(i), get<D>(sums + i - from) * stream.per_n));
   });
 }
 
-// 1/s and the slope sigma²/(p·m·s³) of the normalized value in m, from sums of powers; m too where it is asked for
-template <class F, int P> void scales(const Call& call, int64_t from, int64_t to, const double* powers) {
+// To use: 1/s and the slope sigma²/(p·m·s³) of the normalized value in m; m too where it is asked for.
+// To advance: the state; and the slope becomes NaN where a statistic is not finite.
+template <class F, int P> void scales(const Call& call, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance) {
   Stream<F> stream(call);
   F *inverse = (F*)call.saved + stream.G, *slope = inverse + stream.G;
   double *moments = call.moments, k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
   each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
     typedef decltype(kind) D;
-    D m = stream.see(1, i, get<D>(powers + i - from) / stream.n);
-    D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINE_LAMBDA { return pow(v, 2 / p); });
-    D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINE_LAMBDA { return v > 0 ? pow(v, 2 / p - 1) : 0; });
-    D r = 1 / each(sigma2 + eps, [](double v) INLINE_LAMBDA { return __builtin_sqrt(v); });
-    put(inverse + i, r);
-    put(slope + i, k2 / p * lift * r * r * r);
-    if (moments) put(moments + i, m);
+    D share = stream.template share<D>(i), b_m = get<D>(powers + i - from) * stream.per_n;
+    if (use) {
+      D m = stream.see(1, i, share, b_m);
+      D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINE_LAMBDA { return pow(v, 2 / p); });
+      D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINE_LAMBDA { return v > 0 ? pow(v, 2 / p - 1) : 0; });
+      D r = 1 / each(sigma2 + eps, [](double v) INLINE_LAMBDA { return __builtin_sqrt(v); });
+      put(inverse + i, r);
+      put(slope + i, k2 / p * lift * r * r * r);
+      if (moments) put(moments + i, m);
+    }
+    if (advance) {
+      D b_mu = get<D>(sums + i - from) * stream.per_n;
+      auto keep = finite<F>(b_mu) & finite<F>(b_m);
+      put(slope + i, choose(keep, get<D>(slope + i), D{} + __builtin_nan("")));
+      stream.advance(i, share, b_mu, b_m, keep);
+    }
   });
 }
 
-// Let the use into the state; the slope becomes NaN where a statistic is not finite.
-template <class F> void advance(const Call& call, int64_t from, int64_t to, const double* sums, const double* powers) {
+// From the sums of dx̂, dx̂·(x − mu) and u. To use: dx = dx̂/s + constant + along·u. To advance: the state.
+template <class F>
+void stream_gradients(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u,
+                      void* constant_, void* along_, bool use, bool advance) {
   Stream<F> stream(call);
-  F* slope = (F*)call.saved + 2 * stream.G;
+  const F *inverse = (const F*)call.saved + stream.G, *slope = inverse + stream.G;
+  F *constant = (F*)constant_ - from, *along = (F*)along_ - from;
+  double p = call.formula->p, scale = call.grad_scale, per_element = stream.per_n / scale;
+  bool centered = call.formula->centered;
   each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
     typedef decltype(kind) D;
-    D b_mu = get<D>(sums + i - from) / stream.n, b_m = get<D>(powers + i - from) / stream.n;
-    auto keep = finite<F>(b_mu) & finite<F>(b_m);
-    put(slope + i, choose(keep, get<D>(slope + i), D{} + __builtin_nan("")));
-    stream.advance(i, b_mu, b_m, keep);
-  });
-}
-
-// The gradients of one use, from the sums of dx̂, dx̂·(x − mu) and u.
-template <class F> struct Gradients {
-  Stream<F> stream;
-  const F *inverse, *slope;
-  const double *sums, *sums_from_mu, *sums_of_u;
-  double p, unscale, centered;
-
-  INLINE Gradients(const Call& call, int64_t from, const double* sums, const double* sums_from_mu, const double* sums_of_u)
-      : stream(call), inverse((const F*)call.saved + stream.G), slope(inverse + stream.G), sums(sums - from),
-        sums_from_mu(sums_from_mu - from), sums_of_u(sums_of_u - from), p(call.formula->p), unscale(call.grad_scale),
-        centered(call.formula->centered ? 1 : 0) {}
-
-  template <class D> INLINE void operator()(int64_t i, D& g_mu, D& g_m, D& moment) const {
-    D lift = get<D>(slope + i);
-    g_m = -(get<D>(sums_from_mu + i) / stream.n) * lift / unscale;
-    moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, g_m), D{});  // 0 where the slope is NaN
-    g_mu = -(get<D>(sums + i) / stream.n) * get<D>(inverse + i) / unscale;
-    if (centered != 0) g_mu -= choose(moment == D{}, D{}, moment * p * (get<D>(sums_of_u + i) / stream.n));
-  }
-};
-
-// dx = dx̂/s + constant + along·u
-template <class F>
-void coefficients(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u,
-                  void* constant_, void* along_) {
-  Gradients<F> gradients(call, from, sums, sums_from_mu, sums_of_u);
-  F *constant = (F*)constant_ - from, *along = (F*)along_ - from;
-  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
-    decltype(kind) g_mu, g_m, moment;
-    gradients(i, g_mu, g_m, moment);
-    put(constant + i, gradients.stream.see(0, i, g_mu) * gradients.unscale);
-    put(along + i, gradients.p * moment * gradients.unscale);
-  });
-}
-
-template <class F>
-void advance_gradients(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u) {
-  Gradients<F> gradients(call, from, sums, sums_from_mu, sums_of_u);
-  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
-    decltype(kind) g_mu, g_m, moment;
-    gradients(i, g_mu, g_m, moment);
-    gradients.stream.advance(i, g_mu, g_m, finite<F>(g_m) & finite<F>(g_mu));
+    int64_t j = i - from;
+    D share = stream.template share<D>(i), lift = get<D>(slope + i);
+    D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
+    D moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, share, g_m), D{});  // 0 where the slope is NaN
+    D g_mu = -(get<D>(sums + j) * per_element) * get<D>(inverse + i);
+    if (centered) g_mu -= choose(moment == D{}, D{}, moment * p * (get<D>(sums_of_u + j) * stream.per_n));
+    if (use) {
+      put(constant + i, stream.see(0, i, share, g_mu) * scale);
+      put(along + i, p * moment * scale);
+    }
+    if (advance) stream.advance(i, share, g_mu, g_m, finite<F>(g_m) & finite<F>(g_mu));
   });
 }
 
@@ -778,9 +793,7 @@ template <class T, int P> const Kernels* table() {
       input_and_gradients_columns<T, P>,
       locations<F>,
       scales<F, P>,
-      advance<F>,
-      coefficients<F>,
-      advance_gradients<F>,
+      stream_gradients<F>,
       add_normalized<F>,
       column_scales<F>,
   };
@@ -801,4 +814,6 @@ const Kernels* kernels(Type type, double p) {
 #undef INLINE
 #undef INLINE_LAMBDA
 #undef NOINLINE
+#undef EACH
 #undef EACH_PART
+#undef UNROLLED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from . import fused, loop
+from . import fused, loop, native
 from .steps import Hidden, Norms, Weights
 
 
@@ -16,7 +16,9 @@ def run(
 
     Where an engine of ``streamnorm.ops`` is forced, ``plain`` means the loop over the steps here.
     """
-    forced = None if ops._forced is None else ops._forced.NAME
-    if forced != "plain" and fused.supports(data, sizes, hidden, weights, norms):
+    first = ops._active[0]
+    if first is ops.native and native.supports(kind, data, sizes, hidden, weights, norms):
+        return native.run(kind, data, sizes, hidden, weights, norms)
+    if first is not ops.plain and fused.supports(data, sizes, hidden, weights, norms):
         return fused.run(kind, data, sizes, hidden, weights, norms)
     return loop.run(kind, data, sizes, hidden, weights, norms)
