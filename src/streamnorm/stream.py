@@ -136,10 +136,7 @@ def _three(name: str, values: Sequence[float]) -> Mix:
 
 
 def _kappa(kappa: float | Sequence[float]) -> tuple[float, float, float, float]:
-    if isinstance(kappa, Sequence):
-        four = tuple(map(float, kappa))
-    else:
-        four = (float(kappa), 1 - float(kappa)) * 2
+    four = tuple(map(float, kappa)) if isinstance(kappa, Sequence) else (float(kappa), 1 - float(kappa)) * 2
     if len(four) != 4 or not all(0 <= value <= 1 for value in four):
         raise ValueError(f"kappa must be one number in [0, 1], such as 0.7, or four of them, got {kappa}")
     return four[0], four[1], four[2], four[3]
