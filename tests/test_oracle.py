@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle import Oracle, elements, gaussian_factor
 
-PRESENT = {"alpha": (0, 0, 1), "beta": (0, 0, 1), "kappa": (0.7, 0.3, 0.7, 0.3)}
+PRESENT: dict[str, Any] = {"alpha": (0, 0, 1), "beta": (0, 0, 1), "kappa": (0.7, 0.3, 0.7, 0.3)}
 REFERENCES = [
     "channel",
     "layer",
@@ -62,17 +63,18 @@ def test_the_special_case_is_batch_normalization():
     expected = torch.nn.BatchNorm1d(3, dtype=torch.float64)(tensor)
     expected.backward(torch.tensor(dy))
     np.testing.assert_allclose(y, expected.detach().numpy(), rtol=1e-12, atol=1e-13)
+    assert tensor.grad is not None
     np.testing.assert_allclose(dx, tensor.grad.numpy(), rtol=1e-12, atol=1e-13)
 
 
 def test_three_uses_and_two_commits_worked_by_hand():
     """One channel, p = 1, centre "mean", eps = 0, (α1, α2, α3) = (0.5, 0.25, 0.25), β = (0.5, 0.5, 0), κ = 0.5."""
-    constants = {"alpha": (0.5, 0.25, 0.25), "beta": (0.5, 0.5, 0.0), "kappa": (0.5, 0.5, 0.5, 0.5)}
+    constants: dict[str, Any] = {"alpha": (0.5, 0.25, 0.25), "beta": (0.5, 0.5, 0.0), "kappa": (0.5, 0.5, 0.5, 0.5)}
     oracle = Oracle(1, 1, p=1, eps=0.0, **constants)
     # First use: b_mu = 4, short_mu = 4, mu = 0 + 1 + 1 = 2; d = (0, 4), b_m = 2, m = 0.5 + 0.5 + 0.5 = 1.5.
     x1 = np.array([[2.0], [6.0]])
     y1, use1 = oracle.forward(x1, elements("channel", x1.shape))
-    np.testing.assert_allclose(y1, [[0], [4 / 1.5]])
+    np.testing.assert_allclose(y1, [[0.0], [4 / 1.5]])
     # Second use, one element: b_mu = 1, short_mu = (2·4 + 1)/3 = 3, mu = 0.75 + 0.25 = 1; d = 0,
     # b_m = 0, short_m = (2·2 + 0)/3 = 4/3, m = 0.5 + 1/3 = 5/6.
     x2 = np.array([[1.0]])
@@ -107,7 +109,7 @@ def test_window_rule_worked_by_hand():
     x = np.array([[2.0], [6.0]])
     ids = elements("channel", x.shape)
     y, use = oracle.forward(x, ids)
-    np.testing.assert_allclose(y, [[0], [4 / 1.5]])
+    np.testing.assert_allclose(y, [[0.0], [4 / 1.5]])
     # A second use: S = 4, α = (1/3, 2/3, 0), mu = 2/3·4.
     _, second = oracle.forward(x, ids)
     np.testing.assert_allclose(second.mu, [8 / 3])
