@@ -25,6 +25,7 @@ COMMANDS = {
     "run": Command("streamnorm.experiments.run:run", "run an experiment and write a report"),
     "list": Command("streamnorm.experiments.run:list_experiments", "show all experiments"),
     "report": Command("streamnorm.experiments.run:report", "make a report anew from the logs in a folder"),
+    "bench": Command("streamnorm.benchmarks.command:bench", "measure time and memory beside torch.nn's own layers"),
     "data": Command("streamnorm.experiments.inspection:describe_data", "describe or fetch the images for experiments"),
     "info": Command("streamnorm.experiments.inspection:show_info", "show versions, processor and engines"),
 }

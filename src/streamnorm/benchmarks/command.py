@@ -1,0 +1,178 @@
+"""``streamnorm bench``: time and memory beside torch.nn's own layers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from tyro import conf
+
+from streamnorm.benchmarks.cases import SUITES, Case, all_cases
+from streamnorm.benchmarks.contestants import Contestant, Floor
+from streamnorm.benchmarks.figures import save_figure
+from streamnorm.benchmarks.memory import measure_memory
+from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow, memory_rows, time_rows
+from streamnorm.benchmarks.tables import print_results, save_results
+from streamnorm.benchmarks.timing import Effort, compare
+from streamnorm.experiments.environment import environment, usable_cores
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.files import locked, write_text
+
+FULL = Effort(seconds=0.6, rounds=7)
+QUICK = Effort(seconds=0.04, rounds=3, warm_up=0.01)
+WIDTH = 144
+"""Columns of the tables where no terminal says how wide it is."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Measure time and memory of the layers beside torch.nn's own, in turns in one process.
+
+    Takes about five minutes on two cores; leave the machine alone meanwhile.
+    """
+
+    out: Annotated[str | None, conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder for tables and figure. Default: runs/bench, with --quick runs/bench-quick."""
+
+    quick: bool = False
+    """A few cases, measured briefly: to see that it works, not for figures to report. Takes half a minute."""
+
+    only: Annotated[tuple[str, ...], conf.arg(metavar="SUITE ...")] = SUITES
+    """Suites to measure."""
+
+    threads: Annotated[tuple[int, ...], conf.arg(metavar="INT ...", help_behavior_hint="")] = ()
+    """Numbers of PyTorch threads. Default: 1 and 2, as far as there are cores."""
+
+    device: str = "cpu"
+    """Where to measure; only cpu for now."""
+
+    def check(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UserError: naming the option and what to write instead.
+        """
+        if self.device != "cpu":
+            raise UserError(f"--device {self.device}: only the CPU is measured for now; leave the option out")
+        if not self.only:
+            raise UserError(f"--only: name at least one of {', '.join(SUITES)}")
+        for suite in self.only:
+            if suite not in SUITES:
+                raise UserError(f"--only: unknown suite {suite!r}: choose from {', '.join(SUITES)}")
+        for count in self.threads:
+            if not 1 <= count <= usable_cores():
+                raise UserError(f"--threads {count}: choose from 1 to {usable_cores()}, the cores usable here")
+
+    def thread_counts(self) -> list[int]:
+        """The numbers of threads to measure with."""
+        return sorted(set(self.threads or range(1, min(2, usable_cores()) + 1)))
+
+    def folder(self) -> Path:
+        """Where results go."""
+        return Path(self.out or ("runs/bench-quick" if self.quick else "runs/bench")).expanduser()
+
+
+def bench(words: Sequence[str]) -> int:
+    """``streamnorm bench``."""
+    options = tyro.cli(BenchOptions, args=list(words), prog="streamnorm bench", config=(conf.FlagCreatePairsOff,))
+    options.check()
+    folder = options.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        before = _load()
+        _warn(Console(stderr=True), _busy(before, 0))
+        results = _measure(options)
+        results.environment.update(load_before=before, load_after=_load(), options=asdict(options))
+        save_results(results, folder)
+        save_figure(results, folder)
+        write_text(folder / "environment.json", json.dumps(results.environment, indent=2) + "\n")
+        console = _console()
+        _show(results, options, console)
+        write_text(folder / "tables.txt", console.export_text())
+    console.print(f"\nTables and figure: [bold]{folder}[/]", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _measure(options: BenchOptions) -> Results:
+    """Run every case on every number of threads."""
+    times: list[TimeRow] = []
+    memory: list[MemoryRow] = []
+    effort = QUICK if options.quick else FULL
+    cases = [case for case in all_cases() if case.suite in options.only and (case.quick or not options.quick)]
+    before = torch.get_num_threads()
+    try:
+        for case in track(cases, "measuring", console=Console(stderr=True), transient=True):
+            torch.manual_seed(0)
+            _measure_case(case, options.thread_counts(), effort, times, memory)
+    finally:
+        torch.set_num_threads(before)
+    return Results(times, memory, dict(environment()))
+
+
+def _measure_case(
+    case: Case, thread_counts: list[int], effort: Effort, times: list[TimeRow], memory: list[MemoryRow]
+) -> None:
+    matches = case.make()
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        for match in matches:
+            times += time_rows(case, match, threads, compare(match.ours, match.rival, effort))
+    torch.set_num_threads(1)
+    contestants: dict[str, Contestant] = {}
+    for match in matches:
+        contestants |= {contestant.name: contestant for contestant in (match.ours, match.rival)}
+    found = {name: measure_memory(one) for name, one in contestants.items() if not isinstance(one, Floor)}
+    memory += memory_rows(case, found, next(match.rival.name for match in matches if match.stock))
+
+
+def _load() -> float | None:
+    """How many processes wanted to run in the last minute, where the system tells it."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _busy(load: float | None, own: int) -> str | None:
+    """A warning where others than our own threads keep the machine busy."""
+    if load is None or load - own <= 0.5:
+        return None
+    share = f", of which this command had at most {own}" if own else " before the start"
+    return (
+        f"The machine is busy: a load average of {load:g}{share}. Such figures are not to be relied on: measure again "
+        "when nothing else runs."
+    )
+
+
+def _warn(console: Console, warning: str | None) -> None:
+    if warning:
+        console.print(f"[yellow]! {warning}", highlight=False)
+
+
+def _console() -> Console:
+    terminal = Console(record=True)
+    return terminal if terminal.is_terminal else Console(record=True, width=WIDTH)
+
+
+def _show(results: Results, options: BenchOptions, console: Console) -> None:
+    """Everything that was measured, and what keeps it from being relied on."""
+    print_results(results, console)
+    facts = results.environment
+    console.print(
+        f"\n{facts['processor']}, torch {facts['torch']}, Python {facts['python']}, engine {facts['engine']}, load "
+        f"average {facts['load_before']} before and {facts['load_after']} after",
+        highlight=False,
+    )
+    before, after = facts["load_before"], facts["load_after"]
+    assert isinstance(before, float | None)
+    assert isinstance(after, float | None)
+    _warn(console, _busy(before, 0) or _busy(after, max(options.thread_counts())))
+    if options.quick:
+        _warn(console, "--quick measures too briefly for figures to report.")
+    if facts["engine"] != "native":
+        _warn(console, f"The C++ engine did not run: {facts['engine']} did; `streamnorm info` says why.")

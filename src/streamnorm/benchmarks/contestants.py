@@ -1,0 +1,158 @@
+"""What is measured: one training step of a layer, of a recurrent layer, of a network, and the floor below a layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Pair(NamedTuple):
+    """An input and the gradient that comes back to the output."""
+
+    x: Tensor
+    dy: Tensor
+
+
+class Contestant(ABC):
+    """Something that makes training steps.
+
+    Args:
+        name: what tables call it.
+        engine: the engine of ``streamnorm.ops`` that it is bound to, or None for the usual choice.
+    """
+
+    updates: ClassVar[bool] = False
+    """Whether ``update`` is a part of the step that is timed, and not only tidying."""
+
+    def __init__(self, name: str, engine: str | None = None) -> None:
+        self.name = name
+        self.engine = engine
+
+    @abstractmethod
+    def forward(self, turn: int) -> Tensor:
+        """The output for this turn's input."""
+
+    @abstractmethod
+    def backward(self, output: Tensor, turn: int) -> None:
+        """From the output back to all gradients."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """What ends a step."""
+
+    def own_tensors(self) -> list[Tensor]:
+        """Parameters and buffers: memory that is there with or without a step."""
+        return []
+
+
+class LayerSteps(Contestant):
+    """Forward and backward of one layer, with gradients for its input and its parameters.
+
+    Args:
+        name: what tables call it.
+        module: the layer.
+        inputs: what it is applied to, one after the other; ``x`` requires its gradient.
+        engine: as Contestant.
+    """
+
+    def __init__(self, name: str, module: nn.Module, inputs: list[Pair], engine: str | None = None) -> None:
+        super().__init__(name, engine)
+        self.module = module
+        self.inputs = inputs
+        self._parameters = list(module.parameters())
+        self._used = inputs[0].x
+
+    def forward(self, turn: int) -> Tensor:
+        """The output; of a recurrent layer, the hidden states of all steps."""
+        self._used = self.inputs[turn % len(self.inputs)].x
+        output = self.module(self._used)
+        return output[0] if isinstance(output, tuple) else output
+
+    def backward(self, output: Tensor, turn: int) -> None:
+        """Gradients of input and parameters."""
+        output.backward(self.inputs[turn % len(self.inputs)].dy)
+
+    def update(self) -> None:
+        """Drop the gradients, as ``zero_grad`` does; not timed."""
+        self._used.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def own_tensors(self) -> list[Tensor]:
+        """Parameters and buffers."""
+        return [*self.module.parameters(), *self.module.buffers()]
+
+
+class NetworkSteps(Contestant):
+    """Whole training steps: loss, gradients, and the weight update with all that it sets off.
+
+    Args:
+        name: what tables call it.
+        network: maps images to class scores.
+        images: mini-batches.
+        labels: of each mini-batch.
+        engine: as Contestant.
+    """
+
+    updates = True
+
+    def __init__(
+        self, name: str, network: nn.Module, images: list[Tensor], labels: list[Tensor], engine: str | None = None
+    ) -> None:
+        super().__init__(name, engine)
+        self.network, self.images, self.labels = network, images, labels
+        self._optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+
+    def forward(self, turn: int) -> Tensor:
+        """The loss."""
+        i = turn % len(self.images)
+        return F.cross_entropy(self.network(self.images[i]), self.labels[i])
+
+    def backward(self, output: Tensor, turn: int) -> None:
+        """Gradients of all weights."""
+        output.backward()
+
+    def update(self) -> None:
+        """The weight update; streaming layers commit at it."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def own_tensors(self) -> list[Tensor]:
+        """Parameters and buffers."""
+        return [*self.network.parameters(), *self.network.buffers()]
+
+
+class Floor(Contestant):
+    """The copies that move as many bytes as a layer of this input cannot avoid to move.
+
+    Forward reads x and writes y: one copy. Backward reads x and dy and writes dx: one copy and a half. This is the
+    least even where every channel stays in cache between two looks at it.
+    """
+
+    def __init__(self, inputs: list[Pair]) -> None:
+        super().__init__("floor")
+        self._sources = [pair.x.detach() for pair in inputs]
+        self._targets = [torch.empty_like(source) for source in self._sources[:2]]
+
+    def forward(self, turn: int) -> Tensor:
+        """One copy."""
+        return self._targets[turn // 2 % 2].copy_(self._sources[turn % len(self._sources)])
+
+    def backward(self, output: Tensor, turn: int) -> None:
+        """A copy and a half."""
+        source, target = self._sources[(turn + 2) % len(self._sources)], self._targets[(turn // 2 + 1) % 2]
+        half = len(flat := _flat(source)) // 2
+        target.copy_(source)
+        _flat(output)[:half].copy_(flat[half : 2 * half])
+
+    def update(self) -> None:
+        """Nothing to tidy."""
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements in the order in which they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))

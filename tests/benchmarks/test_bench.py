@@ -1,0 +1,155 @@
+"""``streamnorm bench``: its options, its files and what it says."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamnorm.benchmarks import command
+from streamnorm.benchmarks.cases import FLOOR_FROM, Case, _layers, _networks, _recurrent, _resnet, all_cases, input_pool
+from streamnorm.benchmarks.contestants import Floor
+from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow, copied_bytes, l1_verdict, targets_line
+from streamnorm.benchmarks.targets import MEMORY_TARGETS, TIME_TARGETS
+from streamnorm.benchmarks.timing import Effort
+from streamnorm.cli import main
+
+ROW = TimeRow(
+    "layers", "(1, 128)", 1, "streaming L1", "streaming L2", "together", 0.9, 0.8, 0.95, 1, 1, 7, False, None, None
+)
+
+
+def test_every_target_belongs_to_a_case():
+    cases = {(case.suite, case.name) for case in all_cases()}
+    assert {key[:2] for key in TIME_TARGETS} <= cases
+    assert set(MEMORY_TARGETS) <= {suite for suite, _ in cases}
+
+
+def test_every_contestant_trains():
+    """Each forward gives what its backward takes, and leaves gradients for the update."""
+    for matches in (_layers((2, 32, 8, 8)), _layers((1, 64)), _recurrent("LSTM", 2, 4), _networks(2, _resnet)):
+        assert any(match.stock for match in matches)
+        for match in matches:
+            for turn, contestant in enumerate(match[:2]):
+                contestant.backward(contestant.forward(turn), turn)
+                contestant.update()
+
+
+def test_large_inputs_do_not_stay_in_cache():
+    pool = input_pool((8, 64, 32, 32))
+    assert len(pool) == 16
+    assert len(input_pool((1, 4))) == 16
+    assert len({pair.x.data_ptr() for pair in pool}) == 16
+    assert len(input_pool((64, 64, 32, 32))) == 4
+    assert input_pool((2, 4, 3, 3), channels_last=True)[0].dy.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_floor_copies(channels_last):
+    inputs = input_pool((2, 4, 8, 8), channels_last)
+    floor = Floor(inputs)
+    output = floor.forward(2)
+    assert output.equal(inputs[2].x)
+    floor.backward(output, 2)
+    assert floor._targets[0].equal(inputs[4].x)
+
+
+def test_small_inputs_have_no_floor():
+    for channels, has_floor in ((64, True), (32, False)):
+        shape = (1, channels, 32, 32)
+        assert (4 * channels * 32 * 32 >= FLOOR_FROM) is has_floor
+        assert any(match.rival.name == "floor" for match in _layers(shape)) is has_floor
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small case of each kind, measured for no time."""
+    cases = [
+        Case("layers", "(1, 128)", partial(_layers, (1, 128)), quick=True),
+        Case("layers", "(1, 64, 32, 32)", partial(_layers, (1, 64, 32, 32)), quick=True),
+        Case("recurrent", "GRU B1 H128", partial(_recurrent, "GRU", 1, 8), quick=True),
+        Case("recurrent", "left out", partial(_recurrent, "GRU", 1, 8)),
+    ]
+    monkeypatch.setattr(command, "all_cases", lambda: cases)
+    monkeypatch.setattr(command, "QUICK", Effort(0, 3, 0, 0))
+
+
+@pytest.mark.usefixtures("brief")
+def test_files_and_words(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (3.2, 0, 0))
+    assert main(["bench", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    names = {"times.csv", "memory.csv", "ratios.png", "ratios.svg", "tables.txt", "environment.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    with open(tmp_path / "times.csv") as file:
+        times = list(csv.DictReader(file))
+    assert {row["part"] for row in times} == {"forward", "backward", "together"}
+    assert {row["case"] for row in times} == {"(1, 128)", "(1, 64, 32, 32)", "GRU B1 H128"}
+    aimed = [row for row in times if row["target"]]
+    assert {(row["rival"], row["part"]) for row in aimed} == {("BatchNorm", "together"), ("nn.GRU", "together")}
+    assert all(row["met"] == str(float(row["ratio"]) <= float(row["target"])) for row in aimed)
+    assert all(0 < float(row["ratio_q1"]) <= float(row["ratio"]) <= float(row["ratio_q3"]) for row in times)
+    with open(tmp_path / "memory.csv") as file:
+        assert all(int(row["peak_bytes"]) > 0 for row in csv.DictReader(file))
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    assert facts["load_before"] == 3.2
+    assert facts["options"]["quick"] is True
+    assert "targets met" in captured.out
+    assert "L1 is faster than L2" in captured.out
+    assert "GB/s" in captured.out
+    assert "The machine is busy: a load average of 3.2" in captured.out.replace("\n", " ")
+    assert "--quick measures too briefly" in captured.out
+    assert "streaming L1" in (tmp_path / "tables.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cuda"], "--device cuda: only the CPU is measured for now"),
+        (["--only", "layer"], "--only: unknown suite 'layer': choose from layers, one-pass, recurrent, networks"),
+        (["--only"], "--only: name at least one"),
+        (["--threads", "0"], "--threads 0: choose from 1 to"),
+        (["--threads", "4096"], "--threads 4096: choose from 1 to"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def results(*times: TimeRow, memory: tuple[MemoryRow, ...] = ()) -> Results:
+    return Results(list(times), list(memory), {})
+
+
+def test_the_verdict_follows_the_quartiles():
+    faster, unclear = ROW, replace(ROW, ratio_q3=1.1)
+    slower = replace(ROW, ratio=1.2, ratio_q1=1.1, ratio_q3=1.3)
+    assert "holds here: of 1 comparisons L1 is faster in 1, slower in 0" in (l1_verdict(results(faster)) or "")
+    assert "holds in part" in (l1_verdict(results(faster, unclear, unclear)) or "")
+    assert "does not hold" in (l1_verdict(results(faster, slower)) or "")
+    assert l1_verdict(results(replace(ROW, rival="BatchNorm"))) is None
+
+
+def test_missed_targets_are_named():
+    met = replace(ROW, rival="BatchNorm", target=1.0, met=True)
+    missed = replace(met, ratio=1.25, met=False)
+    memory = MemoryRow("recurrent", "GRU B1 H128", "sn.GRU", 20, 30, 2.0, 1.0, 1.5, False)
+    assert targets_line(results(met)) == "1 of 1 targets met."
+    line = targets_line(results(met, missed, memory=(memory,)))
+    assert line.startswith("1 of 3 targets met; missed: ")
+    assert "streaming L1, (1, 128), 1 thread: 1.25 for 1" in line
+    assert "memory of sn.GRU, GRU B1 H128: 2.00 saved, 1.00 peak" in line
+    assert targets_line(results(ROW)) == "No target belongs to what was measured."
+
+
+def test_a_copy_reads_and_writes():
+    assert copied_bytes("(8, 64, 32, 32) channels_last") == 2 * 4 * 8 * 64 * 32 * 32
