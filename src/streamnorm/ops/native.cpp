@@ -92,17 +92,18 @@ struct Block {
   int64_t rows, length, from, to;
 };
 
-// The loops of native_kernels.h for one storage type and p. Pointers to void are of the storage type where they are x, y,
-// dy or dx, and else of the type of statistics: double for double, float for all others.
+// The loops of native_kernels.h for one type of statistics and p. Pointers to void are of that type, float or double.
 struct Kernels {
+  void (*widen_bfloat16)(const void*, float*, int64_t count);
+  void (*widen_float16)(const void*, float*, int64_t count);
+  void (*narrow_bfloat16)(const float*, void*, int64_t count);
+  void (*narrow_float16)(const float*, void*, int64_t count);
+
   double (*sum)(const Block&, const void* x);
   double (*powers)(const Block&, const void* x, double centre, double p);
   void (*output)(const Block&, const void* x, void* y, double mu, double scale, double shift);
-  void (*output_and_sums)(const Block&, const void* x, void* y, double mu, double scale, double shift, double centre, double p, double* out);
   void (*gradients)(const Block&, const void* x, const void* dy, double mu, double centre, double p, double* out);
   void (*input)(const Block&, const void* x, const void* dy, void* dx, double centre, double scale, double constant, double along, double p);
-  void (*input_and_gradients)(const Block&, const void* x, const void* dy, void* dx, double mu, double centre, double scale,
-                              double constant, double along, double p, double* out);
 
   void (*output_elements)(const Block&, const void* x, void* y, double mu, double inverse, const void* gain, const void* bias);
   void (*gradients_elements)(const Block&, const void* x, const void* dy, double mu, double centre, double inverse, double p,
@@ -113,13 +114,9 @@ struct Kernels {
   void (*sum_columns)(const Block&, const void* x, double* out);
   void (*powers_columns)(const Block&, const void* x, const void* centre, double p, double* out);
   void (*output_columns)(const Block&, const void* x, void* y, const void* mu, const void* scale, const void* shift);
-  void (*output_and_sums_columns)(const Block&, const void* x, void* y, const void* mu, const void* scale, const void* shift,
-                                  bool centered, double p, double* out, int64_t stride);
   void (*gradients_columns)(const Block&, const void* x, const void* dy, const void* mu, bool centered, double p, double* out, int64_t stride);
   void (*input_columns)(const Block&, const void* x, const void* dy, void* dx, const void* centre, const void* scale,
                         const void* constant, const void* along, double p);
-  void (*input_and_gradients_columns)(const Block&, const void* x, const void* dy, void* dx, const void* mu, bool centered,
-                                      const void* scale, const void* constant, const void* along, double p, double* out, int64_t stride);
 
   void (*locations)(const Call&, int64_t from, int64_t to, const double* sums);
   void (*scales)(const Call&, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance);
@@ -307,7 +304,7 @@ namespace {
 
 struct Variant {
   const char* name;
-  const Kernels* (*kernels)(Type, double p);
+  const Kernels* (*kernels)(bool wide, double p);
 } const variants[] = {
 #if HAS_X86_VARIANTS
     {"avx512", avx512::kernels},
@@ -348,8 +345,9 @@ struct Walk {
   const Call& call;
   const Layout& at;
   const Kernels& loops;
-  const Type wide;
+  const Type wide;  // of statistics, and of all arithmetic
   const int64_t width, wide_width, lanes;  // bytes of an element and of a statistic, statistics in a pack
+  const bool narrow;
   const double p;
   const bool centered;
   // One pass: with weights (1, 0, 0) what this call uses is known before it starts.
@@ -358,16 +356,33 @@ struct Walk {
   Walk(const Call& c, const Kernels& k)
       : call(c), at(*c.layout), loops(k), wide(c.type == Type::f64 ? Type::f64 : Type::f32),
         width(c.type == Type::f64 ? 8 : c.type == Type::f32 ? 4 : 2), wide_width(wide == Type::f64 ? 8 : 4), lanes(64 / wide_width),
-        p(c.formula->p), centered(c.formula->centered), known(c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0) {}
+        narrow(width == 2), p(c.formula->p), centered(c.formula->centered),
+        known(c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0) {}
 
   template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
+  template <class P> P* move_wide(P* base, int64_t elements) const { return (P*)((char*)base + elements * wide_width); }
   double saved(int row, int64_t g) const { return number(call.saved, wide, row * at.G + g); }
   double gain(int64_t c) const { return call.weight ? number(call.weight, call.weight_type, c) : 1; }
   double bias(int64_t c) const { return call.bias ? number(call.bias, call.bias_type, c) : 0; }
 
-  // Rows of `length` elements from one stride to another.
-  void copy_rows(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows, int64_t length) const {
-    for (int64_t r = 0; r < rows; r++) memcpy(move(to, r * to_stride), move(from, r * from_stride), length * width);
+  // Rows of `length` elements from the tensor to a copy in the type of arithmetic, and back.
+  void copy_in(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows, int64_t length) const {
+    for (int64_t r = 0; r < rows; r++) {
+      const void* source = move(from, r * from_stride);
+      void* target = move_wide(to, r * to_stride);
+      if (call.type == Type::bf16) loops.widen_bfloat16(source, (float*)target, length);
+      else if (call.type == Type::f16) loops.widen_float16(source, (float*)target, length);
+      else memcpy(target, source, length * width);
+    }
+  }
+  void copy_out(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows, int64_t length) const {
+    for (int64_t r = 0; r < rows; r++) {
+      const void* source = move_wide(from, r * from_stride);
+      void* target = move(to, r * to_stride);
+      if (call.type == Type::bf16) loops.narrow_bfloat16((const float*)source, target, length);
+      else if (call.type == Type::f16) loops.narrow_float16((const float*)source, target, length);
+      else memcpy(target, source, length * width);
+    }
   }
 };
 
@@ -383,7 +398,7 @@ struct Totals {
 
 // Runs: a statistic owns A runs of B elements, each of them contiguous.
 struct Runs : Walk {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, gathered_run = 256, shortest_segment = 16, most_blocks = 64;
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64;
 
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
@@ -392,7 +407,9 @@ struct Runs : Walk {
   const int64_t unit, divided, units, pieces, runs, chunks;
   // Short runs of one statistic are copied together first: they would push each other out of the cache.
   const bool gathered;
-  const bool padded;  // elements in runs shorter than a pack
+  // The loops work on a copy of a chunk where its type is narrow, or its runs are shorter than a pack.
+  const bool copied;
+  const int64_t copied_stride;
   // Gradients of gain and bias that several statistics share are summed in about most_blocks blocks.
   const int64_t stats_per_block, chunks_per_block, blocks_per_stat, blocks;
   // One statistic at a time keeps it in cache; with few statistics their chunks are shared out among the threads.
@@ -406,8 +423,9 @@ struct Runs : Walk {
         pieces(divided > 1 ? units * divided : (units + chunk_size / unit - 1) / (chunk_size / unit)),
         runs(pieces > 1 ? 1 : larger(1, chunk_size / larger(at.B, lanes))),
         chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
-        gathered(affine == Affine::uniform && (at.B < lanes || (at.A > 1 && (at.B < short_run || (at.B < gathered_run && c.n * width <= gather_bytes))))),
-        padded(affine == Affine::elements && at.B < lanes), stats_per_block((at.G + most_blocks - 1) / most_blocks),
+        gathered(affine == Affine::uniform &&
+                 (at.B < lanes || (at.A > 1 && (at.B < short_run || (at.B < longest_gathered && c.n * wide_width <= gather_bytes))))),
+        copied(narrow || at.B < lanes), copied_stride(larger(at.B, lanes)), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
         blocks((at.G + stats_per_block - 1) / stats_per_block * blocks_per_stat),
@@ -416,62 +434,60 @@ struct Runs : Walk {
   int64_t start(int64_t g) const { return g / at.G2 * at.sg1 + g % at.G2 * at.sg2; }
   int64_t group(int64_t g) const { return g % (at.C / at.Bc); }
 
-  // Where a chunk is: its first element in memory, that element's place in the run, and the block.
-  struct Place {
+  // Where a chunk is: its first element in memory, that element's place in the run, and the block. Then the same as the
+  // loops see it, which read x and dy, write `out`, and leave what they wrote to give_back.
+  struct Chunk {
     int64_t offset, b;
     Block block;
+    const void *x, *dy;
+    void* out;
   };
-  Place place(int64_t g, int64_t chunk) const {
-    if (pieces == 1) {
-      int64_t a = chunk * runs;
-      return {start(g) + a * at.sa, 0, {smaller(runs, at.A - a), at.B, at.sa, at.sa}};
+  size_t copy_bytes() const { return copied ? (chunk_size + 2 * lanes) * wide_width : 0; }
+  Chunk chunk(int64_t g, int64_t k, const Scratch& scratch, bool with_dy, void* out) const {
+    Chunk c = {};
+    int64_t a = k * runs, b = 0, end = at.B, rows = smaller(runs, at.A - a);
+    if (pieces > 1) {
+      int64_t piece = k % pieces, in = piece % divided;
+      a = k / pieces;
+      rows = 1;
+      b = divided > 1 ? piece / divided * unit + unit * in / divided : units * piece / pieces * unit;
+      end = divided > 1 ? piece / divided * unit + unit * (in + 1) / divided : units * (piece + 1) / pieces * unit;
     }
-    int64_t k = chunk % pieces, b, end;
-    if (divided > 1) {
-      int64_t in = k % divided;
-      b = k / divided * unit + unit * in / divided;
-      end = k / divided * unit + unit * (in + 1) / divided;
-    } else {
-      b = units * k / pieces * unit;
-      end = units * (k + 1) / pieces * unit;
-    }
-    return {start(g) + chunk / pieces * at.sa + b, b, {1, end - b, 0, 0}};
+    c.offset = start(g) + a * at.sa + b;
+    c.b = b;
+    c.block = {rows, end - b, at.sa, at.sa};
+    c.x = move(call.x, c.offset);
+    c.dy = with_dy ? move(call.dy, c.offset) : nullptr;
+    c.out = out ? move(out, c.offset) : nullptr;
+    if (!copied) return c;
+    char *x = scratch.data, *dy = x + copy_bytes();
+    copy_in(c.x, at.sa, x, copied_stride, rows, end - b);
+    if (with_dy) copy_in(c.dy, at.sa, dy, copied_stride, rows, end - b);
+    c.block.from = c.block.to = copied_stride;
+    c.x = x;
+    c.dy = dy;
+    c.out = dy + copy_bytes();
+    return c;
+  }
+  void give_back(const Chunk& c, void* out) const {
+    if (copied) copy_out(c.out, copied_stride, move(out, c.offset), at.sa, c.block.rows, c.block.length);
   }
 
-  // fn(channel of the statistic, offset, block) for each segment of a chunk
-  template <class Fn> void segments(const Place& in, const Fn& fn) const {
-    int64_t end = in.b + in.block.length;
-    for (int64_t r = 0; r < in.block.rows; r++)
-      for (int64_t from = in.b; from < end;) {
+  // fn(channel of the statistic, elements from the start of the chunk, block) for each segment of a chunk
+  template <class Fn> void segments(const Chunk& chunk, const Fn& fn) const {
+    int64_t end = chunk.b + chunk.block.length;
+    for (int64_t r = 0; r < chunk.block.rows; r++)
+      for (int64_t from = chunk.b; from < end;) {
         int64_t c = from / unit, to = smaller((c + 1) * unit, end);
-        fn(c, in.offset + r * at.sa + from - in.b, Block{1, to - from, 0, 0});
+        fn(c, r * chunk.block.from + from - chunk.b, Block{1, to - from, 0, 0});
         from = to;
       }
   }
 
-  // The input of a chunk as the loops may read it, and where they may write; give_back puts what they wrote in its place.
-  const void* take(const void* base, const Place& in, Block& block, char* pad) const {
-    if (!padded) return move(base, in.offset);
-    copy_rows(move(base, in.offset), at.sa, pad, lanes, block.rows, at.B);
-    block.from = lanes;
-    return pad;
-  }
-  void* target(void* base, const Place& in, Block& block, char* pad) const {
-    if (!padded) return move(base, in.offset);
-    block.to = lanes;
-    return pad;
-  }
-  void give_back(const void* written, void* base, const Place& in) const {
-    if (padded) copy_rows(written, lanes, move(base, in.offset), at.sa, in.block.rows, at.B);
-  }
-  size_t pad_bytes() const { return padded ? runs * lanes * width : 0; }
-
   // gain or bias for each element of the runs of statistic g, from element b on
-  const void* elements(const Parameter& parameter, int64_t g, int64_t b) const {
-    return (const char*)parameter.values + (group(g) * at.B + b) * wide_width;
-  }
+  const void* elements(const Parameter& parameter, int64_t g, int64_t b) const { return move_wide(parameter.values, group(g) * at.B + b); }
   Parameter spread_out(const void* data, Type type, double otherwise) const {
-    return Parameter(data, type, wide, affine == Affine::elements ? at.C : 0, spread, padded, otherwise);
+    return Parameter(data, type, wide, affine == Affine::elements ? at.C : 0, spread, at.B < lanes, otherwise);
   }
 
   template <class Fn> void each_chunk(const Fn& fn) const {
@@ -480,7 +496,7 @@ struct Runs : Walk {
 
   void forward() const {
     Buffer buffer;
-    double* partial = (double*)buffer.allocate(2 * at.G * (chunks + 1) * sizeof(double));  // sums, and sums of powers
+    double* partial = (double*)buffer.zeroed(2 * at.G * (chunks + 1) * sizeof(double));  // sums, and sums of powers
     double *partial_powers = partial + at.G * chunks, *sums = partial_powers + at.G * chunks, *powers = sums + at.G;
     Parameter gains = spread_out(call.weight, call.weight_type, 1), biases = spread_out(call.bias, call.bias_type, 0);
 
@@ -497,60 +513,42 @@ struct Runs : Walk {
       powers[g] = fold(partial_powers, g);
       loops.scales(call, g, g + 1, &sums[g], &powers[g], true, true);
     };
-    auto sum_chunk = [&](int64_t g, int64_t k) {
-      Scratch pad(pad_bytes());
-      Place in = place(g, k);
-      Block block = in.block;
-      const void* x = take(call.x, in, block, pad.data);
-      partial[g * chunks + k] = loops.sum(block, x);
+    auto add = [&](int64_t g, int64_t k, const Chunk& c) { partial[g * chunks + k] = loops.sum(c.block, c.x); };
+    auto add_powers = [&](int64_t g, int64_t k, const Chunk& c) {
+      partial_powers[g * chunks + k] = loops.powers(c.block, c.x, centered ? saved(0, g) : 0, p);
     };
-    auto power_chunk = [&](int64_t g, int64_t k) {
-      Scratch pad(pad_bytes());
-      Place in = place(g, k);
-      Block block = in.block;
-      const void* x = take(call.x, in, block, pad.data);
-      partial_powers[g * chunks + k] = loops.powers(block, x, centered ? saved(0, g) : 0, p);
-    };
-    auto output_chunk = [&](int64_t g, int64_t k) {
-      Scratch pad(2 * pad_bytes());
-      Place in = place(g, k);
+    auto put = [&](int64_t g, const Chunk& c) {
       double mu = saved(0, g), inverse = saved(1, g);
       int64_t first = group(g) * at.Bc;
-      if (affine == Affine::uniform) {
-        loops.output(in.block, move(call.x, in.offset), move(call.y, in.offset), mu, inverse * gain(first), bias(first));
-      } else if (affine == Affine::segments) {
-        segments(in, [&](int64_t c, int64_t offset, const Block& block) {
-          loops.output(block, move(call.x, offset), move(call.y, offset), mu, inverse * gain(first + c), bias(first + c));
+      if (affine == Affine::uniform)
+        loops.output(c.block, c.x, c.out, mu, inverse * gain(first), bias(first));
+      else if (affine == Affine::segments)
+        segments(c, [&](int64_t i, int64_t at, const Block& block) {
+          loops.output(block, move_wide(c.x, at), move_wide(c.out, at), mu, inverse * gain(first + i), bias(first + i));
         });
-      } else {
-        Block block = in.block;
-        const void* x = take(call.x, in, block, pad.data);
-        void* y = target(call.y, in, block, pad.data + pad_bytes());
-        loops.output_elements(block, x, y, mu, inverse, elements(gains, g, in.b), elements(biases, g, in.b));
-        give_back(y, call.y, in);
-      }
+      else
+        loops.output_elements(c.block, c.x, c.out, mu, inverse, elements(gains, g, c.b), elements(biases, g, c.b));
+      give_back(c, call.y);
     };
-    auto output_known_chunk = [&](int64_t g, int64_t k) {
-      Place in = place(g, k);
-      double mu = saved(0, g), inverse = saved(1, g), centre = centered ? mu : 0, t[2];
-      double &sum = partial[g * chunks + k], &power = partial_powers[g * chunks + k];
-      int64_t first = group(g) * at.Bc;
-      auto add = [&](int64_t c, int64_t offset, const Block& block) {
-        loops.output_and_sums(block, move(call.x, offset), move(call.y, offset), mu, inverse * gain(first + c), bias(first + c), centre, p, t);
-        sum += t[0], power += t[1];
-      };
-      sum = power = 0;
-      if (affine == Affine::uniform) add(0, in.offset, in.block);
-      else if (affine == Affine::segments) segments(in, add);
-      else sum_chunk(g, k), power_chunk(g, k), output_chunk(g, k);
+    auto sum_chunk = [&](int64_t g, int64_t k) {
+      Scratch scratch(copy_bytes());
+      add(g, k, chunk(g, k, scratch, false, nullptr));
+    };
+    auto power_chunk = [&](int64_t g, int64_t k) {
+      Scratch scratch(copy_bytes());
+      add_powers(g, k, chunk(g, k, scratch, false, nullptr));
+    };
+    auto output_chunk = [&](int64_t g, int64_t k) {
+      Scratch scratch(3 * copy_bytes());
+      put(g, chunk(g, k, scratch, false, call.y));
     };
 
     if (gathered) {
       parallel(at.G, call.threads, [&](int64_t g) {
-        const int64_t size = (call.n + lanes) * width;
+        const int64_t size = (call.n + lanes) * wide_width;
         Scratch scratch(2 * size);
         char *x = scratch.data, *y = x + size;
-        copy_rows(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
+        copy_in(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
         Block together = {1, call.n, 0, 0};
         sums[g] = loops.sum(together, x);
         loops.locations(call, g, g + 1, &sums[g]);
@@ -559,15 +557,20 @@ struct Runs : Walk {
         int64_t c = group(g) * at.Bc;
         double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
         void* to = move(call.y, start(g));
-        if (at.B >= lanes) return loops.output({at.A, at.B, at.B, at.sa}, x, to, mu, scale, shift);
+        if (!copied) return loops.output({at.A, at.B, at.B, at.sa}, x, to, mu, scale, shift);
         loops.output(together, x, y, mu, scale, shift);
-        copy_rows(y, at.B, to, at.sa, at.A, at.B);
+        copy_out(y, at.B, to, at.sa, at.A, at.B);
       });
     } else if (known) {
-      memset(sums, 0, 2 * at.G * sizeof(double));
       loops.locations(call, 0, at.G, sums);
       loops.scales(call, 0, at.G, sums, powers, true, false);
-      each_chunk(output_known_chunk);
+      each_chunk([&](int64_t g, int64_t k) {
+        Scratch scratch(3 * copy_bytes());
+        Chunk c = chunk(g, k, scratch, false, call.y);
+        add(g, k, c);
+        add_powers(g, k, c);
+        put(g, c);
+      });
       for (int64_t g = 0; g < at.G; g++) sums[g] = fold(partial, g), powers[g] = fold(partial_powers, g);
       loops.scales(call, 0, at.G, sums, powers, false, true);
     } else if (whole) {
@@ -600,37 +603,51 @@ struct Runs : Walk {
     char* along = constant + at.G * wide_width;
     Parameter gains = spread_out(call.weight, call.weight_type, 1);
 
-    auto block_of = [&](int64_t g, int64_t k) { return (g / stats_per_block * blocks_per_stat + k / chunks_per_block) * stride; };
-    auto coefficient = [&](const char* values, int64_t g) { return number(values, wide, g); };
-    auto add_chunk = [&](int64_t g, int64_t k) {
-      Scratch pad(2 * pad_bytes());
-      Place in = place(g, k);
+    auto add = [&](int64_t g, int64_t k, const Chunk& c) {
       double mu = saved(0, g), inverse = saved(1, g), centre = centered ? mu : 0, t[3];
-      int64_t first = group(g) * at.Bc;
+      int64_t first = group(g) * at.Bc, block = (g / stats_per_block * blocks_per_stat + k / chunks_per_block) * stride;
       Totals sum = {0, 0, 0};
       if (affine == Affine::uniform) {
-        loops.gradients(in.block, move(call.x, in.offset), move(call.dy, in.offset), mu, centre, p, t);
+        loops.gradients(c.block, c.x, c.dy, mu, centre, p, t);
         sum.add(t);
       } else if (affine == Affine::segments) {
-        double *w = dw + block_of(g, k) + first, *b = db + block_of(g, k) + first;
-        segments(in, [&](int64_t c, int64_t offset, const Block& segment) {
-          loops.gradients(segment, move(call.x, offset), move(call.dy, offset), mu, centre, p, t);
-          w[c] += t[1] * inverse;
-          b[c] += t[0];
-          t[0] *= gain(first + c);
-          t[1] *= gain(first + c);
+        segments(c, [&](int64_t i, int64_t at, const Block& segment) {
+          loops.gradients(segment, move_wide(c.x, at), move_wide(c.dy, at), mu, centre, p, t);
+          dw[block + first + i] += t[1] * inverse;
+          db[block + first + i] += t[0];
+          t[0] *= gain(first + i);
+          t[1] *= gain(first + i);
           sum.add(t);
         });
       } else {
-        Block block = in.block;
-        const void *x = take(call.x, in, block, pad.data), *dy = take(call.dy, in, block, pad.data + pad_bytes());
-        int64_t skip = block_of(g, k) + first * at.S + in.b;
-        loops.gradients_elements(block, x, dy, mu, centre, inverse, p, elements(gains, g, in.b), dw + skip, db + skip, t);
+        int64_t skip = block + first * at.S + c.b;
+        loops.gradients_elements(c.block, c.x, c.dy, mu, centre, inverse, p, elements(gains, g, c.b), dw + skip, db + skip, t);
         sum.add(t);
       }
       partial[g * chunks + k] = sum;
     };
-    // From the sums of a statistic to dw, db, and what dx needs.
+    auto put = [&](int64_t g, const Chunk& c) {
+      double inverse = saved(1, g), centre = centered ? saved(0, g) : 0, b = number(constant, wide, g), u = number(along, wide, g);
+      int64_t first = group(g) * at.Bc;
+      if (affine == Affine::uniform)
+        loops.input(c.block, c.x, c.dy, c.out, centre, inverse * gain(first), b, u, p);
+      else if (affine == Affine::segments)
+        segments(c, [&](int64_t i, int64_t at, const Block& segment) {
+          loops.input(segment, move_wide(c.x, at), move_wide(c.dy, at), move_wide(c.out, at), centre, inverse * gain(first + i), b, u, p);
+        });
+      else
+        loops.input_elements(c.block, c.x, c.dy, c.out, centre, inverse, b, u, p, elements(gains, g, c.b));
+      give_back(c, call.dx);
+    };
+    auto add_chunk = [&](int64_t g, int64_t k) {
+      Scratch scratch(2 * copy_bytes());
+      add(g, k, chunk(g, k, scratch, true, nullptr));
+    };
+    auto input_chunk = [&](int64_t g, int64_t k) {
+      Scratch scratch(3 * copy_bytes());
+      put(g, chunk(g, k, scratch, true, call.dx));
+    };
+    // From the sums of a statistic to dw, db, what dx needs, and the state.
     auto finish = [&](int64_t g) {
       Totals& t = sums[g];
       if (affine == Affine::uniform) {
@@ -639,65 +656,43 @@ struct Runs : Walk {
         t.dy *= gain(group(g) * at.Bc);
         t.from_mu *= gain(group(g) * at.Bc);
       }
-      if (!call.dx) return;
-      loops.stream_gradients(call, g, g + 1, &t.dy, &t.from_mu, &t.u, constant + g * wide_width, along + g * wide_width, true, true);
+      if (call.dx)
+        loops.stream_gradients(call, g, g + 1, &t.dy, &t.from_mu, &t.u, move_wide(constant, g), move_wide(along, g), true, true);
     };
     auto fold = [&](int64_t g) {
       sums[g] = {0, 0, 0};
       for (int64_t k = 0; k < chunks; k++) sums[g].add(&partial[g * chunks + k].dy);
       finish(g);
     };
-    auto input_chunk = [&](int64_t g, int64_t k) {
-      Scratch pad(3 * pad_bytes());
-      Place in = place(g, k);
-      double inverse = saved(1, g), centre = centered ? saved(0, g) : 0, b = coefficient(constant, g), u = coefficient(along, g);
-      int64_t first = group(g) * at.Bc, o = in.offset;
-      if (affine == Affine::uniform) {
-        loops.input(in.block, move(call.x, o), move(call.dy, o), move(call.dx, o), centre, inverse * gain(first), b, u, p);
-      } else if (affine == Affine::segments) {
-        segments(in, [&](int64_t c, int64_t from, const Block& segment) {
-          loops.input(segment, move(call.x, from), move(call.dy, from), move(call.dx, from), centre, inverse * gain(first + c), b, u, p);
-        });
-      } else {
-        Block block = in.block;
-        const void *x = take(call.x, in, block, pad.data), *dy = take(call.dy, in, block, pad.data + pad_bytes());
-        void* dx = target(call.dx, in, block, pad.data + 2 * pad_bytes());
-        loops.input_elements(block, x, dy, dx, centre, inverse, b, u, p, elements(gains, g, in.b));
-        give_back(dx, call.dx, in);
-      }
-    };
-    auto input_known_chunk = [&](int64_t g, int64_t k) {
-      Place in = place(g, k);
-      double mu = saved(0, g), inverse = saved(1, g), centre = centered ? mu : 0, t[3];
-      int64_t o = in.offset, c = group(g) * at.Bc;
-      loops.input_and_gradients(in.block, move(call.x, o), move(call.dy, o), move(call.dx, o), mu, centre, inverse * gain(c),
-                                coefficient(constant, g), coefficient(along, g), p, t);
-      partial[g * chunks + k] = {t[0], t[1], t[2]};
-    };
 
     if (gathered) {
       parallel(at.G, call.threads, [&](int64_t g) {
-        const int64_t size = (call.n + lanes) * width;
+        const int64_t size = (call.n + lanes) * wide_width;
         Scratch scratch(3 * size);
         char *x = scratch.data, *dy = x + size, *dx = dy + size;
-        copy_rows(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
-        copy_rows(move(call.dy, start(g)), at.sa, dy, at.B, at.A, at.B);
+        copy_in(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
+        copy_in(move(call.dy, start(g)), at.sa, dy, at.B, at.A, at.B);
         double mu = saved(0, g), centre = centered ? mu : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
         Block together = {1, call.n, 0, 0};
         loops.gradients(together, x, dy, mu, centre, p, &sums[g].dy);
         finish(g);
         if (!call.dx) return;
-        double b = coefficient(constant, g), u = coefficient(along, g);
+        double b = number(constant, wide, g), u = number(along, wide, g);
         void* to = move(call.dx, start(g));
-        if (at.B >= lanes) return loops.input({at.A, at.B, at.B, at.sa}, x, dy, to, centre, scale, b, u, p);
+        if (!copied) return loops.input({at.A, at.B, at.B, at.sa}, x, dy, to, centre, scale, b, u, p);
         loops.input(together, x, dy, dx, centre, scale, b, u, p);
-        copy_rows(dx, at.B, to, at.sa, at.A, at.B);
+        copy_out(dx, at.B, to, at.sa, at.A, at.B);
       });
-    } else if (known && call.dx && affine == Affine::uniform) {
+    } else if (known && call.dx) {
       Buffer zeros;
       double* zero = (double*)zeros.zeroed(at.G * sizeof(double));
       loops.stream_gradients(call, 0, at.G, zero, zero, zero, constant, along, true, false);
-      each_chunk(input_known_chunk);
+      each_block([&](int64_t g, int64_t k) {
+        Scratch scratch(3 * copy_bytes());
+        Chunk c = chunk(g, k, scratch, true, call.dx);
+        add(g, k, c);
+        put(g, c);
+      });
       for (int64_t g = 0; g < at.G; g++) fold(g);
     } else if (whole) {
       parallel((at.G + stats_per_block - 1) / stats_per_block, call.threads, [&](int64_t block) {
@@ -709,18 +704,22 @@ struct Runs : Walk {
         }
       });
     } else {
-      if (affine == Affine::uniform) each_chunk(add_chunk);
-      else
-        parallel(blocks, call.threads, [&](int64_t block) {
-          int64_t g0 = block / blocks_per_stat * stats_per_block, k0 = block % blocks_per_stat * chunks_per_block;
-          for (int64_t g = g0; g < smaller(at.G, g0 + stats_per_block); g++)
-            for (int64_t k = k0; k < smaller(chunks, k0 + chunks_per_block); k++) add_chunk(g, k);
-        });
+      each_block(add_chunk);
       for (int64_t g = 0; g < at.G; g++) fold(g);
       if (call.dx) each_chunk(input_chunk);
     }
     if (call.dw) add_channels(dw, copies, stride, values, call.dw, call.weight_type);
     if (call.db) add_channels(db, copies, stride, values, call.db, call.bias_type);
+  }
+
+  // As each_chunk; but chunks that add to the same block of dw and db are one thread's.
+  template <class Fn> void each_block(const Fn& fn) const {
+    if (affine == Affine::uniform) return each_chunk(fn);
+    parallel(blocks, call.threads, [&](int64_t block) {
+      int64_t g0 = block / blocks_per_stat * stats_per_block, k0 = block % blocks_per_stat * chunks_per_block;
+      for (int64_t g = g0; g < smaller(at.G, g0 + stats_per_block); g++)
+        for (int64_t k = k0; k < smaller(chunks, k0 + chunks_per_block); k++) fn(g, k);
+    });
   }
 
   // Fold blocks, then what belongs to one channel, in order.
@@ -739,42 +738,54 @@ struct Rows : Walk {
   static constexpr int64_t task_size = 65536, strip_size = 16384;
 
   const int64_t columns, stride;  // stride: columns, in whole packs
-  const bool padded;              // rows shorter than a pack are copied apart
+  const bool copied;              // as in Runs
+  const int64_t copied_stride;
   const int64_t rows_per_task, rows_per_strip, tasks_per_block, tasks_per_outer, tasks;
 
   Rows(const Call& c, const Kernels& k)
-      : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), padded(columns < lanes),
-        rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(larger(16, strip_size / larger(columns, lanes) / 4 * 4)),
+      : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), copied(narrow || columns < lanes), copied_stride(larger(columns, lanes)),
+        rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(larger(16, strip_size / copied_stride / 4 * 4)),
         tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer) {}
 
   // Row `row` of what is saved, or an array of coefficients, from outer index o on.
-  const char* saved(int row, int64_t o) const { return (const char*)call.saved + (row * at.G + o * columns) * wide_width; }
-  char* from_outer(char* values, int64_t o) const { return values + o * columns * wide_width; }
+  const void* saved(int row, int64_t o) const { return move_wide((const void*)call.saved, row * at.G + o * columns); }
+  char* from_outer(char* values, int64_t o) const { return move_wide(values, o * columns); }
 
-  // fn(offset, block) for each strip of a task, small enough to stay in cache while its columns are walked
-  template <class Fn> void strips(int64_t task, const Fn& fn) const {
-    int64_t o = task / tasks_per_outer, a = task % tasks_per_outer / tasks_per_block, first = task % tasks_per_block * rows_per_task;
-    int64_t end = smaller(at.B, first + rows_per_task), base = o * at.sg1 + a * at.sa;
-    for (int64_t r = first; r < end; r += rows_per_strip) {
-      int64_t step = padded ? lanes : at.sb;
-      fn(base + r * at.sb, Block{smaller(rows_per_strip, end - r), columns, step, step});
-    }
+  // A strip of rows, small enough to stay in cache while its columns are walked, as the loops see it.
+  struct Strip {
+    int64_t o;
+    Block block;
+    const void *x, *dy;
+    void* out;
+  };
+  // fn(task, strip) for each strip; what it writes is put into `out`
+  template <class Fn> void each_strip(bool with_dy, void* out, const Fn& fn) const {
+    parallel(tasks, call.threads, [&](int64_t task) {
+      const size_t bytes = copied ? rows_per_strip * (copied_stride + 1) * wide_width : 0;
+      Scratch scratch((1 + with_dy + (out != nullptr)) * bytes);
+      int64_t o = task / tasks_per_outer, a = task % tasks_per_outer / tasks_per_block, first = task % tasks_per_block * rows_per_task;
+      int64_t end = smaller(at.B, first + rows_per_task), base = o * at.sg1 + a * at.sa;
+      for (int64_t r = first; r < end; r += rows_per_strip) {
+        int64_t offset = base + r * at.sb, rows = smaller(rows_per_strip, end - r);
+        const void *x = move(call.x, offset), *dy = with_dy ? move(call.dy, offset) : nullptr;
+        void* to = out ? move(out, offset) : nullptr;
+        if (!copied) {
+          fn(task, Strip{o, {rows, columns, at.sb, at.sb}, x, dy, to});
+          continue;
+        }
+        char *x_copy = scratch.data, *dy_copy = x_copy + bytes, *out_copy = dy_copy + with_dy * bytes;
+        copy_in(x, at.sb, x_copy, copied_stride, rows, columns);
+        if (with_dy) copy_in(dy, at.sb, dy_copy, copied_stride, rows, columns);
+        fn(task, Strip{o, {rows, columns, copied_stride, copied_stride}, x_copy, dy_copy, out_copy});
+        if (out) copy_out(out_copy, copied_stride, to, at.sb, rows, columns);
+      }
+    });
   }
-  // A strip as the loops may read and write it, see Runs.
-  const void* take(const void* base, int64_t offset, const Block& block, char* pad) const {
-    if (!padded) return move(base, offset);
-    copy_rows(move(base, offset), at.sb, pad, lanes, block.rows, columns);
-    return pad;
-  }
-  void* target(void* base, int64_t offset, char* pad) const { return padded ? pad : move(base, offset); }
-  void give_back(const void* written, void* base, int64_t offset, const Block& block) const {
-    if (padded) copy_rows(written, lanes, move(base, offset), at.sb, block.rows, columns);
-  }
-  size_t pad_bytes() const { return padded ? (rows_per_strip + 1) * lanes * width : 0; }
 
   // The sums of outer index o from those of its tasks, in order; in place where it has but one.
   void fold(double* sums, const double* partial, int64_t size) const {
     if (sums == partial) return;
+    memset(sums, 0, at.G1 * size * sizeof(double));
     for (int64_t task = 0; task < tasks; task++)
       for (int64_t i = 0; i < size; i++) sums[task / tasks_per_outer * size + i] += partial[task * size + i];
   }
@@ -788,60 +799,44 @@ struct Rows : Walk {
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
     Parameter gain(call.weight, call.weight_type, wide, columns, 1, false, 1);
-    Parameter bias(call.bias, call.bias_type, wide, columns, 1, padded, 0);
-    char* scale = (char*)coefficients.allocate(at.G * wide_width + 64);
+    Parameter bias(call.bias, call.bias_type, wide, columns, 1, columns < lanes, 0);
+    char* scale = (char*)coefficients.zeroed(at.G * wide_width + 64);
 
     auto locate = [&](int64_t o, int64_t from, int64_t to) { loops.locations(call, from, to, sums + o * size); };
     auto scales = [&](int64_t o, int64_t from, int64_t to) {
       loops.scales(call, from, to, sums + o * size, sums + o * size + stride, true, !known);
       loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
     };
-    auto advance = [&](int64_t o, int64_t from, int64_t to) { loops.scales(call, from, to, sums + o * size, sums + o * size + stride, false, true); };
+    auto advance = [&](int64_t o, int64_t from, int64_t to) {
+      loops.scales(call, from, to, sums + o * size, sums + o * size + stride, false, true);
+    };
+    auto add = [&](int64_t task, const Strip& s) { loops.sum_columns(s.block, s.x, partial + task * size); };
+    auto add_powers = [&](int64_t task, const Strip& s) {
+      loops.powers_columns(s.block, s.x, centered ? saved(0, s.o) : nullptr, p, partial + task * size + stride);
+    };
+    auto put = [&](int64_t, const Strip& s) {
+      loops.output_columns(s.block, s.x, s.out, saved(0, s.o), from_outer(scale, s.o), bias.values);
+    };
 
     if (known) {
       each_outer(locate);
       each_outer(scales);
-      parallel(tasks, call.threads, [&](int64_t task) {
-        Scratch pad(2 * pad_bytes());
-        int64_t o = task / tasks_per_outer;
-        strips(task, [&](int64_t offset, const Block& block) {
-          void* y = target(call.y, offset, pad.data + pad_bytes());
-          loops.output_and_sums_columns(block, take(call.x, offset, block, pad.data), y, saved(0, o), from_outer(scale, o), bias.values,
-                                        centered, p, partial + task * size, stride);
-          give_back(y, call.y, offset, block);
-        });
+      each_strip(false, call.y, [&](int64_t task, const Strip& s) {
+        add(task, s);
+        add_powers(task, s);
+        put(task, s);
       });
       fold(sums, partial, size);
       each_outer(advance);
       return;
     }
-    parallel(tasks, call.threads, [&](int64_t task) {
-      Scratch pad(pad_bytes());
-      strips(task, [&](int64_t offset, const Block& block) {
-        loops.sum_columns(block, take(call.x, offset, block, pad.data), partial + task * size);
-      });
-    });
+    each_strip(false, nullptr, add);
     fold(sums, partial, size);
     each_outer(locate);
-    parallel(tasks, call.threads, [&](int64_t task) {
-      Scratch pad(pad_bytes());
-      const void* centre = centered ? saved(0, task / tasks_per_outer) : nullptr;
-      strips(task, [&](int64_t offset, const Block& block) {
-        loops.powers_columns(block, take(call.x, offset, block, pad.data), centre, p, partial + task * size + stride);
-      });
-    });
-    if (sums != partial) memset(sums, 0, at.G1 * size * sizeof(double));
+    each_strip(false, nullptr, add_powers);
     fold(sums, partial, size);
     each_outer(scales);
-    parallel(tasks, call.threads, [&](int64_t task) {
-      Scratch pad(2 * pad_bytes());
-      int64_t o = task / tasks_per_outer;
-      strips(task, [&](int64_t offset, const Block& block) {
-        void* y = target(call.y, offset, pad.data + pad_bytes());
-        loops.output_columns(block, take(call.x, offset, block, pad.data), y, saved(0, o), from_outer(scale, o), bias.values);
-        give_back(y, call.y, offset, block);
-      });
-    });
+    each_strip(false, call.y, put);
   }
 
   void backward() const {
@@ -850,15 +845,15 @@ struct Rows : Walk {
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
     Parameter gain(call.weight, call.weight_type, wide, columns, 1, false, 1);
-    char* scale = (char*)coefficients.allocate(3 * at.G * wide_width + 64);
+    char* scale = (char*)coefficients.zeroed(3 * at.G * wide_width + 64);
     char *constant = scale + at.G * wide_width, *along = constant + at.G * wide_width;
     double* dw = (double*)parameters.zeroed(2 * columns * sizeof(double));
     double* db = dw + columns;
 
-    auto scales = [&](int64_t o, int64_t from, int64_t to) {
+    auto stream = [&](int64_t o, int64_t from, int64_t to, bool use, bool advance) {
       double* t = sums + o * size;
-      loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
-      loops.stream_gradients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), true, !known);
+      if (use) loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
+      loops.stream_gradients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), use, advance);
     };
     auto add_parameters = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;
@@ -870,51 +865,30 @@ struct Rows : Walk {
         t[stride + c] *= w;
       }
     };
-    auto advance = [&](int64_t o, int64_t from, int64_t to) {
-      double* t = sums + o * size;
-      loops.stream_gradients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), false, true);
+    auto add = [&](int64_t task, const Strip& s) {
+      loops.gradients_columns(s.block, s.x, s.dy, saved(0, s.o), centered, p, partial + task * size, stride);
+    };
+    auto put = [&](int64_t, const Strip& s) {
+      loops.input_columns(s.block, s.x, s.dy, s.out, centered ? saved(0, s.o) : nullptr, from_outer(scale, s.o),
+                          from_outer(constant, s.o), from_outer(along, s.o), p);
     };
 
     if (known && call.dx) {
-      each_outer(scales);
-      parallel(tasks, call.threads, [&](int64_t task) {
-        Scratch pad(3 * pad_bytes());
-        int64_t o = task / tasks_per_outer;
-        strips(task, [&](int64_t offset, const Block& block) {
-          const void *x = take(call.x, offset, block, pad.data), *dy = take(call.dy, offset, block, pad.data + pad_bytes());
-          void* dx = target(call.dx, offset, pad.data + 2 * pad_bytes());
-          loops.input_and_gradients_columns(block, x, dy, dx, saved(0, o), centered, from_outer(scale, o), from_outer(constant, o),
-                                            from_outer(along, o), p, partial + task * size, stride);
-          give_back(dx, call.dx, offset, block);
-        });
+      each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, true, false); });
+      each_strip(true, call.dx, [&](int64_t task, const Strip& s) {
+        add(task, s);
+        put(task, s);
       });
       fold(sums, partial, size);
       each_outer(add_parameters);
-      each_outer(advance);
+      each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, false, true); });
     } else {
-      parallel(tasks, call.threads, [&](int64_t task) {
-        Scratch pad(2 * pad_bytes());
-        const void* mu = saved(0, task / tasks_per_outer);
-        strips(task, [&](int64_t offset, const Block& block) {
-          const void *x = take(call.x, offset, block, pad.data), *dy = take(call.dy, offset, block, pad.data + pad_bytes());
-          loops.gradients_columns(block, x, dy, mu, centered, p, partial + task * size, stride);
-        });
-      });
+      each_strip(true, nullptr, add);
       fold(sums, partial, size);
       each_outer(add_parameters);
       if (call.dx) {
-        each_outer(scales);
-        parallel(tasks, call.threads, [&](int64_t task) {
-          Scratch pad(3 * pad_bytes());
-          int64_t o = task / tasks_per_outer;
-          const void* centre = centered ? saved(0, o) : nullptr;
-          strips(task, [&](int64_t offset, const Block& block) {
-            const void *x = take(call.x, offset, block, pad.data), *dy = take(call.dy, offset, block, pad.data + pad_bytes());
-            void* dx = target(call.dx, offset, pad.data + 2 * pad_bytes());
-            loops.input_columns(block, x, dy, dx, centre, from_outer(scale, o), from_outer(constant, o), from_outer(along, o), p);
-            give_back(dx, call.dx, offset, block);
-          });
-        });
+        each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, true, true); });
+        each_strip(true, call.dx, put);
       }
     }
     if (call.dw) set_numbers(call.dw, call.weight_type, columns, dw);
@@ -923,7 +897,7 @@ struct Rows : Walk {
 };
 
 template <class W> void walk(const Call& call, bool forward) {
-  W kernel(call, *variant->kernels(call.type, call.formula->p));
+  W kernel(call, *variant->kernels(call.type == Type::f64, call.formula->p));
   if (forward) kernel.forward();
   else kernel.backward();
 }

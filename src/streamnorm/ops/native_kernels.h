@@ -89,10 +89,14 @@ template <class F> struct Lanes {
   }
 };
 
-// --- memory: storage type T, arithmetic in Wide<T>::F --------------------------------------------------------------------
+// --- memory ------------------------------------------------------------------------------------------------------------
 
-template <class T> struct Wide { typedef float F; };
-template <> struct Wide<double> { typedef double F; };
+template <class F> INLINE Pack<F> load(const F* p) {
+  Pack<F> r;
+  __builtin_memcpy(r.v, p, 64);
+  return r;
+}
+template <class F> INLINE void store(F* p, const Pack<F>& a) { __builtin_memcpy(p, a.v, 64); }
 
 typedef Register<float>::V F32;
 typedef uint32_t U32 __attribute__((vector_size(ISA_BYTES)));
@@ -100,18 +104,18 @@ typedef uint16_t U16 __attribute__((vector_size(ISA_BYTES / 2)));
 
 template <class M> INLINE U32 select(M mask, U32 yes, U32 no) { return (yes & (U32)mask) | (no & ~(U32)mask); }
 
-INLINE F32 widen(BFloat16, U32 h) { return (F32)(h << 16); }
-INLINE U32 narrow(BFloat16, F32 f) {
+INLINE F32 widened(BFloat16, U32 h) { return (F32)(h << 16); }
+INLINE U32 narrowed(BFloat16, F32 f) {
   U32 u = (U32)f;
   U32 nearest = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return select(f != f, U32{} + 0x7fc0, nearest);
 }
-INLINE F32 widen(Float16, U32 h) {
+INLINE F32 widened(Float16, U32 h) {
   U32 shifted = (h & 0x7fff) << 13;
   U32 finite = (U32)((F32)shifted * 0x1p112f);
   return (F32)(select(shifted >= 0x0f800000, shifted | 0x7f800000, finite) | (h & 0x8000) << 16);
 }
-INLINE U32 narrow(Float16, F32 f) {
+INLINE U32 narrowed(Float16, F32 f) {
   U32 u = (U32)f, a = u & 0x7fffffff;
   U32 normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
   U32 small = (U32)((F32)a + 0.5f) - 0x3f000000;  // below 2^-14: the addition rounds to a multiple of 2^-24
@@ -121,32 +125,29 @@ INLINE U32 narrow(Float16, F32 f) {
   return r | ((u >> 16) & 0x8000);
 }
 
-template <class T> INLINE Pack<float> load(const T* p) {
-  typedef float F;
-  Pack<float> r;
-  EACH_PART {
-    U16 h;
-    __builtin_memcpy(&h, p + i * Pack<F>::per_part, sizeof h);
-    r.v[i] = widen(T{}, __builtin_convertvector(h, U32));
-  }
-  return r;
+// fn(i, n) for n elements from i on, a register's worth at a time
+template <class Fn> INLINE void each_register(int64_t count, const Fn& fn) {
+  constexpr int n = ISA_BYTES / 4;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) fn(i, n);
+  if (i < count) fn(i, (int)(count - i));
 }
-template <class T> INLINE void store(T* p, const Pack<float>& a) {
-  typedef float F;
-  EACH_PART {
-    U16 h = __builtin_convertvector(narrow(T{}, a.v[i]), U16);
-    __builtin_memcpy(p + i * Pack<F>::per_part, &h, sizeof h);
-  }
+template <class T> void widen(const void* from, float* to, int64_t count) {
+  each_register(count, [=](int64_t i, int n) INLINE_LAMBDA {
+    U16 h = {};
+    __builtin_memcpy(&h, (const T*)from + i, n * sizeof(T));
+    F32 f = widened(T{}, __builtin_convertvector(h, U32));
+    __builtin_memcpy(to + i, &f, n * sizeof(float));
+  });
 }
-template <class F> INLINE Pack<F> load_wide(const F* p) {
-  Pack<F> r;
-  __builtin_memcpy(r.v, p, 64);
-  return r;
+template <class T> void narrow(const float* from, void* to, int64_t count) {
+  each_register(count, [=](int64_t i, int n) INLINE_LAMBDA {
+    F32 f = {};
+    __builtin_memcpy(&f, from + i, n * sizeof(float));
+    U16 h = __builtin_convertvector(narrowed(T{}, f), U16);
+    __builtin_memcpy((T*)to + i, &h, n * sizeof(T));
+  });
 }
-INLINE Pack<float> load(const float* p) { return load_wide(p); }
-INLINE Pack<double> load(const double* p) { return load_wide(p); }
-INLINE void store(float* p, const Pack<float>& a) { __builtin_memcpy(p, a.v, 64); }
-INLINE void store(double* p, const Pack<double>& a) { __builtin_memcpy(p, a.v, 64); }
 
 // --- sums ------------------------------------------------------------------------------------------------------------
 
@@ -258,20 +259,18 @@ template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pac
 
 // --- loops over a block: `rows` stretches of `length` contiguous elements -------------------------------------------------
 
-template <class T> double sum(const Block& block, const void* x_) {
-  typedef typename Wide<T>::F F;
+template <class F> double sum(const Block& block, const void* x_) {
   Sum<F> sum;
-  const T* x = (const T*)x_;
+  const F* x = (const F*)x_;
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
     reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
   return total(sum);
 }
 
 // Σ |x − centre|^p
-template <class T, int P> double powers(const Block& block, const void* x_, double centre, double p) {
-  typedef typename Wide<T>::F F;
+template <class F, int P> double powers(const Block& block, const void* x_, double centre, double p) {
   Sum<F> sum;
-  const T* x = (const T*)x_;
+  const F* x = (const F*)x_;
   Pack<F> c = all((F)centre);
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
     reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = power<P>(load(x + i) - c, (F)p); });
@@ -279,37 +278,17 @@ template <class T, int P> double powers(const Block& block, const void* x_, doub
 }
 
 // y = (x − mu)·scale + shift
-template <class T> void output(const Block& block, const void* x_, void* y_, double mu, double scale, double shift) {
-  typedef typename Wide<T>::F F;
-  const T* x = (const T*)x_;
-  T* y = (T*)y_;
+template <class F> void output(const Block& block, const void* x_, void* y_, double mu, double scale, double shift) {
+  const F* x = (const F*)x_;
+  F* y = (F*)y_;
   Pack<F> m = all((F)mu), a = all((F)scale), b = all((F)shift);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
     map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(y + i, (load(x + i) - m) * a + b); });
 }
 
-// The last three at once, where mu and scale are known beforehand: out = Σ x, Σ |x − centre|^p
-template <class T, int P>
-void output_and_sums(const Block& block, const void* x_, void* y_, double mu, double scale, double shift, double centre, double p, double* out) {
-  typedef typename Wide<T>::F F;
-  const T* x = (const T*)x_;
-  T* y = (T*)y_;
-  Pack<F> m = all((F)mu), a = all((F)scale), b = all((F)shift), c = all((F)centre);
-  Sum<F> sums[2];
-  for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
-    reduce<2>(block.length, sums, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      q[0] = load(x + i);
-      q[1] = power<P>(q[0] - c, (F)p);
-      store(y + i, (q[0] - m) * a + b);
-    });
-  out[0] = total(sums[0]);
-  out[1] = total(sums[1]);
-}
-
 // out = Σ dy, Σ dy·(x − mu), Σ u
-template <class T, int P> void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
+template <class F, int P> void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
+  const F *x = (const F*)x_, *dy = (const F*)dy_;
   Pack<F> m = all((F)mu), c = all((F)centre);
   Sum<F> sums[3];
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from)
@@ -323,11 +302,10 @@ template <class T, int P> void gradients(const Block& block, const void* x_, con
 }
 
 // dx = dy·scale + constant + along·u
-template <class T, int P>
+template <class F, int P>
 void input(const Block& block, const void* x_, const void* dy_, void* dx_, double centre, double scale, double constant, double along, double p) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
-  T* dx = (T*)dx_;
+  const F *x = (const F*)x_, *dy = (const F*)dy_;
+  F* dx = (F*)dx_;
   Pack<F> c = all((F)centre), a = all((F)scale), b = all((F)constant), k = all((F)along);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
     map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
@@ -335,44 +313,22 @@ void input(const Block& block, const void* x_, const void* dy_, void* dx_, doubl
     });
 }
 
-// Both at once, where constant and along are known beforehand.
-template <class T, int P>
-void input_and_gradients(const Block& block, const void* x_, const void* dy_, void* dx_, double mu, double centre, double scale,
-                         double constant, double along, double p, double* out) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
-  T* dx = (T*)dx_;
-  Pack<F> m = all((F)mu), c = all((F)centre), a = all((F)scale), b = all((F)constant), k = all((F)along);
-  Sum<F> sums[3];
-  for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
-    reduce<3>(block.length, sums, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      Pack<F> value = load(x + i);
-      q[0] = load(dy + i);
-      q[1] = q[0] * (value - m);
-      q[2] = slope<P>(value - c, (F)p);
-      store(dx + i, q[0] * a + (b + times_slope<P>(k, q[2])));
-    });
-  EACH(i, 3) out[i] = total(sums[i]);
-}
-
 // --- the same with a gain and a bias for each element of a stretch --------------------------------------------------------
 
-template <class T> void output_elements(const Block& block, const void* x_, void* y_, double mu, double inverse, const void* gain_, const void* bias_) {
-  typedef typename Wide<T>::F F;
-  const T* x = (const T*)x_;
+template <class F> void output_elements(const Block& block, const void* x_, void* y_, double mu, double inverse, const void* gain_, const void* bias_) {
+  const F* x = (const F*)x_;
   const F *gain = (const F*)gain_, *bias = (const F*)bias_;
-  T* y = (T*)y_;
+  F* y = (F*)y_;
   Pack<F> m = all((F)mu), a = all((F)inverse);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
     map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(y + i, (load(x + i) - m) * (a * load(gain + i)) + load(bias + i)); });
 }
 
 // Sums over dx̂ = dy·gain; dw and db, of double precision, receive the gradients of gain and bias.
-template <class T, int P>
+template <class F, int P>
 void gradients_elements(const Block& block, const void* x_, const void* dy_, double mu, double centre, double inverse, double p,
                         const void* gain_, double* dw, double* db, double* out) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
+  const F *x = (const F*)x_, *dy = (const F*)dy_;
   const F* gain = (const F*)gain_;
   Pack<F> m = all((F)mu), c = all((F)centre), a = all((F)inverse);
   Sum<F> sums[3];
@@ -391,13 +347,12 @@ void gradients_elements(const Block& block, const void* x_, const void* dy_, dou
   EACH(k, 3) out[k] = total(sums[k]);
 }
 
-template <class T, int P>
+template <class F, int P>
 void input_elements(const Block& block, const void* x_, const void* dy_, void* dx_, double centre, double inverse, double constant,
                     double along, double p, const void* gain_) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
+  const F *x = (const F*)x_, *dy = (const F*)dy_;
   const F* gain = (const F*)gain_;
-  T* dx = (T*)dx_;
+  F* dx = (F*)dx_;
   Pack<F> c = all((F)centre), a = all((F)inverse), b = all((F)constant), k = all((F)along);
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
     map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
@@ -442,9 +397,8 @@ INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double*
     EACH(k, K) sum[w][k].add_to(sums + k * stride + w * L);
 }
 
-template <class T> void sum_columns(const Block& block, const void* x_, double* out) {
-  typedef typename Wide<T>::F F;
-  const T* x = (const T*)x_;
+template <class F> void sum_columns(const Block& block, const void* x_, double* out) {
+  const F* x = (const F*)x_;
   tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     add_rows<1, decltype(count)::packs, F>(block, lanes, c, out + c, 0, [=](int, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
   });
@@ -453,9 +407,8 @@ template <class T> void sum_columns(const Block& block, const void* x_, double* 
 // centre may be null, for 0
 template <class F> INLINE Pack<F> load_or(const F* p, int64_t i, F otherwise) { return p ? load(p + i) : all(otherwise); }
 
-template <class T, int P> void powers_columns(const Block& block, const void* x_, const void* centre_, double p, double* out) {
-  typedef typename Wide<T>::F F;
-  const T* x = (const T*)x_;
+template <class F, int P> void powers_columns(const Block& block, const void* x_, const void* centre_, double p, double* out) {
+  const F* x = (const F*)x_;
   const F* centre = (const F*)centre_;
   tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
@@ -467,10 +420,9 @@ template <class T, int P> void powers_columns(const Block& block, const void* x_
   });
 }
 
-template <class T> void output_columns(const Block& block, const void* x_, void* y_, const void* mu_, const void* scale_, const void* shift_) {
-  typedef typename Wide<T>::F F;
-  const T* x = (const T*)x_;
-  T* y = (T*)y_;
+template <class F> void output_columns(const Block& block, const void* x_, void* y_, const void* mu_, const void* scale_, const void* shift_) {
+  const F* x = (const F*)x_;
+  F* y = (F*)y_;
   const F *mu = (const F*)mu_, *scale = (const F*)scale_, *shift = (const F*)shift_;
   tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
@@ -486,34 +438,9 @@ template <class T> void output_columns(const Block& block, const void* x_, void*
   });
 }
 
-template <class T, int P>
-void output_and_sums_columns(const Block& block, const void* x_, void* y_, const void* mu_, const void* scale_, const void* shift_,
-                             bool centered, double p, double* out, int64_t stride) {
-  typedef typename Wide<T>::F F;
-  const T* x = (const T*)x_;
-  T* y = (T*)y_;
-  const F *mu = (const F*)mu_, *scale = (const F*)scale_, *shift = (const F*)shift_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
-    Pack<F> m[W], from[W], a[W], b[W];
-    EACH(w, W) {
-      m[w] = load(mu + c + w * L);
-      from[w] = centered ? m[w] : all((F)0);
-      a[w] = load(scale + c + w * L);
-      b[w] = load_or(shift, c + w * L, (F)0);
-    }
-    add_rows<2, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      q[0] = load(x + i);
-      q[1] = power<P>(q[0] - from[w], (F)p);
-      store(y + i, (q[0] - m[w]) * a[w] + b[w]);
-    });
-  });
-}
-
-template <class T, int P>
+template <class F, int P>
 void gradients_columns(const Block& block, const void* x_, const void* dy_, const void* mu_, bool centered, double p, double* out, int64_t stride) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
+  const F *x = (const F*)x_, *dy = (const F*)dy_;
   const F* mu = (const F*)mu_;
   tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
@@ -531,12 +458,11 @@ void gradients_columns(const Block& block, const void* x_, const void* dy_, cons
   });
 }
 
-template <class T, int P>
+template <class F, int P>
 void input_columns(const Block& block, const void* x_, const void* dy_, void* dx_, const void* centre_, const void* scale_,
                    const void* constant_, const void* along_, double p) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
-  T* dx = (T*)dx_;
+  const F *x = (const F*)x_, *dy = (const F*)dy_;
+  F* dx = (F*)dx_;
   const F *centre = (const F*)centre_, *scale = (const F*)scale_, *constant = (const F*)constant_, *along = (const F*)along_;
   tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
@@ -553,33 +479,6 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
         Pack<F> d = load(x + i + w * L) - from[w];
         store(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
       }
-  });
-}
-
-template <class T, int P>
-void input_and_gradients_columns(const Block& block, const void* x_, const void* dy_, void* dx_, const void* mu_, bool centered,
-                                 const void* scale_, const void* constant_, const void* along_, double p, double* out, int64_t stride) {
-  typedef typename Wide<T>::F F;
-  const T *x = (const T*)x_, *dy = (const T*)dy_;
-  T* dx = (T*)dx_;
-  const F *mu = (const F*)mu_, *scale = (const F*)scale_, *constant = (const F*)constant_, *along = (const F*)along_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
-    Pack<F> m[W], from[W], a[W], b[W], k[W];
-    EACH(w, W) {
-      m[w] = load(mu + c + w * L);
-      from[w] = centered ? m[w] : all((F)0);
-      a[w] = load(scale + c + w * L);
-      b[w] = load(constant + c + w * L);
-      k[w] = load(along + c + w * L);
-    }
-    add_rows<3, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
-      Pack<F> value = load(x + i);
-      q[0] = load(dy + i);
-      q[1] = q[0] * (value - m[w]);
-      q[2] = slope<P>(value - from[w], (F)p);
-      store(dx + i, q[0] * a[w] + (b[w] + times_slope<P>(k[w], q[2])));
-    });
   });
 }
 
@@ -769,28 +668,27 @@ template <class F> void column_scales(const Call& call, int64_t from, int64_t to
   for (int64_t i = 0; i < to - from; i++) out[i] = gain ? inverse[i] * gain[i] : inverse[i];
 }
 
-// --- one table of loops for each storage type and p -------------------------------------------------------------------------------
+// --- one table of loops for each type of statistics and p ----------------------------------------------------------------------
 
-template <class T, int P> const Kernels* table() {
-  typedef typename Wide<T>::F F;
+template <class F, int P> const Kernels* table() {
   static const Kernels kernels = {
-      sum<T>,
-      powers<T, P>,
-      output<T>,
-      output_and_sums<T, P>,
-      gradients<T, P>,
-      input<T, P>,
-      input_and_gradients<T, P>,
-      output_elements<T>,
-      gradients_elements<T, P>,
-      input_elements<T, P>,
-      sum_columns<T>,
-      powers_columns<T, P>,
-      output_columns<T>,
-      output_and_sums_columns<T, P>,
-      gradients_columns<T, P>,
-      input_columns<T, P>,
-      input_and_gradients_columns<T, P>,
+      widen<BFloat16>,
+      widen<Float16>,
+      narrow<BFloat16>,
+      narrow<Float16>,
+      sum<F>,
+      powers<F, P>,
+      output<F>,
+      gradients<F, P>,
+      input<F, P>,
+      output_elements<F>,
+      gradients_elements<F, P>,
+      input_elements<F, P>,
+      sum_columns<F>,
+      powers_columns<F, P>,
+      output_columns<F>,
+      gradients_columns<F, P>,
+      input_columns<F, P>,
       locations<F>,
       scales<F, P>,
       stream_gradients<F>,
@@ -799,15 +697,8 @@ template <class T, int P> const Kernels* table() {
   };
   return &kernels;
 }
-template <class T> const Kernels* table(double p) { return p == 1 ? table<T, 1>() : p == 2 ? table<T, 2>() : table<T, 0>(); }
-const Kernels* kernels(Type type, double p) {
-  switch (type) {
-    case Type::f64: return table<double>(p);
-    case Type::bf16: return table<BFloat16>(p);
-    case Type::f16: return table<Float16>(p);
-    default: return table<float>(p);
-  }
-}
+template <class F> const Kernels* table(double p) { return p == 1 ? table<F, 1>() : p == 2 ? table<F, 2>() : table<F, 0>(); }
+const Kernels* kernels(bool wide, double p) { return wide ? table<double>(p) : table<float>(p); }
 
 }  // namespace ISA
 
