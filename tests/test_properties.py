@@ -289,20 +289,15 @@ def test_any_order_of_calls_is_the_recursion(engine: str, kind: Kind, rule: Any,
 
 
 @every_engine
-@given(kind=kinds(), rule=rules(), how=st.sampled_from(["load", "copy", "pickle"]), seed=st.integers(0, 999))
+@given(kind=kinds(), rule=rules(), seed=st.integers(0, 999))
 @examples(10)
-def test_a_layer_restored_before_its_step_commits_at_the_step(
-    engine: str, kind: Kind, rule: Any, how: str, seed: int
-) -> None:
+def test_a_layer_restored_before_its_step_commits_at_the_step(engine: str, kind: Kind, rule: Any, seed: int) -> None:
     with ops.force(engine):
         driver = Driver(kind, rule)
         driver.call("use", 3, seed, "contiguous", "nothing")
         layer = driver.beside.layer
-        if how == "load":
-            driver.beside.layer = driver.new_layer()
-            driver.beside.layer.load_state_dict(layer.state_dict())
-        else:
-            driver.beside.layer = copy.deepcopy(layer) if how == "copy" else pickle.loads(pickle.dumps(layer))
+        driver.beside.layer = driver.new_layer()
+        driver.beside.layer.load_state_dict(layer.state_dict())
         driver.new_optimizer()
         driver.call("step", 1, 0, "contiguous", "nothing")
 

@@ -606,3 +606,15 @@ def test_two_threads_train_two_models(bound: bool) -> None:
     for ours, theirs in zip(models, alone):
         assert_same_state(ours, theirs)
         assert not collecting(ours)
+
+
+def test_statistics_of_an_unfinished_update_are_committed_after_loading(engine: str) -> None:
+    model, resumed = network(), network()
+    backward(model)
+    resumed.load_state_dict(model.state_dict())
+    for parameter, twin in zip(resumed.parameters(), model.parameters()):
+        parameter.grad = None if twin.grad is None else twin.grad.clone()
+    for each in (model, resumed):
+        SGD(each.parameters(), lr=0.1).step()
+    assert not collecting(resumed)
+    assert_same_state(resumed, model)

@@ -173,7 +173,7 @@ class Norm(nn.Module):
         if self.stream is None:
             return self._normalize_alone(x, mask, view)
         if not self._watched:
-            updates.watch(self)
+            self._watch()
         return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
@@ -256,6 +256,12 @@ class Norm(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Commit at the next step: after a use, or when statistics of an unfinished update were restored."""
+        if self.stream is not None and not self._watched:
+            updates.watch(self)
 
     def extra_repr(self) -> str:
         """The arguments that differ from layer to layer."""
@@ -430,7 +436,7 @@ class GeneralBatchNorm(Norm):
         formula = self.formula
         mean, variance = stats[0], formula.k**2 * stats[1] ** (2 / formula.p)
         if formula.centered:
-            variance = variance * (n / (n - 1) if isinstance(n, int) else (n / (n - 1)).flatten())
+            variance = variance * (n / (n - 1) if isinstance(n, int) else (n.to(variance.dtype) / (n - 1)).flatten())
         known = mean.isfinite() & variance.isfinite()
         if isinstance(n, Tensor):
             known &= n.flatten() > 0

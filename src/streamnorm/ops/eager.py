@@ -199,8 +199,9 @@ def _derivative_of_power(d: Tensor, p: float) -> Tensor:
 def _slope(m: Tensor, inverse: Tensor, finite: Tensor, formula: Formula) -> Tensor:
     """sigma²/(p·m·s³), how the output falls as m grows; NaN marks an index whose statistic is not finite."""
     exponent = 2 / formula.p - 1
-    power = torch.ones_like(m) if exponent == 0 else torch.where(m > 0, m, 1) ** exponent * (m > 0)
-    return (formula.k**2 / formula.p * power * inverse**3).masked_fill(~finite, torch.nan)
+    alive = m >= torch.finfo(m.dtype).tiny  # below, the power of a subnormal number overflows
+    power = torch.ones_like(m) if exponent == 0 else torch.where(alive, m, 1) ** exponent * alive
+    return (formula.k**2 / formula.p * (power * inverse) * inverse**2).masked_fill(~finite, torch.nan)
 
 
 def _keep_finite(short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: int | Tensor, finite: Tensor) -> None:

@@ -55,8 +55,11 @@ class View(NamedTuple):
         return tuple(1 if axis == 1 else size for size, axis in zip(self.split, self.axes, strict=True))
 
     def per_channel(self, stats: Tensor) -> Tensor:
-        """One value per channel from one per statistic, where all axes kept come from the channels."""
-        return stats.view(self.stats_shape).expand(self.channel_shape).reshape(-1)
+        """One value per channel from one per statistic, where all axes kept come from the channels.
+
+        In memory of its own: ``torch.batch_norm`` reads running statistics as if they were contiguous.
+        """
+        return stats.view(self.stats_shape).expand(self.channel_shape).reshape(-1).contiguous()
 
     @property
     def num_stats(self) -> int:
