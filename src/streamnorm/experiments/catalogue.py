@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
 from streamnorm.experiments.online_fc import OnlineFC
 
-EXPERIMENTS: dict[str, type[Experiment]] = {experiment.name: experiment for experiment in (OnlineFC,)}
+_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, CharRNN, CharGRU, CharLSTM)
+EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 
-def find(name: str) -> type[Experiment]:
+def find(name: str) -> type[Experiment[Any]]:
     """The experiment of this name or alias.
 
     Raises:

@@ -35,6 +35,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def count(self) -> int:
+        """How many images."""
+        return len(self)
+
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Standardized images, float32 of shape (n, C, H, W), and their labels."""
         return self.pixels[index].float().sub_(self.mean).div_(self.std), self.labels[index]

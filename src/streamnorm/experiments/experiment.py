@@ -2,33 +2,97 @@
 
 A new experiment is a subclass with a name, its texts, its network and its defaults, added to ``catalogue.py``;
 training, resuming, statistics, figures and the report follow from the declaration. The fields are the options of
-``streamnorm run NAME``, and their docstrings are its help.
+``streamnorm run NAME``, and their docstrings are its help. What is learnt from, images or text, is declared in
+between, by ``ImageExperiment`` and ``CharExperiment``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tyro import conf
 
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.methods import NormFactory, trainable
+from streamnorm.experiments.methods import Method, trainable
+from streamnorm.experiments.score import Score
 from streamnorm.experiments.setting import Setting
+from streamnorm.experiments.wording import Words
 
 # For the help text: what stands in for the value, and no "(default: None)" where the text tells the default.
 Folder = Annotated[str | None, conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Number = Annotated[int | None, conf.arg(metavar="INT", help_behavior_hint="")]
 
+Scores = dict[str, float | None]
+Batch = tuple[Tensor, Tensor]
+"""Inputs, samples first, and targets; a model makes one row of logits for each target."""
+
 TUNE_SEED = 1000  # rates are chosen with other seeds than those that are reported
+
+
+class Split(Protocol):
+    """A part of the data."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def count(self) -> int:
+        """How many targets it has."""
+        ...
+
+    def batch(self, index: Tensor | slice) -> Batch:
+        """Samples by their numbers."""
+        ...
+
+
+class Data(Protocol):
+    """The three parts. Rates are chosen on ``validation``; ``test`` is looked at once they are fixed."""
+
+    @property
+    def classes(self) -> int:
+        """How many different targets there are."""
+        ...
+
+    @property
+    def train(self) -> Split:
+        """What is learnt from."""
+        ...
+
+    @property
+    def validation(self) -> Split:
+        """What rates are chosen on."""
+        ...
+
+    @property
+    def test(self) -> Split:
+        """What results are from."""
+        ...
+
+
+DataT = TypeVar("DataT", bound=Data)
+
+
+class Material(Protocol):
+    """Data that were found and looked at, and are not read yet."""
+
+    @property
+    def name(self) -> str:
+        """A short name, for the output folder."""
+        ...
+
+    def prepare(self, folder: Path) -> dict[str, Any]:
+        """Write them where workers load them from; return what identifies them: sizes, classes, a fingerprint."""
+        ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: ``stage`` is "tune" (evaluated on validation images) or "final" (on test images)."""
+    """One training: ``stage`` is "tune" (evaluated on validation data) or "final" (on test data)."""
 
     stage: str
     method: str
@@ -43,8 +107,8 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment(ABC):
-    """The options that every experiment has."""
+class Experiment(ABC, Generic[DataT]):
+    """The options that every experiment has, and what each kind of data has to tell."""
 
     name: ClassVar[str]
     alias: ClassVar[str | None] = None
@@ -63,11 +127,17 @@ class Experiment(ABC):
         ("streaming-l1", "streaming-l2"),
     )
     """The pairs of methods that the verdict speaks of, ours first."""
+    catalogue: ClassVar[Mapping[str, Method]]
+    """The methods that can be named."""
+    score: ClassVar[Score]
+    """What rates are chosen by, and methods compared."""
+    unit: ClassVar[str]
+    """What is counted along a run, such as images; a key of the logs."""
+    words: ClassVar[Words]
+    """What reports and figures say about the data."""
 
     data: Folder = None
-    """Folder with images: Parquet files in the Hub's cifar10 layout, or CIFAR-10's binary files.
-
-    Default: scikit-learn's digits, so that nothing is downloaded. `streamnorm data --help` tells more."""
+    """Where the data lie."""
 
     out: Folder = None
     """Folder for logs, figures and the report; the same command continues what an interrupted one left there.
@@ -87,7 +157,7 @@ class Experiment(ABC):
     """Samples per mini-batch x mini-batches per weight update, for example 2x16."""
 
     rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    """Learning rates to try. Each method gets its best one per setting, chosen on validation images."""
+    """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
     seeds: int = 3
     """Number of final runs per method and setting; each has its own initial weights and order of the data."""
@@ -95,23 +165,8 @@ class Experiment(ABC):
     tune_seeds: int = 1
     """Number of runs per learning rate when rates are chosen (with other seeds than the final runs)."""
 
-    epochs: int = 1
-    """Passes over the training images."""
-
-    limit: Number = None
-    """Train on so many images, the first ones. Default: 10,000, or 800 of the digits."""
-
-    validation: Number = None
-    """Choose rates on so many images, those after the training images. Default: 5,000, or 297 of the digits."""
-
-    momentum: float = 0.9
-    """Momentum of SGD."""
-
     points: int = 16
     """Points of each curve."""
-
-    curve_images: int = 1000
-    """Test images used for the points of a curve; the final accuracy always uses all of them."""
 
     jobs: Number = None
     """Worker processes, one thread each. Default: one per processor core."""
@@ -120,8 +175,52 @@ class Experiment(ABC):
     """Seconds between the checkpoints from which a killed run continues."""
 
     @abstractmethod
-    def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
-        """The network for images of ``shape`` (C, H, W), with layers made by ``norm``."""
+    def open(self) -> Material:
+        """Find the data.
+
+        Raises:
+            UserError: they are not there, or do not fit the options.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path) -> DataT:
+        """What ``Material.prepare`` wrote into ``folder``."""
+
+    @abstractmethod
+    def model(self, data: DataT, method: str) -> nn.Module:
+        """The network; its weights are drawn from torch's own generator, and are the same for every method."""
+
+    @abstractmethod
+    def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        """What changes the weights."""
+
+    @abstractmethod
+    def schedule(self, data: DataT, setting: Setting) -> tuple[int, int]:
+        """How many passes a run makes, and how many weight updates in each."""
+
+    @abstractmethod
+    def batches(self, data: DataT, setting: Setting, seed: int, epoch: int, first_update: int) -> Iterator[Batch]:
+        """The mini-batches of a pass from one of its weight updates on; their order follows from the seed alone."""
+
+    @abstractmethod
+    def watched(self, data: DataT) -> Split:
+        """The part of the test data that the points of a curve are evaluated on."""
+
+    @abstractmethod
+    def guess(self, classes: int) -> Scores:
+        """The scores of guessing, with which a run that diverged counts."""
+
+    @abstractmethod
+    def seen(self, data: Mapping[str, Any], setting: Setting) -> int:
+        """How many units one run sees, about, from what ``Material.prepare`` returned."""
+
+    @abstractmethod
+    def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
+        """About how long a run takes, in units of its own."""
+
+    def epilogue(self, model: nn.Module, data: DataT, run: Run) -> dict[str, Any]:
+        """What else the log of a finished run keeps."""
+        return {}
 
     def check(self) -> None:
         """Look at the options before anything is read or written.
@@ -129,7 +228,7 @@ class Experiment(ABC):
         Raises:
             UserError: an option cannot be meant.
         """
-        trainable(self.methods)
+        trainable(self.methods, self.catalogue)
         for name in ("methods", "settings", "rates"):
             _check_list(name, getattr(self, name))
         for setting in self.settings:
@@ -137,22 +236,20 @@ class Experiment(ABC):
         for rate in self.rates:
             if not rate > 0:
                 raise UserError(f"--rates {rate:g}: a learning rate must be above 0")
-        for name in ("seeds", "tune_seeds", "epochs", "points", "curve_images", *self._counts()):
+        for name in ("seeds", "tune_seeds", "points", *self._counts()):
             _check_at_least_one(name, getattr(self, name))
         if self.jobs is not None:
             _check_at_least_one("jobs", self.jobs)
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
 
     def _counts(self) -> tuple[str, ...]:
         """The names of a subclass's options that must be at least 1."""
         return ()
 
     def identity(self) -> dict[str, Any]:
-        """The options that, with the images, decide a run's numbers: an output folder holds runs of one identity."""
-        images = ("data", "limit", "validation")  # the images' fingerprint stands for these
+        """The options that, with the data, decide a run's numbers: an output folder holds runs of one identity."""
+        found = ("data", "limit", "validation")  # the data's fingerprint stands for these
         sweep = ("methods", "settings", "rates", "seeds", "tune_seeds")
-        free = (*images, *sweep, "out", "jobs", "checkpoint_every")
+        free = (*found, *sweep, "out", "jobs", "checkpoint_every")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def tune_runs(self) -> list[Run]:

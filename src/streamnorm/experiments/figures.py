@@ -1,4 +1,4 @@
-"""Figures: final accuracy by setting, curves along the pass, and accuracy by learning rate."""
+"""Figures: final score by setting, curves along the run, and score by learning rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from streamnorm.experiments.files import replacing
 from streamnorm.experiments.methods import Method
@@ -41,7 +41,6 @@ STYLE: Any = {
     "svg.hashsalt": "streamnorm",  # the same logs give the same file
     "figure.facecolor": "white",
 }
-PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
 
 
 def save_figures(results: Results, folder: Path) -> dict[str, str]:
@@ -60,7 +59,7 @@ def _save(figure: Figure, stem: Path) -> str:
 
 
 def summary(results: Results) -> Figure:
-    """Final accuracy of each method, from the easiest setting to the hardest."""
+    """Final score of each method, from the easiest setting to the hardest."""
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     axes = figure.add_subplot()
     last = len(results.settings) - 1
@@ -80,12 +79,18 @@ def summary(results: Results) -> Figure:
     axes.set_xticks(range(last + 1), [setting.label for setting in results.settings], fontsize=12.5, color=INK)
     axes.tick_params(axis="x", length=0, pad=8)
     axes.set_xlabel("samples per mini-batch × mini-batches per weight update", labelpad=6)
-    axes.yaxis.set_major_formatter(PERCENT)
-    axes.set_ylabel("test accuracy")
+    _score_axis(axes, results, results.experiment.words.test_axis)
     title, subtitle = _summary_titles(results)
     axes.set_title(f"{title}\n", loc="left", fontsize=14, x=-0.08)
     axes.text(-0.08, 1.035, subtitle, transform=axes.transAxes, color="#666666", fontsize=10)
     return figure
+
+
+def _score_axis(axes: Axes, results: Results, label: str) -> None:
+    score = results.experiment.score
+    if score.sign == "%":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{score.factor * value:g}%"))
+    axes.set_ylabel(label)
 
 
 def _means(results: Results, method: Method) -> list[Interval | None]:
@@ -93,20 +98,21 @@ def _means(results: Results, method: Method) -> list[Interval | None]:
 
 
 def _height_range(results: Results) -> tuple[float, float]:
-    """The range of the means, with room at the bottom for the words about what cannot train."""
+    """The range of the means, with room at the worse end for the words about what cannot train."""
     means = [cell.mean.mean for cell in results.cells.values() if cell.mean is not None]
     low, high = min(means, default=0.0), max(means, default=1.0)
     room = max(high - low, 0.05)
+    if results.experiment.score.lower_is_better:
+        return low - 0.1 * room, min(high, _guessing(results)) + 0.25 * room
     return max(0.0, low - 0.25 * room), min(1.005, high + 0.1 * room)
 
 
 def _summary_titles(results: Results) -> tuple[str, str]:
-    data, options = results.config["data"], results.config["options"]
-    passes = "one pass" if options["epochs"] == 1 else f"{options['epochs']} passes"
-    seeds = max(len(cell.accuracy) for cell in results.cells.values())
+    data = results.config["data"]
+    seeds = max(len(cell.scores) for cell in results.cells.values())
     return (
         f"{results.experiment.title}: {data['name']}",
-        f"{passes} over {data['train']:,} images, each method at its best learning rate, "
+        f"{results.experiment.words.length(results)}, each method at its best learning rate, "
         f"mean and 95% interval of {seeds} seeds",
     )
 
@@ -156,86 +162,94 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
 
 
 def _mark_failures(axes: Axes, results: Results) -> None:
-    """Crosses on the floor where a method cannot run."""
-    bottom = axes.get_ylim()[0]
-    for method in results.methods:
-        if method.trained_as != method.name:
-            continue
-        for place, setting in enumerate(results.settings):
-            cell = results.cells[method.name, setting]
-            if cell.mean is None and cell.reason is not None:
-                axes.plot([place], [bottom], "x", color=method.colour, markersize=9, markeredgewidth=2.4, clip_on=False)
-                axes.annotate(
-                    f"{method.label}\ncannot train",
-                    (place, bottom),
-                    (0, 9),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom",
-                    fontsize=9.5,
-                    color=method.colour,
-                )
+    """Crosses at the worse end of the axis where a method cannot run."""
+    lower_is_better = results.experiment.score.lower_is_better
+    end = axes.get_ylim()[1 if lower_is_better else 0]
+    for place, setting in enumerate(results.settings):
+        cells = [results.cells[method.name, setting] for method in results.methods if method.trained_as == method.name]
+        failing = [cell.method for cell in cells if cell.mean is None and cell.reason is not None]
+        for number, method in enumerate(failing):  # side by side, and their names one below the other
+            x, distance = place + 0.09 * number, 9 + 28 * number
+            axes.plot([x], [end], "x", color=method.colour, markersize=9, markeredgewidth=2.4, clip_on=False)
+            axes.annotate(
+                f"{method.label}\ncannot train",
+                (place, end),
+                (0, -distance if lower_is_better else distance),
+                textcoords="offset points",
+                ha="center",
+                va="top" if lower_is_better else "bottom",
+                fontsize=9.5,
+                color=method.colour,
+            )
 
 
 def curves(results: Results) -> Figure:
-    """Training loss and test accuracy along the pass, a column per setting; bands span the seeds."""
-    count = len(results.settings)
+    """Training loss and test score along the run, a column per setting; bands span the seeds."""
+    count, unit, score = len(results.settings), results.experiment.unit, results.experiment.score
     figure = Figure(figsize=(max(6.0, 3.0 * count), 6.4), layout="constrained")
     grid: Any = figure.subplots(2, count, sharex="col", sharey="row", squeeze=False)
     for column, setting in enumerate(results.settings):
         for method in results.methods:
             cell = results.cells[method.name, setting]
             if method.trained_as == method.name:
-                _draw_curve(grid[0][column], cell, "train", "loss")
-                _draw_curve(grid[1][column], cell, "test", "accuracy")
+                _draw_curve(grid[0][column], cell, "train", "loss", unit)
+                _draw_curve(grid[1][column], cell, "test", score.key, unit)
         grid[0][column].set_title(setting.label)
-        grid[1][column].set_xlabel("images seen")
+        grid[1][column].set_xlabel(f"{unit} seen")
         grid[1][column].xaxis.set_major_locator(MaxNLocator(3))
         grid[1][column].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     grid[0][0].set_ylabel("training loss")
-    grid[0][0].set_ylim(*_loss_range(results))
-    grid[1][0].set_ylabel("test accuracy")
-    grid[1][0].yaxis.set_major_formatter(PERCENT)
+    grid[0][0].set_ylim(*_loss_range(results, "train"))
+    _score_axis(grid[1][0], results, results.experiment.words.test_curve)
+    if score.key == "loss":
+        grid[1][0].set_ylim(*_loss_range(results, "test"))
     _legend(figure, [method for method in results.methods if method.trained_as == method.name])
     return figure
 
 
-def _draw_curve(axes: Axes, cell: Cell, split: str, score: str) -> None:
+def _draw_curve(axes: Axes, cell: Cell, split: str, score: str, unit: str) -> None:
     """The mean over seeds as a line, and a band from the lowest to the highest seed."""
-    table = list(_aligned(cell.runs, split, score))
+    table = list(_aligned(cell.runs, split, score, unit))
     if not table:
         return
-    images = [image for image, _ in table]
+    seen = [place for place, _ in table]
     values = np.array([row for _, row in table])
     colour = cell.method.colour
-    axes.plot(images, values.mean(1), color=colour, linewidth=1.8)
-    axes.fill_between(images, values.min(1), values.max(1), color=colour, alpha=0.16, linewidth=0)
+    axes.plot(seen, values.mean(1), color=colour, linewidth=1.8)
+    axes.fill_between(seen, values.min(1), values.max(1), color=colour, alpha=0.16, linewidth=0)
 
 
-def _aligned(runs: Sequence[LoggedRun], split: str, score: str) -> Iterator[tuple[int, list[float]]]:
-    """For each number of images seen, the values of the runs that got so far."""
-    seen = sorted({point["images"] for run in runs for point in run.points})
-    for images in seen:
-        points = [point for run in runs for point in run.points if point["images"] == images]
+def _aligned(runs: Sequence[LoggedRun], split: str, score: str, unit: str) -> Iterator[tuple[int, list[float]]]:
+    """For each number of images or characters seen, the values of the runs that got so far."""
+    seen = sorted({point[unit] for run in runs for point in run.points})
+    for place in seen:
+        points = [point for run in runs for point in run.points if point[unit] == place]
         values = [point[split][score] for point in points if split in point and point[split][score] is not None]
         if len(values) == len(runs):
-            yield images, values
+            yield place, values
 
 
-def _loss_range(results: Results) -> tuple[float, float]:
-    """From 0 to a little above guessing, so that one method that blows up does not flatten the others."""
-    return 0.0, 1.15 * float(np.log(results.config["data"]["classes"]))
+def _loss_range(results: Results, split: str) -> tuple[float, float]:
+    points = [point[split]["loss"] for cell in results.cells.values() for run in cell.runs for point in run.points]
+    return results.experiment.words.loss_axis([loss for loss in points if loss is not None], _guessing(results))
+
+
+def _guessing(results: Results) -> float:
+    """The loss of guessing among all classes alike."""
+    return float(np.log(results.config["data"]["classes"]))
 
 
 def _legend(figure: Figure, methods: Sequence[Method]) -> None:
     handles = [Line2D([], [], color=method.colour, linewidth=2.4, label=method.label) for method in methods]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(methods), frameon=False)
+    fitting = max(2, int(figure.get_figwidth() / 1.9))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(methods), fitting), frameon=False)
 
 
 def rates(results: Results) -> Figure:
-    """Validation accuracy by learning rate, a panel per setting; the rate chosen is ringed."""
+    """Validation score by learning rate, a panel per setting; the rate chosen is ringed."""
     count = len(results.settings)
     figure = Figure(figsize=(max(6.0, 3.0 * count), 3.6), layout="constrained")
+    grid = sorted({rate for cell in results.cells.values() for rate in cell.tuning})
     panels: Any = figure.subplots(1, count, sharey=True, squeeze=False)
     for axes, setting in zip(panels[0], results.settings, strict=True):
         for method in results.methods:
@@ -243,8 +257,13 @@ def rates(results: Results) -> Figure:
         axes.set_xscale("log")
         axes.set_title(setting.label)
         axes.set_xlabel("learning rate")
-    panels[0][0].set_ylabel("validation accuracy")
-    panels[0][0].yaxis.set_major_formatter(PERCENT)
+        if grid and grid[-1] < 100 * grid[0]:  # the usual ticks, at each digit, would overlap
+            axes.set_xticks(grid, [f"{rate:g}" for rate in grid])
+            axes.xaxis.set_minor_locator(NullLocator())
+    _score_axis(panels[0][0], results, results.experiment.words.validation_axis)
+    if results.experiment.score.key == "loss":
+        tuned = [loss for cell in results.cells.values() for loss in cell.tuning.values()]
+        panels[0][0].set_ylim(*results.experiment.words.loss_axis(tuned, _guessing(results)))
     _legend(figure, results.methods)
     return figure
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -26,8 +26,14 @@ class Method:
     label: str
     colour: str
     marker: str
-    make: NormFactory
     trained_as: str
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """A normalization that is a layer between two others."""
+
+    make: NormFactory
 
 
 def _none(features: int, axes: int) -> nn.Module:
@@ -51,33 +57,46 @@ def _streaming(p: float) -> NormFactory:
 
 # The colours are Okabe and Ito's, which people with the common kinds of colour blindness can tell apart.
 _ALL = (
-    Method("none", "No normalization", "#7f7f7f", "X", _none, "none"),
-    Method("batch", "Batch", "#d55e00", "s", _batch, "batch"),
-    Method("batch-recalibrated", "Recalibrated Batch", "#e69f00", "D", _batch, "batch"),
-    Method("layer", "Layer", "#0072b2", "^", _layer, "layer"),
-    Method("streaming-l2", "Streaming L2", "#cc79a7", "v", _streaming(2), "streaming-l2"),
-    Method("streaming-l1", "Streaming L1", "#009e73", "o", _streaming(1), "streaming-l1"),
+    LayerMethod("none", "No normalization", "#7f7f7f", "X", "none", _none),
+    LayerMethod("batch", "Batch", "#d55e00", "s", "batch", _batch),
+    LayerMethod("batch-recalibrated", "Recalibrated Batch", "#e69f00", "D", "batch", _batch),
+    LayerMethod("layer", "Layer", "#0072b2", "^", "layer", _layer),
+    LayerMethod("streaming-l2", "Streaming L2", "#cc79a7", "v", "streaming-l2", _streaming(2)),
+    LayerMethod("streaming-l1", "Streaming L1", "#009e73", "o", "streaming-l1", _streaming(1)),
 )
 METHODS = {method.name: method for method in _ALL}
 
+# For methods that a user put together: colours and markers in the order in which they come.
+_SPARE = (("#56b4e9", "P"), ("#882255", "<"), ("#117733", ">"), ("#332288", "p"), ("#999933", "h"), ("#000000", "*"))
 
-def trainable(names: Iterable[str]) -> list[Method]:
+
+def trainable(names: Iterable[str], methods: Mapping[str, Method] = METHODS) -> list[Method]:
     """The methods of these names.
 
     Raises:
         UserError: a name is unknown, or is a row that comes with another method.
     """
-    known = [method.name for method in _ALL if method.trained_as == method.name]
     chosen = []
     for name in names:
-        if name in METHODS and METHODS[name].trained_as != name:
-            raise UserError(f"method {name!r} comes by itself with {METHODS[name].trained_as!r}: name that one instead")
-        if name not in METHODS:
-            raise UserError(f"unknown method {name!r}: choose from {', '.join(known)}")
-        chosen.append(METHODS[name])
+        try:
+            method = methods[name]
+        except KeyError:
+            known = ", ".join(method.name for method in methods.values() if method.trained_as == method.name)
+            raise UserError(f"unknown method {name!r}: choose from {known}") from None
+        if method.trained_as != name:
+            raise UserError(f"method {name!r} comes by itself with {method.trained_as!r}: name that one instead")
+        chosen.append(method)
     return chosen
 
 
-def rows(trained: str) -> list[Method]:
+def rows(trained: str, methods: Mapping[str, Method] = METHODS) -> list[Method]:
     """The rows of the result table that one training gives."""
-    return [method for method in _ALL if method.trained_as == trained]
+    return [method for method in methods.values() if method.trained_as == trained] or [methods[trained]]
+
+
+def reported(trained: Set[str], methods: Mapping[str, Method]) -> list[Method]:
+    """The rows that these trainings give, in the order of ``methods``; then those that only the user named."""
+    known = [method for method in methods.values() if method.trained_as in trained]
+    own = sorted(trained - {method.trained_as for method in known})
+    spare = (_SPARE[i % len(_SPARE)] for i in range(len(own)))
+    return known + [replace(methods[name], colour=c, marker=m) for name, (c, m) in zip(own, spare, strict=True)]

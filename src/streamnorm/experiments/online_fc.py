@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import nn
 
-from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.images import ImageExperiment
 from streamnorm.experiments.methods import NormFactory
 from streamnorm.experiments.models import fully_connected
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineFC(Experiment):
+class OnlineFC(ImageExperiment):
     """Compare normalizations in a fully connected network, from mini-batches of 32 down to one sample at a time.
 
     Each method gets its best learning rate, chosen on validation images; then several seeds are run at that rate and
@@ -42,4 +42,4 @@ class OnlineFC(Experiment):
         return fully_connected(math.prod(shape), classes, norm, self.width, self.depth)
 
     def _counts(self) -> tuple[str, ...]:
-        return ("width", "depth")
+        return (*super()._counts(), "width", "depth")

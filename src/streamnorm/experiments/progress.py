@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from streamnorm.experiments.experiment import Run
-from streamnorm.experiments.methods import METHODS
+from streamnorm.experiments.experiment import Experiment, Run
 from streamnorm.experiments.runlog import LoggedRun
 from streamnorm.experiments.setting import Setting
 
@@ -17,11 +18,13 @@ class Display:
     """Bars on a terminal; elsewhere one line for each run that ends.
 
     Args:
-        images: images that one run sees, for the bars of single runs.
+        experiment: what is run.
+        data: what identifies its data.
     """
 
-    def __init__(self, images: int) -> None:
-        self._images = images
+    def __init__(self, experiment: Experiment[Any], data: Mapping[str, Any]) -> None:
+        self._experiment = experiment
+        self._data = data
         self._console = Console(stderr=True)
         columns: tuple[ProgressColumn, ...] = (
             TextColumn("{task.description}"),
@@ -60,12 +63,13 @@ class Display:
 
     def start(self, run: Run) -> None:
         """A worker began a run."""
-        self._single[run] = self._progress.add_task(f"  {_describe(run)}", total=self._images, note="")
+        total = self._experiment.seen(self._data, Setting.parse(run.setting))
+        self._single[run] = self._progress.add_task(f"  {self._describe(run)}", total=total, note="")
 
-    def news(self, run: Run, images: int, loss: float, accuracy: float) -> None:
+    def news(self, run: Run, seen: int, loss: float, accuracy: float) -> None:
         """A run got on."""
         note = f"loss {loss:.2f}  accuracy {accuracy:.0%}"
-        self._progress.update(self._single[run], completed=images, note=note)
+        self._progress.update(self._single[run], completed=seen, note=note)
 
     def end(self, run: Run, work: float, logged: LoggedRun | None) -> None:
         """A run ended, well or badly; ``logged`` is None if it left no result."""
@@ -73,18 +77,19 @@ class Display:
         self._progress.update(self._all, advance=work, note=f"run {self._ended} of {self._count}")
         self._progress.remove_task(self._single.pop(run))
         if not self._console.is_terminal:
-            self.say(f"[{self._ended}/{self._count}] {_describe(run)}: {_outcome(logged)}".replace("[", r"\["))
+            text = f"[{self._ended}/{self._count}] {self._describe(run)}: {self._outcome(logged)}"
+            self.say(text.replace("[", r"\["))
 
+    def _describe(self, run: Run) -> str:
+        goal = "tuning" if run.stage == "tune" else f"seed {run.seed}"
+        label = self._experiment.catalogue[run.method].label
+        return f"{label} {Setting.parse(run.setting).label} rate {run.rate:g} {goal}"
 
-def _describe(run: Run) -> str:
-    goal = "tuning" if run.stage == "tune" else f"seed {run.seed}"
-    return f"{METHODS[run.method].label} {Setting.parse(run.setting).label} rate {run.rate:g} {goal}"
-
-
-def _outcome(logged: LoggedRun | None) -> str:
-    if logged is None or logged.end is None:
-        return "failed"
-    if logged.end["status"] != "done":
-        return str(logged.end["status"])
-    scores = logged.end["scores"][logged.run["method"]]
-    return f"accuracy {scores['accuracy']:.1%} in {logged.end['seconds']:.1f} s"
+    def _outcome(self, logged: LoggedRun | None) -> str:
+        if logged is None or logged.end is None:
+            return "failed"
+        if logged.end["status"] != "done":
+            return str(logged.end["status"])
+        score = self._experiment.score
+        value = score.value(logged.end["scores"][logged.run["method"]][score.key])
+        return f"{score.key} {value} in {logged.end['seconds']:.1f} s"

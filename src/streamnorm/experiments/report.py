@@ -9,12 +9,11 @@ from pathlib import Path
 
 from streamnorm.experiments.figures import save_figures
 from streamnorm.experiments.files import write_text
-from streamnorm.experiments.methods import METHODS
 from streamnorm.experiments.results import Cell, Results, load_results
 from streamnorm.experiments.stats import Interval
 from streamnorm.experiments.style import CSS
-from streamnorm.experiments.tables import accuracy_text, difference_text, save_tables
-from streamnorm.experiments.verdict import outcome, percent, sentences, warnings
+from streamnorm.experiments.tables import difference_text, save_tables, score_text
+from streamnorm.experiments.verdict import sentences, warnings
 
 REPORT = "report.html"
 
@@ -34,19 +33,20 @@ def build_report(folder: Path) -> Results:
 
 def page(results: Results, drawings: Mapping[str, str]) -> str:
     """The page's text; ``drawings`` are SVG texts by name."""
-    experiment = results.experiment
+    experiment, words = results.experiment, results.experiment.words
     sections = (
         _opening(results),
         _verdict(results),
-        _figure(drawings["summary"], *_summary_words(results)),
+        _figure(drawings["summary"], *words.summary(results)),
         "<h2>The numbers</h2>",
         _numbers(results),
         _pairs(results),
         "<h2>Along the way</h2>",
-        _figure(drawings["curves"], *_curves_words(results), wide=True),
+        _figure(drawings["curves"], *words.curves(results), wide=True),
         "<h2>Learning rates</h2>",
         _rates(results),
-        _figure(drawings["rates"], *_rates_words(), wide=True),
+        _figure(drawings["rates"], *words.rates(), wide=True),
+        _samples(results),
         "<h2>How it was done</h2>",
         _protocol(results),
         "<h2>Where it ran</h2>",
@@ -58,7 +58,7 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(experiment.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
+        + "\n".join(filter(None, sections))
         + "\n</body>\n</html>\n"
     )
 
@@ -89,33 +89,6 @@ def _figure(svg: str, description: str, caption: str, wide: bool = False) -> str
     )
 
 
-def _summary_words(results: Results) -> tuple[str, str]:
-    data = results.config["data"]
-    return (
-        "Final test accuracy of each method at each setting",
-        f"Accuracy on all {data['test']:,} test images, mean over seeds with its 95% interval, each method at its own "
-        "best learning rate. From left to right the mini-batches get smaller. S×U means S samples per mini-batch and "
-        "U mini-batches per weight update.",
-    )
-
-
-def _curves_words(results: Results) -> tuple[str, str]:
-    shown = min(results.config["options"]["curve_images"], results.config["data"]["test"])
-    return (
-        "Training loss and test accuracy along the pass, one panel per setting",
-        "Top: training loss, the mean since the previous point, each image judged before the network learns from it. "
-        f"Bottom: accuracy on the first {shown:,} test images. Lines are means over seeds, bands reach from the lowest "
-        "to the highest seed.",
-    )
-
-
-def _rates_words() -> tuple[str, str]:
-    return (
-        "Validation accuracy by learning rate, one panel per setting",
-        "How much each method depends on its learning rate; the ring marks the rate chosen.",
-    )
-
-
 def _table(head: Iterable[str], rows: Iterable[str]) -> str:
     header = "".join(head)
     body = "\n".join(rows)
@@ -127,36 +100,34 @@ def _head(results: Results, first: str = "Method") -> list[str]:
 
 
 def _row(results: Results, name: str, cells: Iterable[str]) -> str:
-    method = METHODS[name]
+    method = results.method(name)
     dot = f'<span class="dot" style="background:{method.colour}"></span>'
     return f"<tr><th>{dot}{method.label}</th>{''.join(cells)}</tr>"
 
 
 def _numbers(results: Results) -> str:
-    reference = METHODS[results.experiment.reference].label
+    words = results.experiment.words.numbers.format(reference=results.method(results.experiment.reference).label)
     rows = (
         _row(results, method.name, (_number(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
-    return (
-        "<p>Test accuracy in percent, mean ± 95% interval over seeds. Below it, smaller: the difference to "
-        f"{reference} in percentage points, paired by seed, since the same seed means the same initial weights and the "
-        "same order of the images. Coloured where the interval excludes zero.</p>\n" + _table(_head(results), rows)
-    )
+    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + _table(_head(results), rows)
 
 
 def _number(results: Results, cell: Cell) -> str:
     name, reference = cell.method.name, results.experiment.reference
     difference = results.difference(name, reference, cell.setting) if name != reference else None
-    below = f"<br><small>{_difference(difference)}</small>" if difference is not None else ""
+    notes = [] if difference is None else [_difference(results, difference)]
+    below = "".join(f"<br><small>{note}</small>" for note in notes + results.experiment.words.notes(cell))
     title = f' title="{escape(cell.reason)}"' if cell.reason else ""
-    return f'<td class="number"{title}>{accuracy_text(cell)}{below}</td>'
+    return f'<td class="number"{title}>{score_text(results.experiment.score, cell)}{below}</td>'
 
 
-def _difference(difference: Interval | None) -> str:
+def _difference(results: Results, difference: Interval | None) -> str:
     """A difference, coloured if its interval excludes zero."""
-    kind = "" if difference is None else outcome(difference).split()[0]
-    return f'<span class="{kind}">{difference_text(difference)}</span>'
+    score = results.experiment.score
+    kind = "" if difference is None else score.outcome(difference).split()[0]
+    return f'<span class="{kind}">{difference_text(score, difference)}</span>'
 
 
 def _pairs(results: Results) -> str:
@@ -166,11 +137,11 @@ def _pairs(results: Results) -> str:
     for ours, theirs in results.experiment.comparisons:
         if {ours, theirs} <= names:
             found = (results.difference(ours, theirs, setting) for setting in results.settings)
-            cells = "".join(f'<td class="number">{_difference(difference)}</td>' for difference in found)
-            rows.append(f"<tr><th>{METHODS[ours].label} − {METHODS[theirs].label}</th>{cells}</tr>")
+            cells = "".join(f'<td class="number">{_difference(results, difference)}</td>' for difference in found)
+            rows.append(f"<tr><th>{results.method(ours).label} − {results.method(theirs).label}</th>{cells}</tr>")
     words = (
-        "<p>The pairs that the verdict speaks of: difference in percentage points, paired by seed, "
-        "mean ± 95% interval.</p>\n"
+        f"<p>The pairs that the verdict speaks of: difference in {results.experiment.words.difference_unit}, paired by "
+        "seed, mean ± 95% interval.</p>\n"
     )
     return words + _table(_head(results, "Pair"), rows) if rows else ""
 
@@ -178,44 +149,54 @@ def _pairs(results: Results) -> str:
 def _rates(results: Results) -> str:
     grid = sorted({rate for cell in results.cells.values() for rate in cell.tuning})
     rows = (
-        _row(results, method.name, (_rate(results.cells[method.name, s]) for s in results.settings))
+        _row(results, method.name, (_rate(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
     return (
-        f"<p>Grid: {', '.join(f'{rate:g}' for rate in grid)}. Each method got, at each setting, the rate with the best "
-        "accuracy on the validation images, which are neither trained on nor tested on. An arrow marks a best rate at "
-        "the edge of the grid.</p>\n" + _table(_head(results), rows)
+        f"<p>Grid: {', '.join(f'{rate:g}' for rate in grid)}. Each method got, at each setting, the rate with "
+        f"{results.experiment.words.chosen_by}. An arrow marks a best rate at the edge of the grid.</p>\n"
+        + _table(_head(results), rows)
     )
 
 
-def _rate(cell: Cell) -> str:
+def _rate(results: Results, cell: Cell) -> str:
+    value = results.experiment.score.value
     arrow = {"lowest": "↓ ", "highest": "↑ ", None: ""}[cell.edge]
-    best = f"<br><small>{percent(cell.tuning[cell.rate])}</small>" if cell.rate is not None else ""
+    best = f"<br><small>{value(cell.tuning[cell.rate])}</small>" if cell.rate is not None else ""
     return f'<td class="number">{arrow}{"–" if cell.rate is None else f"{cell.rate:g}"}{best}</td>'
 
 
 def _protocol(results: Results) -> str:
-    data, options = results.config["data"], results.config["options"]
+    options, words = results.config["options"], results.experiment.words
     own = {name: options[name] for name in results.config["identity"] if name in options}
-    shape = "×".join(str(size) for size in data["shape"])
     finals = sum(run.run["stage"] == "final" for run in results.logs)
     facts = [
-        f"Images: {data['description']}; {shape} values each. Trained on the first {data['train']:,}, rates chosen on "
-        f"the next {data['validation']:,}, tested on {data['test']:,} others.",
-        "Inputs are standardized per channel with the training images' mean and deviation. Nothing is augmented.",
-        "SGD with momentum, constant learning rate. With several mini-batches per update their gradients are "
-        "averaged, and the weights change once (DAU).",
-        "All methods start from the same weights and see the same images in the same order at a given seed.",
-        "“Recalibrated Batch” is the same trained network with statistics taken anew from the training images in "
-        "mini-batches of about 128, so that Batch Normalization is not judged by its running statistics alone."
-        if any(method.trained_as != method.name for method in results.methods)
-        else "",
-        "A run whose loss is no longer finite counts with the accuracy of guessing.",
+        *words.protocol(results),
+        f"A run whose loss is no longer finite counts with the {words.guessing}.",
         f"{len(results.logs)} runs, {finals} of them final ones. Rates are chosen with other seeds than the final "
         "ones. Intervals are Student's t over seeds, each for itself: they are not corrected for their number.",
         "Options: " + ", ".join(f"{name} {value}" for name, value in own.items()) + ".",
     ]
     return "<ul>\n" + "\n".join(f"<li>{escape(fact)}</li>" for fact in facts if fact) + "\n</ul>"
+
+
+def _samples(results: Results) -> str:
+    """What the networks made up, where the logs keep it: for each setting, the first seed of each method."""
+    blocks: list[str] = []
+    for setting in results.settings:
+        texts = [text for method in results.methods if (text := _sample(results, results.cells[method.name, setting]))]
+        if texts:
+            state = "" if blocks else " open"
+            blocks.append(f"<details{state}><summary>{setting.label}</summary>\n" + "\n".join(texts) + "</details>")
+    return "<h2>What it writes</h2>\n" + results.experiment.words.samples + "\n".join(blocks) if blocks else ""
+
+
+def _sample(results: Results, cell: Cell) -> str:
+    samples = [run.end["sample"] for run in cell.runs if run.end is not None and "sample" in run.end]
+    if not samples:
+        return ""
+    prompt, text = escape(samples[0]["prompt"]), escape(samples[0]["text"])
+    return f"<h3>{escape(cell.method.label)}</h3>\n<pre><small>{prompt}</small>{text}</pre>"
 
 
 def _environments(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""From logs to numbers: the rate chosen for each method and setting, and its final accuracies."""
+"""From logs to numbers: the rate chosen for each method and setting, and its final scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from streamnorm.experiments.catalogue import find
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
-from streamnorm.experiments.methods import METHODS, Method, rows
+from streamnorm.experiments.methods import Method, reported, rows
 from streamnorm.experiments.runlog import LoggedRun, read_logs
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.stats import Interval, interval, paired
@@ -20,27 +20,40 @@ from streamnorm.experiments.stats import Interval, interval, paired
 CONFIG = "experiment.json"
 LOGS = "logs"
 
+AnyExperiment = Experiment[Any] | type[Experiment[Any]]
+
 
 @dataclass(frozen=True)
 class Cell:
     """One method at one setting.
 
-    ``tuning`` is the mean validation accuracy of each rate tried; ``rate`` is the best of them; ``accuracy`` is the
-    test accuracy of each seed at that rate. If the method cannot run at all there, ``reason`` says why.
+    ``tuning`` is the mean validation score of each rate tried; ``rate`` is the best of them; ``scores`` has the
+    test score of each seed at that rate. If the method cannot run at all there, ``reason`` says why.
     """
 
     method: Method
     setting: Setting
     tuning: Mapping[float, float]
     rate: float | None
-    accuracy: Mapping[int, float]
+    scores: Mapping[int, float]
     runs: tuple[LoggedRun, ...]
     reason: str | None
 
     @property
     def mean(self) -> Interval | None:
-        """Mean test accuracy with its 95% interval; None without final runs."""
-        return interval(list(self.accuracy.values())) if self.accuracy else None
+        """Mean test score with its 95% interval; None without final runs."""
+        return interval(list(self.scores.values())) if self.scores else None
+
+    @property
+    def accuracy(self) -> Mapping[int, float]:
+        """The scores of an experiment that is judged by accuracy."""
+        return self.scores
+
+    @property
+    def train_loss(self) -> Interval | None:
+        """Mean training loss since the point before the last, each target judged before it is learnt from."""
+        losses = [run.points[-1]["train"]["loss"] for run in self.runs if run.points and not self.diverged]
+        return interval(losses) if losses else None
 
     @property
     def diverged(self) -> int:
@@ -59,7 +72,7 @@ class Cell:
 class Results:
     """All that a folder's logs say."""
 
-    experiment: type[Experiment]
+    experiment: type[Experiment[Any]]
     config: Mapping[str, Any]
     logs: tuple[LoggedRun, ...]
     methods: tuple[Method, ...]
@@ -71,10 +84,14 @@ class Results:
         """Runs that were begun and have no end."""
         return sum(run.end is None for run in self.logs)
 
+    def method(self, name: str) -> Method:
+        """A method by its name, whether it was run or not."""
+        return next((method for method in self.methods if method.name == name), self.experiment.catalogue[name])
+
     def difference(self, ours: str, theirs: str, setting: Setting) -> Interval | None:
-        """Mean paired difference in test accuracy; None where one of the two has no result."""
+        """Mean paired difference in the test score; None where one of the two has no result."""
         left, right = self.cells.get((ours, setting)), self.cells.get((theirs, setting))
-        return paired(left.accuracy, right.accuracy) if left and right else None
+        return paired(left.scores, right.scores) if left and right else None
 
 
 def load_results(folder: Path) -> Results:
@@ -88,11 +105,13 @@ def load_results(folder: Path) -> Results:
     if not any(run.end for run in logs):
         command = config["commands"][-1]
         raise UserError(f"{folder}: no run is finished yet, there is nothing to report; continue with `{command}`")
-    trained = {run.run["method"] for run in logs}
-    methods = [method for method in METHODS.values() if method.trained_as in trained]
+    experiment = find(config["experiment"])
+    methods = reported({run.run["method"] for run in logs}, experiment.catalogue)
     settings = sorted({Setting.parse(run.run["setting"]) for run in logs}, key=lambda setting: setting.difficulty)
-    cells = {(method.name, setting): _cell(logs, method, setting) for method in methods for setting in settings}
-    return Results(find(config["experiment"]), config, tuple(logs), tuple(methods), tuple(settings), cells)
+    cells = {
+        (method.name, setting): _cell(experiment, logs, method, setting) for method in methods for setting in settings
+    }
+    return Results(experiment, config, tuple(logs), tuple(methods), tuple(settings), cells)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,37 +133,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(message) from None
 
 
-def rates_to_run(logs: Iterable[LoggedRun]) -> dict[tuple[str, str], list[float]]:
+def rates_to_run(experiment: AnyExperiment, logs: Iterable[LoggedRun]) -> dict[tuple[str, str], list[float]]:
     """For each trained method and setting, the best rates of its rows; nothing where it cannot run."""
     logs = list(logs)
     chosen: dict[tuple[str, str], list[float]] = {}
     for method, setting in {(run.run["method"], run.run["setting"]) for run in logs}:
-        best = (best_rate(tuning(logs, row, Setting.parse(setting))) for row in rows(method))
+        tuned = (tuning(experiment, logs, row, Setting.parse(setting)) for row in rows(method, experiment.catalogue))
+        best = map(experiment.score.best, tuned)
         chosen[method, setting] = sorted({rate for rate in best if rate is not None})
     return chosen
 
 
-def tuning(logs: Iterable[LoggedRun], method: Method, setting: Setting) -> dict[float, float]:
-    """Mean validation accuracy of each rate."""
+def tuning(
+    experiment: AnyExperiment, logs: Iterable[LoggedRun], method: Method, setting: Setting
+) -> dict[float, float]:
+    """Mean validation score of each rate."""
     scores: dict[float, list[float]] = defaultdict(list)
     for run in _matching(logs, "tune", method, setting):
-        scores[run.run["rate"]].append(_accuracy(run, method))
+        scores[run.run["rate"]].append(_score(experiment, run, method))
     return {rate: sum(values) / len(values) for rate, values in sorted(scores.items())}
 
 
-def best_rate(tuned: Mapping[float, float]) -> float | None:
-    """The rate of the highest accuracy, the smaller one of two equals."""
-    return max(tuned, key=lambda rate: (tuned[rate], -rate)) if tuned else None
-
-
-def _cell(logs: list[LoggedRun], method: Method, setting: Setting) -> Cell:
-    tuned = tuning(logs, method, setting)
-    rate = best_rate(tuned)
+def _cell(experiment: AnyExperiment, logs: list[LoggedRun], method: Method, setting: Setting) -> Cell:
+    tuned = tuning(experiment, logs, method, setting)
+    rate = experiment.score.best(tuned)
     runs = [run for run in _matching(logs, "final", method, setting) if run.run["rate"] == rate]
-    accuracy = {run.run["seed"]: _accuracy(run, method) for run in runs}
+    scores = {run.run["seed"]: _score(experiment, run, method) for run in runs}
     ends = [run.end for run in logs if _is(run, method, setting) and run.end is not None]
     reason = next((end["reason"] for end in ends if end["status"] == "fails"), None)
-    return Cell(method, setting, tuned, rate, accuracy, tuple(runs), reason)
+    return Cell(method, setting, tuned, rate, scores, tuple(runs), reason)
 
 
 def _matching(logs: Iterable[LoggedRun], stage: str, method: Method, setting: Setting) -> list[LoggedRun]:
@@ -157,6 +174,6 @@ def _is(run: LoggedRun, method: Method, setting: Setting) -> bool:
     return run.run["method"] == method.trained_as and run.run["setting"] == str(setting)
 
 
-def _accuracy(run: LoggedRun, method: Method) -> float:
+def _score(experiment: AnyExperiment, run: LoggedRun, method: Method) -> float:
     assert run.end is not None
-    return float(run.end["scores"][method.name]["accuracy"])
+    return float(run.end["scores"][method.name][experiment.score.key])

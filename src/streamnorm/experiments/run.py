@@ -22,7 +22,7 @@ from streamnorm.experiments.verdict import sentences, warnings
 RUN_HELP = """usage: streamnorm run EXPERIMENT [OPTIONS]
 
 Run an experiment: choose each method's learning rate, train with several seeds, and write a report.
-Without options it uses data that come with scikit-learn and ends within two minutes.
+Without options it uses data that come with scikit-learn or Python and ends within two minutes.
 
 experiments:
 {experiments}

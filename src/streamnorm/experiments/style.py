@@ -36,5 +36,7 @@ small { color: var(--soft); }
 .ahead { color: var(--good); } .behind { color: var(--bad); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem;
       font-size: .9rem; overflow-x: auto; }
+details { margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem; } details pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 a { color: var(--link); }
 """

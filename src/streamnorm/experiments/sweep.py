@@ -9,25 +9,24 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamnorm.experiments.data import load, prepare, split_sizes
 from streamnorm.experiments.environment import environment, usable_cores
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.experiment import Experiment, Run
+from streamnorm.experiments.experiment import Experiment, Material, Run
 from streamnorm.experiments.files import locked, write_text
 from streamnorm.experiments.pool import Pool, Send
 from streamnorm.experiments.progress import Display
 from streamnorm.experiments.results import CONFIG, LOGS, rates_to_run, read_config
 from streamnorm.experiments.runlog import LoggedRun, RunLog, read_log, read_logs
 from streamnorm.experiments.setting import Setting
-from streamnorm.experiments.sources import Source, open_source
 from streamnorm.experiments.train import train
 
 
-def run_sweep(experiment: Experiment, command: str) -> tuple[Path, int]:
+def run_sweep(experiment: Experiment[Any], command: str) -> tuple[Path, int]:
     """Do all runs that are not done yet.
 
     Args:
@@ -42,14 +41,10 @@ def run_sweep(experiment: Experiment, command: str) -> tuple[Path, int]:
         OSError: the disk is full, or similar; what is finished stays.
     """
     experiment.check()
-    source = open_source(experiment.data)
-    images, _ = split_sizes(source, experiment.limit, experiment.validation)
-    for setting in experiment.settings:
-        if Setting.parse(setting).samples > images:
-            raise UserError(f"setting {setting}: a mini-batch cannot have more than the {images} training images")
-    folder = Path(experiment.out or f"runs/{experiment.name}-{source.name}").expanduser()
+    material = experiment.open()
+    folder = Path(experiment.out or f"runs/{experiment.name}-{material.name}").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), _decoded(experiment, source, folder) as (cache, information):
+    with locked(folder), _prepared(material, folder) as (cache, information):
         for torn in folder.rglob(".*.tmp"):  # left by a kill in the middle of a write
             torn.unlink()
         _write_config(experiment, information, command, folder)
@@ -58,21 +53,21 @@ def run_sweep(experiment: Experiment, command: str) -> tuple[Path, int]:
 
 
 @contextmanager
-def _decoded(experiment: Experiment, source: Source, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The images as plain arrays in a folder that goes away in the end."""
+def _prepared(material: Material, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The data as plain arrays in a folder that goes away in the end."""
     cache = folder / "cache"
     try:
-        yield cache, prepare(source, experiment.limit, experiment.validation, cache)
+        yield cache, material.prepare(cache)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 
 
-def _write_config(experiment: Experiment, data: dict[str, Any], command: str, folder: Path) -> None:
+def _write_config(experiment: Experiment[Any], data: dict[str, Any], command: str, folder: Path) -> None:
     """Note what is run in this folder, or refuse if it is something else than what was run there before."""
-    options = {name: getattr(experiment, name) for name in experiment.__dataclass_fields__ if name != "data"}
+    options = {name: value for name, value in asdict(experiment).items() if name != "data"}
     config = {
         "experiment": experiment.name,
-        "identity": {**experiment.identity(), "images": data["fingerprint"]},
+        "identity": {**experiment.identity(), experiment.unit: data["fingerprint"]},
         "options": options,
         "data": data,
         "commands": [command],
@@ -95,11 +90,11 @@ def _refuse_another(earlier: dict[str, Any], config: dict[str, Any], folder: Pat
 
 
 class _Sweep:
-    def __init__(self, experiment: Experiment, folder: Path, cache: Path, data: dict[str, Any]) -> None:
+    def __init__(self, experiment: Experiment[Any], folder: Path, cache: Path, data: dict[str, Any]) -> None:
         self._experiment = experiment
         self._folder = folder
-        self._train_images = data["train"]
-        self._display = Display(self._train_images * experiment.epochs)
+        self._data = data
+        self._display = Display(experiment, data)
         self._work = partial(_work, experiment, folder, cache)
         self._failed = 0
 
@@ -111,7 +106,7 @@ class _Sweep:
         with self._display, Pool(min(jobs, len(tune)), self._work) as pool:
             self._display.plan(sum(map(self._cost, tune + most)), len(tune + most))
             self._do(pool, tune)
-            final = self._experiment.final_runs(rates_to_run(read_logs(self._folder / LOGS)))
+            final = self._experiment.final_runs(rates_to_run(self._experiment, read_logs(self._folder / LOGS)))
             self._display.plan(sum(map(self._cost, tune + final)), len(tune + final))
             self._do(pool, final)
         return self._failed
@@ -139,9 +134,7 @@ class _Sweep:
                 self._display.end(run, self._cost(run), self._read(run))
 
     def _cost(self, run: Run) -> float:
-        """About how long a run takes: its mini-batches and its weight updates, in mini-batches."""
-        setting = Setting.parse(run.setting)
-        return self._train_images / setting.samples * (1 + 1 / setting.batches)
+        return self._experiment.cost(self._data, Setting.parse(run.setting))
 
     def _note_failure(self, run: Run, reason: str) -> None:
         self._failed += 1
@@ -159,7 +152,7 @@ def _log_path(folder: Path, run: Run) -> Path:
     return folder / LOGS / f"{run.key}.jsonl"
 
 
-def _work(experiment: Experiment, folder: Path, cache: Path, run: Run, send: Send) -> None:
+def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send: Send) -> None:
     """One run in a worker process."""
     path = _log_path(folder, run)
     path.with_suffix(".error.txt").unlink(missing_ok=True)
@@ -169,4 +162,4 @@ def _work(experiment: Experiment, folder: Path, cache: Path, run: Run, send: Sen
         "options": experiment.identity(),
         "environment": environment(),
     }
-    train(experiment, run, load(cache), RunLog(path, header), lambda *scores: send(scores))
+    train(experiment, run, experiment.load(cache), RunLog(path, header), lambda *scores: send(scores))

@@ -13,27 +13,28 @@ from rich.console import Console
 from rich.table import Table
 
 from streamnorm.experiments.files import write_text
-from streamnorm.experiments.methods import METHODS
 from streamnorm.experiments.results import Cell, Results
 from streamnorm.experiments.runlog import LoggedRun, Record
+from streamnorm.experiments.score import Score
 from streamnorm.experiments.stats import Interval
-from streamnorm.experiments.verdict import points
 
 Row = dict[str, Any]
 
 
 def print_tables(results: Results, console: Console) -> None:
-    """Print accuracies by method and setting, and the paired differences that the verdict is about."""
-    accuracy = _table(results, "Test accuracy in %, mean ± 95% interval", "method")
+    """Print scores by method and setting, and the paired differences that the verdict is about."""
+    score, words = results.experiment.score, results.experiment.words
+    scores = _table(results, words.table_title, "method")
     for method in results.methods:
         cells = (results.cells[method.name, setting] for setting in results.settings)
-        accuracy.add_row(method.label, *(accuracy_text(cell) for cell in cells))
-    console.print(accuracy, "", highlight=False)
-    differences = _table(results, "Difference in points, paired by seed, mean ± 95% interval", "pair")
+        scores.add_row(method.label, *(score_text(score, cell) for cell in cells))
+    console.print(scores, "", highlight=False)
+    differences = _table(results, words.difference_title, "pair")
     for ours, theirs in results.experiment.comparisons:
         if {ours, theirs} <= {method.name for method in results.methods}:
             found = (results.difference(ours, theirs, setting) for setting in results.settings)
-            differences.add_row(f"{METHODS[ours].label}\n− {METHODS[theirs].label}", *map(difference_text, found))
+            pair = f"{results.method(ours).label}\n− {results.method(theirs).label}"
+            differences.add_row(pair, *(difference_text(score, difference) for difference in found))
     if differences.row_count:
         console.print(differences, "", highlight=False)
 
@@ -54,29 +55,29 @@ def _table(results: Results, title: str, first: str) -> Table:
     return table
 
 
-def accuracy_text(cell: Cell) -> str:
-    """The mean accuracy of a cell in percent with its interval, or why there is none."""
+def score_text(score: Score, cell: Cell) -> str:
+    """The mean score of a cell with its interval, or why there is none."""
     if cell.mean is None:
         return "fails" if cell.reason else "–"
-    return f"{100 * cell.mean.mean:.1f}{_spread(cell.mean)}"
+    return f"{score.number(cell.mean.mean)}{_spread(score, cell.mean)}"
 
 
-def difference_text(difference: Interval | None) -> str:
-    """A mean difference in points with its interval; a dash if there is none."""
-    return "–" if difference is None else f"{points(difference.mean)}{_spread(difference)}"
+def difference_text(score: Score, difference: Interval | None) -> str:
+    """A mean difference with its interval; a dash if there is none."""
+    return "–" if difference is None else f"{score.difference(difference.mean)}{_spread(score, difference)}"
 
 
-def _spread(mean: Interval) -> str:
-    return f" ± {100 * mean.half:.1f}" if mean.known else ""
+def _spread(score: Score, mean: Interval) -> str:
+    return f" ± {score.number(mean.half)}" if mean.known else ""
 
 
 def save_tables(results: Results, folder: Path) -> None:
     """Write ``results.csv``, a line per method and setting, and ``runs.csv``, a line per finished run."""
     write_text(folder / "results.csv", _csv([_result_row(results, cell) for cell in results.cells.values()]))
-    write_text(folder / "runs.csv", _csv([row for run in results.logs for row in _run_rows(run)]))
+    write_text(folder / "runs.csv", _csv([row for run in results.logs for row in _run_rows(results, run)]))
 
 
-def _run_rows(run: LoggedRun) -> Iterator[Row]:
+def _run_rows(results: Results, run: LoggedRun) -> Iterator[Row]:
     """One row for each way in which a finished run was evaluated."""
     if run.end is None:
         return
@@ -85,27 +86,28 @@ def _run_rows(run: LoggedRun) -> Iterator[Row]:
         yield {
             **run.run,
             "evaluated_as": evaluated_as,
-            **{name: run.end[name] for name in ("status", "updates", "images", "seconds")},
+            **{name: run.end[name] for name in ("status", "updates", results.experiment.unit, "seconds")},
             **{name: scores.get(name) for name in ("loss", "accuracy")},
         }
 
 
 def _result_row(results: Results, cell: Cell) -> Row:
     reference = results.experiment.reference
-    accuracy, half = _numbers(cell.mean)
+    score, half = _numbers(cell.mean)
     difference, difference_half = _numbers(results.difference(cell.method.name, reference, cell.setting))
     return {
         "method": cell.method.name,
         "setting": cell.setting,
         "samples_per_batch": cell.setting.samples,
         "batches_per_update": cell.setting.batches,
-        "status": "done" if cell.accuracy else "fails" if cell.reason else "missing",
+        "status": "done" if cell.scores else "fails" if cell.reason else "missing",
         "rate": cell.rate,
-        "seeds": len(cell.accuracy),
-        "accuracy": accuracy,
+        "seeds": len(cell.scores),
+        results.experiment.score.key: score,
         "half_interval": half,
         f"difference_to_{reference}": difference,
         "difference_half_interval": difference_half,
+        **results.experiment.words.columns(cell),
         "diverged": cell.diverged,
         "reason": cell.reason,
     }

@@ -1,4 +1,4 @@
-"""One training run: from its first image to its last log line, over any number of kills in between."""
+"""One training run: from its first mini-batch to its last log line, over any number of kills in between."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import streamnorm as sn
-from streamnorm.experiments.data import Data, Split
-from streamnorm.experiments.experiment import Experiment, Run
-from streamnorm.experiments.methods import METHODS, rows
+from streamnorm.experiments.experiment import Batch, Data, Experiment, Run, Scores, Split
+from streamnorm.experiments.methods import rows
 from streamnorm.experiments.runlog import RunLog
 from streamnorm.experiments.setting import Setting
 
@@ -25,9 +24,8 @@ EVALUATION_BATCH = 1000
 RECALIBRATION_BATCH = 128
 TICK_SECONDS = 0.2
 
-Scores = dict[str, float | None]
 Tick = Callable[[int, float, float], None]
-"""Told now and then: images seen, and the training loss and accuracy of the last point."""
+"""Told now and then: images or characters seen, and the training loss and accuracy of the last point."""
 
 
 class Diverged(Exception):
@@ -36,48 +34,48 @@ class Diverged(Exception):
 
 @dataclass
 class Meter:
-    """Loss and accuracy over the images seen since the last point, each judged before it is learnt from."""
+    """Loss and accuracy over what was seen since the last point, each target judged before it is learnt from."""
 
-    images: int = 0
+    seen: int = 0
     total_loss: float = 0.0
     correct: int = 0
 
     def add(self, loss: float, logits: Tensor, targets: Tensor) -> None:
         """Take in one mini-batch and its mean loss."""
-        self.images += len(targets)
+        self.seen += len(targets)
         self.total_loss += loss * len(targets)
         self.correct += int((logits.argmax(1) == targets).sum())
 
     @property
     def loss(self) -> float:
         """The mean loss."""
-        return self.total_loss / max(1, self.images)
+        return self.total_loss / max(1, self.seen)
 
     @property
     def accuracy(self) -> float:
-        """The share of images classified rightly."""
-        return self.correct / max(1, self.images)
+        """The share of targets that the highest logit was right about."""
+        return self.correct / max(1, self.seen)
 
 
 class Training:
     """Model, optimizer and position of one run: all that a checkpoint has to hold.
 
-    The initial weights and the order of the images follow from the seed alone, so that they are the same for every
-    method. The images left over when a pass is cut into whole mini-batches are not used in that pass.
+    The initial weights and the order of the data follow from the seed alone, so that they are the same for every
+    method.
     """
 
-    def __init__(self, experiment: Experiment, run: Run, data: Data) -> None:
+    def __init__(self, experiment: Experiment[Any], run: Run, data: Data) -> None:
+        self.experiment = experiment
         self.run = run
         self.data = data
         self.setting = Setting.parse(run.setting)
         torch.manual_seed(run.seed)
-        self.model = experiment.network(data.shape, data.classes, METHODS[run.method].make)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=run.rate, momentum=experiment.momentum, fused=True)
-        self.batches_per_epoch = len(data.train) // self.setting.samples
-        self.updates_per_epoch = math.ceil(self.batches_per_epoch / self.setting.batches)
-        self.total_updates = experiment.epochs * self.updates_per_epoch
+        self.model: nn.Module = experiment.model(data, run.method)
+        self.optimizer = experiment.optimizer(self.model.parameters(), run.rate)
+        passes, self.updates_per_epoch = experiment.schedule(data, self.setting)
+        self.total_updates = passes * self.updates_per_epoch
         self.updates = 0
-        self.images = 0
+        self.seen = 0
         self.meter = Meter()
 
     def advance(self) -> Iterator[None]:
@@ -99,18 +97,14 @@ class Training:
                 self.updates += 1
                 yield
 
-    def _batches(self, epoch: int, first_update: int) -> Iterator[tuple[Tensor, Tensor]]:
-        shuffle = torch.Generator().manual_seed(1_000_003 * epoch + self.run.seed)
-        order = torch.randperm(len(self.data.train), generator=shuffle)
-        size, start = self.setting.samples, first_update * self.setting.batches * self.setting.samples
-        for index in order[start : self.batches_per_epoch * size].split(size):
-            yield self.data.train.batch(index)
+    def _batches(self, epoch: int, first_update: int) -> Iterator[Batch]:
+        return self.experiment.batches(self.data, self.setting, self.run.seed, epoch, first_update)
 
     def _watch(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged
-        self.images += len(targets)
+        self.seen += len(targets)
         self.meter.add(value, logits, targets)
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,7 +114,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "generator": torch.get_rng_state(),
             "updates": self.updates,
-            "images": self.images,
+            "seen": self.seen,
             "meter": vars(self.meter).copy(),
         }
 
@@ -130,14 +124,14 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["generator"])
         self.updates = state["updates"]
-        self.images = state["images"]
+        self.seen = state["seen"]
         self.meter = Meter(**state["meter"])
 
 
-def train(experiment: Experiment, run: Run, data: Data, log: RunLog, tick: Tick) -> None:
+def train(experiment: Experiment[Any], run: Run, data: Data, log: RunLog, tick: Tick) -> None:
     """Run to the end, from the last checkpoint if there is one.
 
-    A run that diverges ends early with the accuracy of guessing; a layer that refuses its very first mini-batch, as
+    A run that diverges ends early with the scores of guessing; a layer that refuses its very first mini-batch, as
     Batch Normalization does for one sample, ends the run as one that fails. Both are results, not errors.
     """
     training = Training(experiment, run, data)
@@ -149,6 +143,7 @@ def train(experiment: Experiment, run: Run, data: Data, log: RunLog, tick: Tick)
     try:
         _follow(training, experiment, log, began, tick)
         end: dict[str, Any] = {"status": "done", **_final_scores(training)}
+        end.update(experiment.epilogue(training.model, data, run))
     except Diverged:
         end = {"status": "diverged", **_guessing(training)}
     except ValueError as refusal:
@@ -156,10 +151,10 @@ def train(experiment: Experiment, run: Run, data: Data, log: RunLog, tick: Tick)
             raise
         end = {"status": "fails", "reason": str(refusal)}
     seconds = round(time.monotonic() - began, 3)
-    log.finish({**end, "updates": training.updates, "images": training.images, "seconds": seconds})
+    log.finish({**end, "updates": training.updates, experiment.unit: training.seen, "seconds": seconds})
 
 
-def _follow(training: Training, experiment: Experiment, log: RunLog, began: float, tick: Tick) -> None:
+def _follow(training: Training, experiment: Experiment[Any], log: RunLog, began: float, tick: Tick) -> None:
     """Train; write points, checkpoints and ticks when they are due."""
     points = {math.ceil(training.total_updates * i / experiment.points) for i in range(1, experiment.points + 1)}
     latest = training.meter
@@ -167,7 +162,7 @@ def _follow(training: Training, experiment: Experiment, log: RunLog, began: floa
     for _ in training.advance():
         now = time.monotonic()
         if now - ticked >= TICK_SECONDS:
-            tick(training.images, latest.loss, latest.accuracy)
+            tick(training.seen, latest.loss, latest.accuracy)
             ticked = now
         if training.updates in points:
             log.write(_point(training, experiment))
@@ -178,33 +173,33 @@ def _follow(training: Training, experiment: Experiment, log: RunLog, began: floa
             saved = now
 
 
-def _point(training: Training, experiment: Experiment) -> dict[str, Any]:
+def _point(training: Training, experiment: Experiment[Any]) -> dict[str, Any]:
     point: dict[str, Any] = {
         "type": "point",
         "update": training.updates,
-        "images": training.images,
+        experiment.unit: training.seen,
         "train": {"loss": training.meter.loss, "accuracy": training.meter.accuracy},
     }
     if training.run.stage == "final":
-        point["test"] = evaluate(training.model, training.data.test.first(experiment.curve_images))
+        point["test"] = evaluate(training.model, experiment.watched(training.data))
     return point
 
 
 def _final_scores(training: Training) -> dict[str, Any]:
-    """Scores on all validation or test images, for each row of the result table that this training gives."""
+    """Scores on all validation or test data, for each row of the result table that this training gives."""
     held_out = training.data.validation if training.run.stage == "tune" else training.data.test
     scores = {}
-    for row in rows(training.run.method):
+    for row in rows(training.run.method, training.experiment.catalogue):
         model = training.model if row.name == training.run.method else _recalibrated(training)
         scores[row.name] = evaluate(model, held_out)
     if any(score["loss"] is None for score in scores.values()):
         raise Diverged
-    return {"images_evaluated": len(held_out), "scores": scores}
+    return {f"{training.experiment.unit}_evaluated": held_out.count, "scores": scores}
 
 
 def _guessing(training: Training) -> dict[str, Any]:
-    chance = {"loss": None, "accuracy": 1 / training.data.classes}
-    return {"scores": {row.name: chance for row in rows(training.run.method)}}
+    chance = training.experiment.guess(training.data.classes)
+    return {"scores": {row.name: chance for row in rows(training.run.method, training.experiment.catalogue)}}
 
 
 def _recalibrated(training: Training) -> nn.Module:
@@ -230,4 +225,4 @@ def evaluate(model: nn.Module, split: Split) -> Scores:
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         correct += int((logits.argmax(1) == targets).sum())
     model.train()
-    return {"loss": loss / len(split) if math.isfinite(loss) else None, "accuracy": correct / len(split)}
+    return {"loss": loss / split.count if math.isfinite(loss) else None, "accuracy": correct / split.count}

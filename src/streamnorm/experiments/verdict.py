@@ -4,29 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from streamnorm.experiments.methods import METHODS
 from streamnorm.experiments.results import Results
-from streamnorm.experiments.stats import Interval
-
-
-def percent(value: float) -> str:
-    """An accuracy as a reader sees it.
-
-    Example:
-        >>> percent(0.9312)
-        '93.1%'
-    """
-    return f"{100 * value:.1f}%"
-
-
-def points(value: float) -> str:
-    """A difference of accuracies in percentage points, with its sign.
-
-    Example:
-        >>> points(-0.0123)
-        '−1.2'
-    """
-    return f"{100 * value:+.1f}".replace("-", "−")
+from streamnorm.experiments.score import Score
 
 
 def sentences(results: Results) -> list[str]:
@@ -41,36 +20,30 @@ def _opening(results: Results) -> Iterator[str]:
     means = sorted(cell.mean.mean for cell in cells if cell.mean is not None)
     if means:
         places = _listed([cell.setting.label for cell in cells if cell.mean is not None])
-        between = f"between {percent(means[0])} and {percent(means[-1])}" if len(means) > 1 else percent(means[0])
-        yield f"{METHODS[name].label} reaches {between} at {places}."
-
-
-def outcome(difference: Interval) -> str:
-    """Whether the 95% interval of a difference lies above zero, below it, or around it."""
-    if difference.known and difference.low > 0:
-        return "ahead of"
-    if difference.known and difference.high < 0:
-        return "behind"
-    return "not told apart from"
+        value = results.experiment.score.value
+        between = f"between {value(means[0])} and {value(means[-1])}" if len(means) > 1 else value(means[0])
+        yield f"{results.method(name).label} reaches {between} at {places}."
 
 
 def _comparisons(results: Results) -> Iterator[str]:
+    score = results.experiment.score
     for ours, theirs in results.experiment.comparisons:
         found = {setting: results.difference(ours, theirs, setting) for setting in results.settings}
         known = {setting: difference for setting, difference in found.items() if difference is not None}
         parts = []
         for word in ("ahead of", "not told apart from", "behind"):
-            places = {setting.label: d.mean for setting, d in known.items() if outcome(d) == word}
+            places = {setting.label: d.mean for setting, d in known.items() if score.outcome(d) == word}
             if places:
-                where = f"at {_listed(list(places))} ({_range(places.values())} points)"
-                parts.append(f"{word} {METHODS[theirs].label} {where}")
+                where = f"at {_listed(list(places))} ({_range(score, places.values())} {score.unit})"
+                parts.append(f"{word} {results.method(theirs).label} {where}")
         if parts:
-            yield f"{METHODS[ours].label} is {'; '.join(parts)}."
+            yield f"{results.method(ours).label} is {'; '.join(parts)}."
 
 
-def _range(values: Iterable[float]) -> str:
-    lowest, *_, highest = sorted([*values, *values])
-    return points(lowest) if points(lowest) == points(highest) else f"{points(lowest)} to {points(highest)}"
+def _range(score: Score, values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    lowest, highest = score.difference(ordered[0]), score.difference(ordered[-1])
+    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
 def _failures(results: Results) -> Iterator[str]:
@@ -86,7 +59,8 @@ def _divergences(results: Results) -> Iterator[str]:
     cells = [cell for cell in results.cells.values() if cell.diverged]
     if cells:
         places = [f"{c.method.label} at {c.setting.label} ({c.diverged} of {len(c.runs)} runs)" for c in cells]
-        yield f"Diverged even at the best rate: {_listed(places)}; such runs count with the accuracy of guessing."
+        guessing = results.experiment.words.guessing
+        yield f"Diverged even at the best rate: {_listed(places)}; such runs count with the {guessing}."
 
 
 def warnings(results: Results) -> list[str]:
@@ -115,7 +89,7 @@ def _unfinished(results: Results) -> Iterator[str]:
 
 
 def _few_seeds(results: Results) -> Iterator[str]:
-    counts = {len(cell.accuracy) for cell in results.cells.values() if cell.accuracy}
+    counts = {len(cell.scores) for cell in results.cells.values() if cell.scores}
     if len(counts) > 1:
         yield f"Not all results have the same number of seeds (from {min(counts)} to {max(counts)})."
     if counts and min(counts) < 3:

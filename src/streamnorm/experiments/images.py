@@ -1,0 +1,132 @@
+"""What experiments with images have in common."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from streamnorm.experiments.data import Data, Split, load, prepare, split_sizes
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Scores
+from streamnorm.experiments.methods import METHODS, Method, NormFactory
+from streamnorm.experiments.score import ACCURACY, Score
+from streamnorm.experiments.setting import Setting
+from streamnorm.experiments.sources import Source, open_source
+from streamnorm.experiments.wording import ImageWords, Words
+
+
+@dataclass(frozen=True)
+class Images:
+    """A source and how many of its images are used."""
+
+    source: Source
+    limit: int | None
+    validation: int | None
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.source.name
+
+    def prepare(self, folder: Path) -> dict[str, Any]:
+        """Decode the images into ``folder``."""
+        return prepare(self.source, self.limit, self.validation, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageExperiment(Experiment[Data]):
+    """Classifying images with SGD; whole passes over the training images, judged by accuracy."""
+
+    catalogue: ClassVar[Mapping[str, Method]] = METHODS
+    score: ClassVar[Score] = ACCURACY
+    unit: ClassVar[str] = "images"
+    words: ClassVar[Words] = ImageWords()
+
+    data: Folder = None
+    """Folder with images: Parquet files in the Hub's cifar10 layout, or CIFAR-10's binary files.
+
+    Default: scikit-learn's digits, so that nothing is downloaded. `streamnorm data --help` tells more."""
+
+    epochs: int = 1
+    """Passes over the training images."""
+
+    limit: Number = None
+    """Train on so many images, the first ones. Default: 10,000, or 800 of the digits."""
+
+    validation: Number = None
+    """Choose rates on so many images, those after the training images. Default: 5,000, or 297 of the digits."""
+
+    momentum: float = 0.9
+    """Momentum of SGD."""
+
+    curve_images: int = 1000
+    """Test images used for the points of a curve; the final accuracy always uses all of them."""
+
+    @abstractmethod
+    def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
+        """The network for images of ``shape`` (C, H, W), with layers made by ``norm``."""
+
+    def check(self) -> None:
+        """Look at the options before anything is read or written."""
+        super().check()
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
+
+    def _counts(self) -> tuple[str, ...]:
+        return ("epochs", "curve_images")
+
+    def open(self) -> Images:
+        """Find the images, without reading them."""
+        source = open_source(self.data)
+        images, _ = split_sizes(source, self.limit, self.validation)
+        for setting in self.settings:
+            if Setting.parse(setting).samples > images:
+                raise UserError(f"setting {setting}: a mini-batch cannot have more than the {images} training images")
+        return Images(source, self.limit, self.validation)
+
+    def load(self, folder: Path) -> Data:
+        """Map the decoded images into memory."""
+        return load(folder)
+
+    def model(self, data: Data, method: str) -> nn.Module:
+        """The network with layers of this method."""
+        return self.network(data.shape, data.classes, METHODS[method].make)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(parameters, lr=rate, momentum=self.momentum, fused=True)
+
+    def schedule(self, data: Data, setting: Setting) -> tuple[int, int]:
+        """Passes, and the updates that the whole mini-batches of one give."""
+        return self.epochs, math.ceil(len(data.train) // setting.samples / setting.batches)
+
+    def batches(self, data: Data, setting: Setting, seed: int, epoch: int, first_update: int) -> Iterator[Batch]:
+        """All images in an order of this pass; those left over when it is cut into mini-batches are not used."""
+        shuffle = torch.Generator().manual_seed(1_000_003 * epoch + seed)
+        order = torch.randperm(len(data.train), generator=shuffle)
+        start, whole = first_update * setting.batches * setting.samples, len(order) // setting.samples
+        for index in order[start : whole * setting.samples].split(setting.samples):
+            yield data.train.batch(index)
+
+    def watched(self, data: Data) -> Split:
+        """The first test images."""
+        return data.test.first(self.curve_images)
+
+    def guess(self, classes: int) -> Scores:
+        """One class in so many is right."""
+        return {"loss": None, "accuracy": 1 / classes}
+
+    def seen(self, data: Mapping[str, Any], setting: Setting) -> int:
+        """Images of all passes."""
+        return int(data["train"]) * self.epochs
+
+    def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
+        """The mini-batches and the weight updates, in mini-batches."""
+        return float(data["train"]) / setting.samples * (1 + 1 / setting.batches)
