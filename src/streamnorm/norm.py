@@ -148,6 +148,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
+        if self.training and torch.compiler.is_compiling():
+            return _outside_the_graph(self, x, mask)
         kind = (x.shape, x.dtype, self.training)
         if kind != self._accepted:
             self._check_input(x)
@@ -174,6 +176,11 @@ class Norm(nn.Module):
             return self._normalize_alone(x, mask, view)
         if not self._watched:
             self._watch()
+        if torch._C._current_graph_task_id() != -1:  # only while autograd runs a backward pass
+            raise RuntimeError(
+                f"{type(self).__name__} runs inside a backward pass: activation checkpointing computes its forward "
+                "pass a second time, and its samples would count twice. Leave this layer out of the checkpointed part"
+            )
         return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
@@ -556,6 +563,12 @@ class StreamingNorm2d(_StreamingNorm):  # noqa: D101
 class StreamingNorm3d(_StreamingNorm):  # noqa: D101
     __doc__ = _STREAMING_DOC.format(d=3, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
     _ranks = (5,)
+
+
+@torch.compiler.disable
+def _outside_the_graph(layer: Norm, x: Tensor, mask: Tensor | None) -> Tensor:
+    """A training step in a model that ``torch.compile`` compiles: with a graph break, on the engine of eager mode."""
+    return layer.forward(x, mask)
 
 
 def streaming_layers(model: nn.Module) -> list[Norm]:
