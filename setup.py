@@ -1,4 +1,4 @@
-"""The C++ engine; all else that setuptools needs to know is in pyproject.toml.
+"""The C++ engine, its one half for normalization and the other for recurrent networks; all else that setuptools needs to know is in pyproject.toml.
 
 It is optional: without a compiler the installation succeeds, and training runs on the PyTorch engine.
 """
@@ -32,4 +32,15 @@ native = Extension(
     py_limited_api=True,
 )
 
-setup(ext_modules=[native], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+# Its matrix products and exponentials want the fused multiply-add.
+recurrent = Extension(
+    "streamnorm.ops._recurrent",
+    sources=["src/streamnorm/ops/recurrent.cpp"],
+    depends=["src/streamnorm/ops/recurrent_kernels.h"],
+    extra_compile_args=[flag.replace("contract=off", "contract=fast") for flag in FLAGS],
+    language="c++",
+    optional=True,
+    py_limited_api=True,
+)
+
+setup(ext_modules=[native, recurrent], options={"bdist_wheel": {"py_limited_api": "cp310"}})

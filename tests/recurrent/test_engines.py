@@ -49,7 +49,7 @@ def _only_the_reference_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     run = loop.run
 
     def checked(*args: Any) -> Any:
-        assert ops._forced is ops.plain, "this ran on the loop"
+        assert ops._active[0] is ops.plain, "this ran on the loop"
         return run(*args)
 
     monkeypatch.setattr(loop, "run", checked)

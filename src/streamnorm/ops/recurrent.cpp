@@ -1,0 +1,194 @@
+// The C++ engine of recurrent networks: time steps on CPU memory.
+//
+// It knows nothing of PyTorch. recurrent/native.py describes a layer's memory once in a Plan, and asks for one time step a
+// call; between the calls PyTorch multiplies matrices. The formulas are in recurrent_kernels.h.
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+enum Kind : int64_t { unnormalized, features, sequences };
+enum Cell : int64_t { rnn_tanh, rnn_relu, gru, lstm };
+
+// One path of a layer, from its matrix product to the gates. All members are 8 bytes wide, in the order of native.py.
+struct Path {
+  int64_t kind, p;
+  void *values, *inverse;  // the products, later x̂: (rows of all steps, G); 1/s: (steps, G) or (rows of all steps)
+  const void *gain, *bias;
+  void *lasting, *recent;
+  int64_t *count, *samples;
+  void *lasting_grad, *recent_grad;
+  int64_t *count_grad, *samples_grad;
+  void *running_mean, *running_var;
+  int64_t running_rows;
+  void *dx, *d_gain, *d_bias;
+  double k, eps, window, alpha[3], beta[3], momentum, grad_scale;
+};
+
+// One layer in one direction.
+struct Plan {
+  int64_t cell, gates, hidden, is_double;
+  const int64_t* starts;  // where the rows of each step begin, and where the last ones end
+  void *output, *saved, *cells;
+  const void *h0, *c0, *d_output;
+  void *d_hidden, *d_cells, *scratch;
+  int64_t first_h_flows, h0_wanted;
+  const void* weight;  // (G, H), where the products with the hidden state are made here too
+  const void* panels;  // the same as `pack` leaves it, where there are more than a few rows
+  Path x, h;
+};
+
+// --- the kernels, once per instruction set ---------------------------------------------------------------------------------
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_X86_VARIANTS 1
+#else
+#define HAS_X86_VARIANTS 0
+#endif
+
+#define ISA baseline
+#define ISA_BYTES 16
+#include "recurrent_kernels.h"
+#undef ISA
+#undef ISA_BYTES
+
+#if HAS_X86_VARIANTS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define ISA avx2
+#define ISA_BYTES 32
+#include "recurrent_kernels.h"
+#undef ISA
+#undef ISA_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#define ISA avx512
+#define ISA_BYTES 64
+#include "recurrent_kernels.h"
+#undef ISA
+#undef ISA_BYTES
+#pragma GCC pop_options
+#endif
+
+typedef void (*Kernel)(const Plan&, int64_t);
+struct Variant {
+  const char* name;
+  Kernel forward[2], backward[2];  // of float and double
+  void (*pack[2])(const void*, void*, int64_t, int64_t);
+};
+#define VARIANT(isa) \
+  { #isa, {isa::forward_step<float>, isa::forward_step<double>}, {isa::backward_step<float>, isa::backward_step<double>}, \
+    {isa::pack<float>, isa::pack<double>} }
+const Variant variants[] = {
+#if HAS_X86_VARIANTS
+    VARIANT(avx512),
+    VARIANT(avx2),
+#endif
+    VARIANT(baseline),
+};
+const Variant* variant = nullptr;
+
+bool can_run(const char* name) {
+#if HAS_X86_VARIANTS
+  if (!strcmp(name, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return !strcmp(name, "baseline");
+}
+
+// --- what Python calls -------------------------------------------------------------------------------------------------------
+
+// The plan and a number; null with an error set where they are not.
+const Plan* arguments(PyObject* const* args, Py_ssize_t nargs, int64_t* number) {
+  char* bytes = nullptr;
+  Py_ssize_t length = 0;
+  if (nargs != 2 || PyBytes_AsStringAndSize(args[0], &bytes, &length) < 0 || length != sizeof(Plan)) {
+    if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "expected a plan of %zd bytes and the number of a step", (Py_ssize_t)sizeof(Plan));
+    return nullptr;
+  }
+  *number = PyLong_AsLongLong(args[1]);
+  if (*number == -1 && PyErr_Occurred()) return nullptr;
+  return (const Plan*)bytes;
+}
+
+// forward(plan, number): one step, whose matrix product has been made
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  int64_t number;
+  const Plan* plan = arguments(args, nargs, &number);
+  if (!plan) return nullptr;
+  variant->forward[plan->is_double](*plan, number);
+  Py_RETURN_NONE;
+}
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  int64_t number;
+  const Plan* plan = arguments(args, nargs, &number);
+  if (!plan) return nullptr;
+  variant->backward[plan->is_double](*plan, number);
+  Py_RETURN_NONE;
+}
+
+// pack(plan): fills plan.panels, which has room for whole panels
+PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  int64_t unused;
+  const Plan* plan = arguments(args, nargs, &unused);
+  if (!plan) return nullptr;
+  variant->pack[plan->is_double](plan->weight, (void*)plan->panels, plan->hidden, plan->gates * plan->hidden);
+  Py_RETURN_NONE;
+}
+
+// forward_all(plan, steps): all of them, matrix products included
+PyObject* forward_all(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  int64_t steps;
+  const Plan* plan = arguments(args, nargs, &steps);
+  if (!plan) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  for (int64_t number = 0; number < steps; number++) variant->forward[plan->is_double](*plan, number);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+PyObject* backward_all(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  int64_t steps;
+  const Plan* plan = arguments(args, nargs, &steps);
+  if (!plan) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  for (int64_t number = steps; number-- > 0;) variant->backward[plan->is_double](*plan, number);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+// setup(wanted instruction set or None) -> its name
+PyObject* setup(PyObject*, PyObject* wanted) {
+  const char* name = wanted == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(wanted, nullptr);
+  if (wanted != Py_None && !name) return nullptr;
+  for (const Variant& v : variants)
+    if (can_run(v.name) && (!name || !strcmp(name, v.name))) {
+      variant = &v;
+      return PyUnicode_FromString(v.name);
+    }
+  return PyErr_Format(PyExc_ImportError, "STREAMNORM_ISA=%s cannot run here", name ? name : "");
+}
+
+PyMethodDef methods[] = {
+    {"setup", setup, METH_O, nullptr},
+    {"forward", (PyCFunction)(void*)forward, METH_FASTCALL, nullptr},
+    {"backward", (PyCFunction)(void*)backward, METH_FASTCALL, nullptr},
+    {"pack", (PyCFunction)(void*)pack, METH_FASTCALL, nullptr},
+    {"forward_all", (PyCFunction)(void*)forward_all, METH_FASTCALL, nullptr},
+    {"backward_all", (PyCFunction)(void*)backward_all, METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_recurrent", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__recurrent() { return PyModule_Create(&module); }

@@ -1,0 +1,644 @@
+// Time steps of recurrent networks, forward and backward. recurrent.cpp includes this file once per instruction set, with
+// ISA (the namespace) and ISA_BYTES (the width of a register) set; it therefore has no include guard.
+//
+// A step walks over the hidden units in blocks of one register. For the units of a block it normalizes both paths of
+// every gate and then computes the gates, while all of that is in the cache. The formulas of the normalization are
+// explained in plain.py, those of the networks in recurrent/steps.py, their derivatives in recurrent/traced.py.
+
+namespace ISA {
+
+#define INLINE inline __attribute__((always_inline))
+#define OUTLINE __attribute__((noinline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINED __attribute__((always_inline))
+
+// --- vectors -----------------------------------------------------------------------------------------------------------
+
+template <class F> struct Lanes;
+template <> struct Lanes<float> {
+  typedef float V __attribute__((vector_size(ISA_BYTES)));
+  typedef int32_t I __attribute__((vector_size(ISA_BYTES)));
+  static constexpr int n = ISA_BYTES / 4, exponent_bits = 23, exponent_bias = 127, terms = 8;
+  static constexpr int32_t magnitude = 0x7fffffff;
+  static constexpr float largest = __FLT_MAX__, rounder = 0x1.8p23f, low = -87, high = 88;
+  static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+};
+template <> struct Lanes<double> {
+  typedef double V __attribute__((vector_size(ISA_BYTES)));
+  typedef int64_t I __attribute__((vector_size(ISA_BYTES)));
+  static constexpr int n = ISA_BYTES / 8, exponent_bits = 52, exponent_bias = 1023, terms = 14;
+  static constexpr int64_t magnitude = 0x7fffffffffffffffLL;
+  static constexpr double largest = __DBL_MAX__, rounder = 0x1.8p52, low = -708, high = 709;
+  static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b398p-40;
+};
+template <class F> using Vector = typename Lanes<F>::V;
+template <class F> using Mask = typename Lanes<F>::I;
+
+template <class F> INLINE Vector<F> all(F value) { return value - Vector<F>{}; }
+
+// How much of a register lies inside an array: all of it, or its first `count` lanes.
+template <class F> struct Whole {
+  static constexpr int count = Lanes<F>::n;
+  static INLINE Vector<F> load(const F* p) {
+    Vector<F> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static INLINE void store(F* p, Vector<F> v) { __builtin_memcpy(p, &v, sizeof v); }
+  static INLINE Vector<F> inside(Vector<F> v) { return v; }
+};
+template <class F> struct Part {
+  int count;
+  INLINE Vector<F> load(const F* p) const {
+    Vector<F> v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+  }
+  INLINE void store(F* p, Vector<F> v) const {
+    for (int i = 0; i < count; i++) p[i] = v[i];
+  }
+  INLINE Vector<F> inside(Vector<F> v) const {
+    for (int i = count; i < Lanes<F>::n; i++) v[i] = 0;
+    return v;
+  }
+};
+template <class F, class Body> INLINE void each_register(int64_t length, const Body& body) {
+  int64_t i = 0;
+  for (; i + Lanes<F>::n <= length; i += Lanes<F>::n) body(i, Whole<F>{});
+  if (i < length) body(i, Part<F>{(int)(length - i)});
+}
+
+template <class F> INLINE Vector<F> absolute(Vector<F> a) { return (Vector<F>)((Mask<F>)a & Lanes<F>::magnitude); }
+template <class F> INLINE Mask<F> finite(Vector<F> a) { return (Mask<F>)(absolute<F>(a) <= all<F>(Lanes<F>::largest)); }
+// sgn(d), 0 where d is 0
+template <class F> INLINE Vector<F> sign(Vector<F> d) {
+  return (Vector<F>)(((Mask<F>)all<F>(1) | ((Mask<F>)d & ~Lanes<F>::magnitude)) & (Mask<F>)(d != Vector<F>{}));
+}
+INLINE float root_of(float a) { return __builtin_sqrtf(a); }
+INLINE double root_of(double a) { return __builtin_sqrt(a); }
+template <class F> INLINE Vector<F> root(Vector<F> a) {
+  F lanes[Lanes<F>::n];
+  Whole<F>::store(lanes, a);
+  for (int i = 0; i < Lanes<F>::n; i++) lanes[i] = root_of(lanes[i]);
+  return Whole<F>::load(lanes);
+}
+template <class F> INLINE F total(Vector<F> a) {
+  F lanes[Lanes<F>::n];
+  Whole<F>::store(lanes, a);
+  for (int half = Lanes<F>::n / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// e^x − 1, to the last bits also where x is small: x = k·ln 2 + r, e^x − 1 = 2^k·(e^r − 1) + (2^k − 1). Beyond the range of
+// the type, x is taken at its end.
+template <class F> INLINE Vector<F> expm1(Vector<F> x) {
+  typedef Lanes<F> L;
+  x = x > L::high ? all<F>(L::high) : x;
+  x = x < L::low ? all<F>(L::low) : x;
+  Vector<F> shifted = x * (F)0x1.71547652b82fep0 + L::rounder, k = shifted - L::rounder;
+  Vector<F> r = (x - k * L::ln2_high) - k * L::ln2_low, q = {};
+  F inverse_factorial[L::terms], factorial = 1;
+  for (int i = 0; i < L::terms; i++) inverse_factorial[i] = 1 / (factorial *= (F)(i + 1));
+#pragma GCC unroll 16
+  for (int i = L::terms - 1; i >= 0; i--) q = q * r + inverse_factorial[i];
+  Vector<F> power = (Vector<F>)((((Mask<F>)shifted) + L::exponent_bias) << L::exponent_bits);
+  return power * (q * r) + (power - 1);
+}
+template <class F> INLINE Vector<F> sigmoid(Vector<F> x) { return 1 / (2 + expm1<F>(-x)); }
+template <class F> INLINE Vector<F> hyperbolic_tangent(Vector<F> x) {
+  Vector<F> e = expm1<F>(x + x);
+  return e / (e + 2);
+}
+
+// --- matrix products with the hidden state ------------------------------------------------------------------------------------
+
+// From n registers, the register of their sums: pairs of neighbours are added until one is left of each.
+template <class F> INLINE Vector<F> totals(Vector<F>* registers) {
+  constexpr int n = Lanes<F>::n;
+  Mask<F> even, odd;
+  for (int i = 0; i < n; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+#pragma GCC unroll 4
+  for (int left = n / 2; left; left /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < left; i++)
+      registers[i] = __builtin_shuffle(registers[2 * i], registers[2 * i + 1], even) + __builtin_shuffle(registers[2 * i], registers[2 * i + 1], odd);
+  return registers[0];
+}
+
+// out[r, g] = Σ h[r, k]·w[g, k] for R rows r, n/R rows g at a time: w as it is, read once.
+template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t H, int64_t G) {
+  constexpr int n = Lanes<F>::n, Q = n / R;
+  for (int64_t first = 0; first < G; first += Q) {
+    int64_t g = G < Q ? 0 : first + Q <= G ? first : G - Q;  // the last ones again, rather than too few
+    const F* rows = w + g * H;
+    Vector<F> sums[n] = {};
+    each_register<F>(H, [&](int64_t k, auto part) INLINED {
+      Vector<F> x[R];
+      UNROLL for (int r = 0; r < R; r++) x[r] = part.load(h + r * H + k);
+      UNROLL for (int q = 0; q < Q; q++) {
+        Vector<F> y = part.load(rows + (G < Q && q >= G ? 0 : q) * H + k);
+        UNROLL for (int r = 0; r < R; r++) sums[r * Q + q] += x[r] * y;
+      }
+    });
+    F values[n];
+    Whole<F>::store(values, totals<F>(sums));
+    for (int r = 0; r < R; r++)
+      for (int q = 0; q < Q && q < G; q++) out[r * G + g + q] = values[r * Q + q];
+  }
+}
+
+// sums[r, q] = Σ a[r, k]·b[k, q] over K terms, for R rows and Q registers of columns
+template <int R, int Q, class F> INLINE void tile(const F* a, int64_t a_stride, const F* b, int64_t b_stride, int64_t K, Vector<F> (&sums)[R][Q]) {
+  for (int64_t k = 0; k < K; k++) {
+    Vector<F> y[Q];
+    UNROLL for (int q = 0; q < Q; q++) y[q] = Whole<F>::load(b + k * b_stride + q * Lanes<F>::n);
+    UNROLL for (int r = 0; r < R; r++) {
+      Vector<F> x = all<F>(a[r * a_stride + k]);
+      UNROLL for (int q = 0; q < Q; q++) sums[r][q] += x * y[q];
+    }
+  }
+}
+
+// out[r, g] = Σ h[r, k]·w[g, k] for R rows r, with w packed: panels of two registers of columns g, in each k after k.
+template <int R, class F> OUTLINE void packed_products(const F* panels, const F* h, F* out, int64_t H, int64_t G) {
+  constexpr int n = Lanes<F>::n;
+  for (int64_t g = 0; g < G; g += 2 * n, panels += 2 * n * H) {
+    Vector<F> sums[R][2] = {};
+    tile<R, 2>(h, H, panels, 2 * n, H, sums);
+    for (int r = 0; r < R; r++)
+      for (int q = 0; q < 2; q++) {
+        F* to = out + r * G + g + q * n;
+        if (g + (q + 1) * n <= G) Whole<F>::store(to, sums[r][q]);
+        else if (g + q * n < G) Part<F>{(int)(G - g - q * n)}.store(to, sums[r][q]);
+      }
+  }
+}
+template <class F> void pack(const void* from, void* to, int64_t H, int64_t G) {
+  constexpr int64_t width = 2 * Lanes<F>::n;
+  const F* w = (const F*)from;
+  F* panels = (F*)to;
+  for (int64_t g = 0; g < G; g += width, panels += width * H)
+    for (int64_t i = 0; i < width; i++)
+      for (int64_t k = 0; k < H; k++) panels[k * width + i] = g + i < G ? w[(g + i) * H + k] : 0;
+}
+
+// out[r, k] += Σ d[r, g]·w[g, k] for R rows r: w as it is.
+template <int R, class F> OUTLINE void add_products(const F* w, const F* d, F* out, int64_t H, int64_t G) {
+  constexpr int n = Lanes<F>::n, Q = R >= 6 ? 2 : R >= 4 ? 4 : 8;
+  int64_t k = 0;
+  for (; k + Q * n <= H; k += Q * n) {
+    Vector<F> sums[R][Q] = {};
+    tile<R, Q>(d, G, w + k, H, G, sums);
+    for (int r = 0; r < R; r++)
+      for (int q = 0; q < Q; q++) Whole<F>::store(out + r * H + k + q * n, Whole<F>::load(out + r * H + k + q * n) + sums[r][q]);
+  }
+  each_register<F>(H - k, [&](int64_t i, auto part) INLINED {
+    Vector<F> sums[R] = {};
+    for (int64_t g = 0; g < G; g++) {
+      Vector<F> y = part.load(w + g * H + k + i);
+      UNROLL for (int r = 0; r < R; r++) sums[r] += y * d[r * G + g];
+    }
+    for (int r = 0; r < R; r++) part.store(out + r * H + k + i, part.load(out + r * H + k + i) + sums[r]);
+  });
+}
+
+// fn(constant R, first row) for all rows, as many at a time as there are registers for
+template <class Fn> INLINE void by_rows(int64_t rows, const Fn& fn) {
+  constexpr int most = ISA_BYTES == 64 ? 12 : 6;
+  int64_t b = 0;
+  for (; b + most <= rows; b += most) fn(std::integral_constant<int, most>{}, b);
+  for (; b + 4 <= rows; b += 4) fn(std::integral_constant<int, 4>{}, b);
+  for (; b + 2 <= rows; b += 2) fn(std::integral_constant<int, 2>{}, b);
+  if (b < rows) fn(std::integral_constant<int, 1>{}, b);
+}
+template <class F, class Fn> INLINE void by_few_rows(int64_t rows, const Fn& fn) {
+  int64_t b = 0;
+  if constexpr (Lanes<F>::n >= 4)
+    for (; b + 4 <= rows; b += 4) fn(std::integral_constant<int, 4>{}, b);
+  for (; b + 2 <= rows; b += 2) fn(std::integral_constant<int, 2>{}, b);
+  if (b < rows) fn(std::integral_constant<int, 1>{}, b);
+}
+
+// --- one use of a norm -----------------------------------------------------------------------------------------------------
+
+template <class F> struct Use {
+  typedef int64_t Counts __attribute__((vector_size(8 * Lanes<F>::n)));
+
+  const Path& path;
+  int64_t rows, number, G;
+  F* lasting = nullptr;  // the stream: (2, G), (2, G) and (G); or none
+  F* recent = nullptr;
+  int64_t* count = nullptr;
+  F n, w1 = 0, w2 = 0, w3 = 1;
+
+  Use(const Path& p, int64_t rows_, int64_t number_, int64_t G_, bool backward)
+      : path(p), rows(rows_), number(number_), G(G_), n((F)rows_) {
+    if (p.kind != features || !p.lasting) return;
+    lasting = (F*)(backward ? p.lasting_grad : p.lasting);
+    recent = (F*)(backward ? p.recent_grad : p.recent);
+    count = backward ? p.count_grad : p.count;
+    int64_t samples = *(backward ? p.samples_grad : p.samples) += rows;
+    const double* w = backward ? p.beta : p.alpha;
+    bool windowed = p.window > 0;
+    w1 = (F)(windowed ? p.window / (p.window + (double)samples) : w[0]);
+    w2 = (F)(windowed ? (double)samples / (p.window + (double)samples) : w[1]);
+    w3 = (F)(windowed ? 0 : w[2]);
+  }
+
+  template <class W> INLINE Vector<F> gain(int64_t g, const W& part) const { return path.gain ? part.load((const F*)path.gain + g) : all<F>(1); }
+  template <class W> INLINE Vector<F> bias(int64_t g, const W& part) const { return path.bias ? part.load((const F*)path.bias + g) : Vector<F>{}; }
+
+  // What one use of n elements weighs in the running average.
+  INLINE Vector<F> share(int64_t g, const Whole<F>&) const {
+    Counts counts;
+    __builtin_memcpy(&counts, count + g, sizeof counts);
+    return n / (__builtin_convertvector(counts, Vector<F>) + n);
+  }
+  INLINE Vector<F> share(int64_t g, const Part<F>& part) const {
+    Vector<F> counted = {};
+    for (int i = 0; i < part.count; i++) counted[i] = (F)count[g + i];
+    return n / (counted + n);
+  }
+  // A weight of zero keeps a value out altogether.
+  INLINE Vector<F> see(Vector<F> old, Vector<F> fresh, Vector<F> present) const {
+    Vector<F> v = {};
+    if (w1 != 0) v += w1 * old;
+    if (w2 != 0) v += w2 * fresh;
+    if (w3 != 0) v += w3 * present;
+    return v;
+  }
+  template <class W> INLINE void keep(int64_t g, Vector<F> fresh_mu, Vector<F> fresh_m, Mask<F> ok, const W& part) const {
+    part.store(recent + g, ok ? fresh_mu : part.load(recent + g));
+    part.store(recent + G + g, ok ? fresh_m : part.load(recent + G + g));
+    add_counts(g, ok, part);
+  }
+  INLINE void add_counts(int64_t g, Mask<F> ok, const Whole<F>&) const {
+    Counts counts;
+    __builtin_memcpy(&counts, count + g, sizeof counts);
+    counts += __builtin_convertvector(ok, Counts) & rows;
+    __builtin_memcpy(count + g, &counts, sizeof counts);
+  }
+  INLINE void add_counts(int64_t g, Mask<F> ok, const Part<F>& part) const {
+    for (int i = 0; i < part.count; i++) count[g + i] += ok[i] ? rows : 0;
+  }
+};
+
+// --- a statistic for each feature --------------------------------------------------------------------------------------------
+
+// The columns of one register from g on, `rows` rows that are G apart: x̂ in the place of x, and the inverse of s, which is
+// negative where a statistic is not finite.
+template <int P, class F, class W> OUTLINE void normalize_features(const Use<F>& use, F* x, F* inverse, int64_t g, const W& part) {
+  const Path& path = use.path;
+  x += g;
+  Vector<F> sum = {};
+  for (int64_t b = 0; b < use.rows; b++) sum += part.load(x + b * use.G);
+  Vector<F> b_mu = sum / use.n, mu = b_mu, share = {}, fresh_mu = {};
+  if (use.lasting) {
+    share = use.share(g, part);
+    fresh_mu = part.load(use.recent + g);
+    fresh_mu += (b_mu - fresh_mu) * share;
+    mu = use.see(part.load(use.lasting + g), fresh_mu, b_mu);
+  }
+  Vector<F> deviation = {};
+  for (int64_t b = 0; b < use.rows; b++) {
+    Vector<F> d = part.load(x + b * use.G) - mu;
+    deviation += P == 1 ? absolute<F>(d) : d * d;
+  }
+  Vector<F> b_m = deviation / use.n, m = b_m;
+  Mask<F> ok = finite<F>(b_mu) & finite<F>(b_m);
+  if (use.lasting) {
+    Vector<F> fresh_m = part.load(use.recent + use.G + g);
+    fresh_m += (b_m - fresh_m) * share;
+    m = use.see(part.load(use.lasting + use.G + g), fresh_m, b_m);
+    use.keep(g, fresh_mu, fresh_m, ok, part);
+  }
+  F k2 = (F)(path.k * path.k);
+  Vector<F> variance = P == 1 ? k2 * m * m : k2 * m;
+  Vector<F> scale = 1 / root<F>(variance + (F)path.eps);
+  part.store(inverse + g, ok ? scale : -scale);
+  for (int64_t b = 0; b < use.rows; b++) part.store(x + b * use.G, (part.load(x + b * use.G) - mu) * scale);
+
+  if (path.running_mean) {
+    int64_t row = use.number < path.running_rows ? use.number : path.running_rows - 1;
+    F *mean = (F*)path.running_mean + row * use.G + g, *var = (F*)path.running_var + row * use.G + g;
+    Vector<F> unbiased = variance * (use.n / (use.n - 1)), old_mean = part.load(mean), old_var = part.load(var);
+    F momentum = (F)path.momentum;
+    part.store(mean, finite<F>(b_mu) ? old_mean + momentum * (b_mu - old_mean) : old_mean);
+    part.store(var, finite<F>(unbiased) ? old_var + momentum * (unbiased - old_var) : old_var);
+  }
+}
+
+// From dy, the gradient behind gain and bias, to dx, which may lie over x̂. Rows of dy are `stride` apart and in whole
+// registers. The gradients of gain and bias grow.
+template <int P, class F, class W>
+OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t stride, const F* x_hat, const F* inverse, F* dx, int64_t g, const W& part) {
+  const Path& path = use.path;
+  x_hat += g;
+  Vector<F> sum = {}, along = {}, u = {};
+  for (int64_t b = 0; b < use.rows; b++) {
+    Vector<F> x = part.load(x_hat + b * use.G), d = Whole<F>::load(dy + b * stride);
+    sum += d;
+    along += d * x;
+    u += P == 1 ? sign<F>(x) : x;
+  }
+  part.store((F*)path.d_gain + g, part.load((F*)path.d_gain + g) + along);
+  part.store((F*)path.d_bias + g, part.load((F*)path.d_bias + g) + sum);
+  if (!dx) return;
+
+  dx += g;
+  Vector<F> gain = use.gain(g, part), stored = part.load(inverse + g), scale = absolute<F>(stored), unscale = all<F>((F)path.grad_scale);
+  Mask<F> cut = ~(Mask<F>)(stored > 0);
+  // sigma²/(p·m·s²): for p = 1 that is k·sigma/s², where sigma/s = √(1 − eps/s²)
+  Vector<F> inside = 1 - (F)path.eps * scale * scale;
+  inside = inside > 0 ? inside : Vector<F>{};
+  Vector<F> slope = P == 1 ? (F)path.k * scale * root<F>(inside) : (F)(path.k * path.k / 2) * scale * scale;
+  // p·u in units of the stored: sgn(x̂) for p = 1, x̂·2s for p = 2
+  Vector<F> factor = P == 1 ? all<F>(1) : 2 / scale;
+  Vector<F> g_m = -(gain * along / use.n) * slope / unscale;
+  Vector<F> g_mu = -(gain * sum / use.n) * scale / unscale;
+  Vector<F> share = {}, old_m = {}, old_mu = {}, long_m = {}, long_mu = {};
+  if (use.lasting) {
+    share = use.share(g, part);
+    old_mu = part.load(use.recent + g);
+    old_m = part.load(use.recent + use.G + g);
+    long_mu = part.load(use.lasting + g);
+    long_m = part.load(use.lasting + use.G + g);
+  }
+  Vector<F> fresh_m = old_m + (g_m - old_m) * share, moment = use.see(long_m, fresh_m, g_m);
+  moment = cut ? Vector<F>{} : moment * factor;
+  g_mu -= moment * (u / use.n);
+  Vector<F> fresh_mu = old_mu + (g_mu - old_mu) * share, location = use.see(long_mu, fresh_mu, g_mu);
+  if (use.lasting) use.keep(g, fresh_mu, fresh_m, finite<F>(g_m) & finite<F>(g_mu) & ~cut, part);
+  location *= unscale;
+  moment *= unscale;
+  Vector<F> direct = gain * scale;
+  for (int64_t b = 0; b < use.rows; b++) {
+    Vector<F> x = part.load(x_hat + b * use.G), d = Whole<F>::load(dy + b * stride);
+    part.store(dx + b * use.G, d * direct + location + moment * (P == 1 ? sign<F>(x) : x));
+  }
+}
+
+// --- a statistic for each sequence -------------------------------------------------------------------------------------------
+
+// Rows of G features: x̂ in the place of x, and the inverse of s for each row, negative where it is not finite.
+template <int P, class F> OUTLINE void normalize_sequences(const Use<F>& use, F* x, F* inverse) {
+  F size = (F)use.G, k2 = (F)(use.path.k * use.path.k);
+  for (int64_t b = 0; b < use.rows; b++, x += use.G) {
+    Vector<F> sums = {};
+    each_register<F>(use.G, [&](int64_t i, auto part) INLINED { sums += part.load(x + i); });
+    F mu = total<F>(sums) / size;
+    sums = Vector<F>{};
+    each_register<F>(use.G, [&](int64_t i, auto part) INLINED {
+      Vector<F> d = part.load(x + i) - mu;
+      Vector<F> power = P == 1 ? absolute<F>(d) : d * d;
+      sums += part.inside(power);
+    });
+    F m = total<F>(sums) / size;
+    F scale = 1 / root_of((P == 1 ? k2 * m * m : k2 * m) + (F)use.path.eps);
+    inverse[b] = m - m == 0 ? scale : -scale;
+    each_register<F>(use.G, [&](int64_t i, auto part) INLINED { part.store(x + i, (part.load(x + i) - mu) * scale); });
+  }
+}
+
+// As normalize_features_backward. dy is in gates, whose rows are `stride` apart: dy[gate[k]] + b·stride belongs to the
+// features from k·H on.
+template <int P, class F>
+OUTLINE void normalize_sequences_backward(const Use<F>& use, const F* const* dy, int64_t stride, const F* x_hat, const F* inverse, F* dx, int64_t H) {
+  const Path& path = use.path;
+  int64_t gates = use.G / H;
+  F size = (F)use.G, k = (F)path.k, eps = (F)path.eps;
+  for (int64_t b = 0; b < use.rows; b++) {
+    Vector<F> sums = {}, along_sums = {}, u_sums = {};
+    const F* x_row = x_hat + b * use.G;
+    for (int64_t gate = 0; gate < gates; gate++)
+      each_register<F>(H, [&](int64_t j, auto part) INLINED {
+        int64_t g = gate * H + j;
+        Vector<F> x = part.load(x_row + g), d = part.load(dy[gate] + b * stride + j), along = d * x, gain = use.gain(g, part);
+        part.store((F*)path.d_gain + g, part.load((F*)path.d_gain + g) + along);
+        part.store((F*)path.d_bias + g, part.load((F*)path.d_bias + g) + d);
+        sums += gain * d;
+        along_sums += gain * along;
+        u_sums += P == 1 ? sign<F>(x) : x;
+      });
+    if (!dx) continue;
+    F scale = inverse[b] < 0 ? -inverse[b] : inverse[b], inside = 1 - eps * scale * scale;
+    F slope = P == 1 ? k * scale * root_of(inside > 0 ? inside : 0) : k * k / 2 * scale * scale;
+    F moment = inverse[b] > 0 ? -total<F>(along_sums) / size * slope * (P == 1 ? 1 : 2 / scale) : 0;
+    F location = -total<F>(sums) / size * scale - moment * (total<F>(u_sums) / size);
+    for (int64_t gate = 0; gate < gates; gate++)
+      each_register<F>(H, [&](int64_t j, auto part) INLINED {
+        int64_t g = gate * H + j;
+        Vector<F> x = part.load(x_row + g), d = part.load(dy[gate] + b * stride + j);
+        part.store(dx + b * use.G + g, d * (use.gain(g, part) * scale) + location + moment * (P == 1 ? sign<F>(x) : x));
+      });
+  }
+}
+
+// --- a path that is not normalized -------------------------------------------------------------------------------------------
+
+template <class F, class W> INLINE void pass_backward(const Use<F>& use, const F* dy, int64_t stride, F* dx, int64_t g, const W& part) {
+  Vector<F> sum = {};
+  for (int64_t b = 0; b < use.rows; b++) {
+    Vector<F> d = part.load(dy + b * stride);
+    sum += d;
+    if (dx) part.store(dx + b * use.G + g, d);
+  }
+  part.store((F*)use.path.d_bias + g, part.load((F*)use.path.d_bias + g) + sum);
+}
+
+// --- a time step ---------------------------------------------------------------------------------------------------------------
+
+// Where the data of a step are. Rows of `x` and `h`, the paths, hold all gates; those of the others one value a unit.
+template <class F> struct Step {
+  const Plan& plan;
+  int64_t number, first, rows, H, G;
+  F *x, *h, *inverse_x, *inverse_h, *output, *saved, *cells;
+  const F *previous, *previous_cells;
+
+  Step(const Plan& p, int64_t t) : plan(p), number(t), first(p.starts[t]), rows(p.starts[t + 1] - first), H(p.hidden), G(p.gates * p.hidden) {
+    int64_t before = t ? p.starts[t - 1] : 0;
+    x = (F*)p.x.values + first * G;
+    h = (F*)p.h.values + first * G;
+    inverse_x = (F*)p.x.inverse + (p.x.kind == features ? t * G : first);
+    inverse_h = (F*)p.h.inverse + (p.h.kind == features ? t * G : first);
+    output = (F*)p.output + first * H;
+    saved = (F*)p.saved + first * G;
+    cells = (F*)p.cells + first * H;
+    previous = t ? (F*)p.output + before * H : (const F*)p.h0;
+    previous_cells = t ? (F*)p.cells + before * H : (const F*)p.c0;
+  }
+};
+
+template <class F, class W> INLINE void normalize(const Use<F>& use, F* x, F* inverse, int64_t g, const W& part) {
+  if (use.path.kind != features) return;
+  if (use.path.p == 1) normalize_features<1>(use, x, inverse, g, part);
+  else normalize_features<2>(use, x, inverse, g, part);
+}
+template <class F> INLINE void normalize_whole(const Use<F>& use, F* x, F* inverse) {
+  if (use.path.kind != sequences) return;
+  if (use.path.p == 1) normalize_sequences<1>(use, x, inverse);
+  else normalize_sequences<2>(use, x, inverse);
+}
+
+// A gate's share of a path: x̂·gain + bias.
+template <class F> struct Affine {
+  Vector<F> gain, bias;
+  template <class W> INLINE Affine(const Use<F>& use, int64_t g, const W& part) : gain(use.gain(g, part)), bias(use.bias(g, part)) {}
+};
+
+template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
+  typedef Vector<F> V;
+  Step<F> s(plan, number);
+  Use<F> from_x(plan.x, s.rows, number, s.G, false), from_h(plan.h, s.rows, number, s.G, false);
+  int64_t H = s.H, G = s.G;
+  if (plan.panels)
+    by_rows(s.rows, [&](auto R, int64_t b) INLINED { packed_products<R.value>((const F*)plan.panels, s.previous + b * H, s.h + b * G, H, G); });
+  else if (plan.weight)
+    by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { products_of_few<R.value>((const F*)plan.weight, s.previous + b * H, s.h + b * G, H, G); });
+  normalize_whole(from_x, s.x, s.inverse_x);
+  normalize_whole(from_h, s.h, s.inverse_h);
+  each_register<F>(H, [&](int64_t j, auto part) INLINED {
+    for (int64_t g = j; g < G; g += H) {
+      normalize(from_x, s.x, s.inverse_x, g, part);
+      normalize(from_h, s.h, s.inverse_h, g, part);
+    }
+    // The sum of both paths of a gate
+    auto gate = [&](int64_t k) INLINED {
+      Affine<F> ax(from_x, k * H + j, part), ah(from_h, k * H + j, part);
+      V gx = ax.gain, gh = ah.gain, bias = ax.bias + ah.bias;
+      return [=](const F* x, const F* h) INLINED { return part.load(x + k * H + j) * gx + part.load(h + k * H + j) * gh + bias; };
+    };
+    if (plan.cell == gru) {
+      auto reset_sum = gate(0), update_sum = gate(1);
+      Affine<F> new_x(from_x, 2 * H + j, part), new_h(from_h, 2 * H + j, part);
+      for (int64_t b = 0; b < s.rows; b++) {
+        const F *x = s.x + b * G, *h = s.h + b * G;
+        F* saved = s.saved + b * G + j;
+        V reset = sigmoid<F>(reset_sum(x, h)), update = sigmoid<F>(update_sum(x, h));
+        V from_past = part.load(h + 2 * H + j) * new_h.gain + new_h.bias;
+        V fresh = hyperbolic_tangent<F>(part.load(x + 2 * H + j) * new_x.gain + new_x.bias + reset * from_past);
+        part.store(saved, reset);
+        part.store(saved + H, update);
+        part.store(saved + 2 * H, fresh);
+        part.store(s.output + b * H + j, fresh + update * (part.load(s.previous + b * H + j) - fresh));
+      }
+    } else if (plan.cell == lstm) {
+      auto input_sum = gate(0), forget_sum = gate(1), candidate_sum = gate(2), output_sum = gate(3);
+      for (int64_t b = 0; b < s.rows; b++) {
+        const F *x = s.x + b * G, *h = s.h + b * G;
+        F* saved = s.saved + b * G + j;
+        V input = sigmoid<F>(input_sum(x, h)), forget = sigmoid<F>(forget_sum(x, h));
+        V candidate = hyperbolic_tangent<F>(candidate_sum(x, h)), output = sigmoid<F>(output_sum(x, h));
+        V cell = forget * part.load(s.previous_cells + b * H + j) + input * candidate;
+        part.store(saved, input);
+        part.store(saved + H, forget);
+        part.store(saved + 2 * H, candidate);
+        part.store(saved + 3 * H, output);
+        part.store(s.cells + b * H + j, cell);
+        part.store(s.output + b * H + j, output * hyperbolic_tangent<F>(cell));
+      }
+    } else {
+      auto sum = gate(0);
+      for (int64_t b = 0; b < s.rows; b++) {
+        V value = sum(s.x + b * G, s.h + b * G);
+        part.store(s.output + b * H + j, plan.cell == rnn_tanh ? hyperbolic_tangent<F>(value) : value > 0 ? value : V{});
+      }
+    }
+  });
+}
+
+// d_hidden comes in as the gradient that the later steps send to this step's hidden state, to which that of the output is
+// added, and goes out as what this step sends past the matrix product. dy has room for gates + 1 gradients of all rows.
+template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
+  typedef Vector<F> V;
+  Step<F> s(plan, number);
+  bool into_h = number > 0 ? true : plan.first_h_flows != 0;
+  Use<F> from_x(plan.x, plan.x.dx ? s.rows : 0, number, s.G, true), from_h(plan.h, into_h ? s.rows : 0, number, s.G, true);
+  from_x.rows = from_h.rows = s.rows;
+  int64_t H = s.H, G = s.G;
+  F* dx = plan.x.dx ? (F*)plan.x.dx + s.first * G : nullptr;
+  F* dh = into_h ? (F*)plan.h.dx + s.first * G : nullptr;
+  F *d_hidden = (F*)plan.d_hidden, *d_cells = (F*)plan.d_cells;
+  const F* d_output = plan.d_output ? (const F*)plan.d_output + s.first * H : nullptr;
+
+  // A register of columns at a time, or all columns where the norms' sums go over them.
+  constexpr int n = Lanes<F>::n;
+  bool apart = plan.x.kind == sequences || plan.h.kind == sequences;
+  int64_t stride = apart ? (H + n - 1) / n * n : n, size = s.rows * stride;
+  F* dy = (F*)plan.scratch;
+  auto finish = [&](const Use<F>& use, const F* gradient, const F* x_hat, const F* inverse, F* to, int64_t g, auto part) INLINED {
+    if (use.path.kind == unnormalized) pass_backward(use, gradient, stride, to, g, part);
+    else if (use.path.kind == features && use.path.p == 1) normalize_features_backward<1>(use, gradient, stride, x_hat, inverse, to, g, part);
+    else if (use.path.kind == features) normalize_features_backward<2>(use, gradient, stride, x_hat, inverse, to, g, part);
+  };
+
+  each_register<F>(H, [&](int64_t j, auto part) INLINED {
+    F* at = dy + (apart ? j : 0);
+    if (plan.cell == gru) {
+      Affine<F> new_h(from_h, 2 * H + j, part);
+      for (int64_t b = 0; b < s.rows; b++) {
+        const F* saved = s.saved + b * G + j;
+        V reset = part.load(saved), update = part.load(saved + H), fresh = part.load(saved + 2 * H);
+        V d = part.load(d_hidden + b * H + j);
+        if (d_output) d += part.load(d_output + b * H + j);
+        V from_past = part.load(s.h + b * G + 2 * H + j) * new_h.gain + new_h.bias;
+        V d_fresh = d * (1 - update) * (1 - fresh * fresh);
+        V d_update = d * (part.load(s.previous + b * H + j) - fresh) * update * (1 - update);
+        Whole<F>::store(at + b * stride, d_fresh * from_past * reset * (1 - reset));
+        Whole<F>::store(at + size + b * stride, d_update);
+        Whole<F>::store(at + 2 * size + b * stride, d_fresh);
+        Whole<F>::store(at + 3 * size + b * stride, d_fresh * reset);
+        part.store(d_hidden + b * H + j, d * update);
+      }
+    } else if (plan.cell == lstm) {
+      for (int64_t b = 0; b < s.rows; b++) {
+        const F* saved = s.saved + b * G + j;
+        V input = part.load(saved), forget = part.load(saved + H), candidate = part.load(saved + 2 * H), output = part.load(saved + 3 * H);
+        V squashed = hyperbolic_tangent<F>(part.load(s.cells + b * H + j)), d = part.load(d_hidden + b * H + j);
+        if (d_output) d += part.load(d_output + b * H + j);
+        V d_cell = part.load(d_cells + b * H + j) + d * output * (1 - squashed * squashed);
+        Whole<F>::store(at + b * stride, d_cell * candidate * input * (1 - input));
+        Whole<F>::store(at + size + b * stride, d_cell * part.load(s.previous_cells + b * H + j) * forget * (1 - forget));
+        Whole<F>::store(at + 2 * size + b * stride, d_cell * input * (1 - candidate * candidate));
+        Whole<F>::store(at + 3 * size + b * stride, d * squashed * output * (1 - output));
+        part.store(d_cells + b * H + j, d_cell * forget);
+        part.store(d_hidden + b * H + j, V{});
+      }
+    } else {
+      for (int64_t b = 0; b < s.rows; b++) {
+        V d = part.load(d_hidden + b * H + j), h = part.load(s.output + b * H + j);
+        if (d_output) d += part.load(d_output + b * H + j);
+        V derivative = plan.cell == rnn_tanh ? 1 - h * h : h > 0 ? all<F>(1) : V{};
+        Whole<F>::store(at + b * stride, d * derivative);
+        part.store(d_hidden + b * H + j, V{});
+      }
+    }
+    if (apart) return;
+    for (int64_t gate = 0; gate < plan.gates; gate++) {
+      finish(from_h, dy + (plan.cell == gru && gate == 2 ? 3 : gate) * size, s.h, s.inverse_h, dh, gate * H + j, part);
+      finish(from_x, dy + gate * size, s.x, s.inverse_x, dx, gate * H + j, part);
+    }
+  });
+  auto multiply = [&]() INLINED {
+    if (plan.weight && dh && (number > 0 || plan.h0_wanted))
+      by_rows(s.rows, [&](auto R, int64_t b) INLINED { add_products<R.value>((const F*)plan.weight, dh + b * G, d_hidden + b * H, H, G); });
+  };
+  if (!apart) return multiply();
+  const F *dy_x[4], *dy_h[4];
+  for (int gate = 0; gate < 4; gate++) {
+    dy_x[gate] = dy + gate * size;
+    dy_h[gate] = dy + (plan.cell == gru && gate == 2 ? 3 : gate) * size;
+  }
+  auto finish_whole = [&](const Use<F>& use, const F* const* gradients, const F* x_hat, const F* inverse, F* to) INLINED {
+    if (use.path.kind == sequences && use.path.p == 1) return normalize_sequences_backward<1>(use, gradients, stride, x_hat, inverse, to, H);
+    if (use.path.kind == sequences) return normalize_sequences_backward<2>(use, gradients, stride, x_hat, inverse, to, H);
+    for (int64_t gate = 0; gate < plan.gates; gate++)
+      each_register<F>(H, [&](int64_t j, auto part) INLINED { finish(use, gradients[gate] + j, x_hat, inverse, to, gate * H + j, part); });
+  };
+  finish_whole(from_h, dy_h, s.h, s.inverse_h, dh);
+  finish_whole(from_x, dy_x, s.x, s.inverse_x, dx);
+  multiply();
+}
+
+}  // namespace ISA
