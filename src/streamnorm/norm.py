@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import ops, updates
 from .moments import LpMoment
@@ -148,7 +149,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
-        if self.training and torch.compiler.is_compiling():
+        if self.training and is_compiling():
             return _outside_the_graph(self, x, mask)
         kind = (x.shape, x.dtype, self.training)
         if kind != self._accepted:
@@ -181,7 +182,11 @@ class Norm(nn.Module):
                 f"{type(self).__name__} runs inside a backward pass: activation checkpointing computes its forward "
                 "pass a second time, and its samples would count twice. Leave this layer out of the checkpointed part"
             )
-        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
+        try:  # a step of a small layer feels the search of nn.Module.__getattr__
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # parametrized: computed when it is asked for
+            weight, bias = self.weight, self.bias
+        return ops.normalize(x, weight, bias, mask, view, self.formula, self.state, self._grad_scale)
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""

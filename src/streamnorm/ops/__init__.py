@@ -35,9 +35,11 @@ def normalize(
     stats: Tensor | None = None,
 ) -> Tensor:
     """Normalize, apply gain and bias, advance the stream; ``plain.normalize`` explains the arguments."""
-    engine = next(e for e in _active if e.supports(x, mask, view, formula, state))
-    y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
-    return y
+    for engine in _active:
+        if engine.supports(x, mask, view, formula, state):
+            y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+            return y
+    raise AssertionError("the reference takes every input")
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
