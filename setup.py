@@ -1,4 +1,4 @@
-"""The C++ engine, its one half for normalization and the other for recurrent networks; all else that setuptools needs to know is in pyproject.toml.
+"""The C++ engine, for normalization and for recurrent networks; the rest of the packaging is in pyproject.toml.
 
 It is optional: without a compiler the installation succeeds, and training runs on the PyTorch engine.
 """

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #if defined(__x86_64__)
@@ -1043,8 +1044,13 @@ const Layout* find_layout(Plan& plan, const DLTensor& x) {
 
 // --- tensors -------------------------------------------------------------------------------------------------------------
 
+// What is kept of PyTorch, by setup().
 const DLPackExchangeAPI* exchange = nullptr;
-PyObject *tensor_type = nullptr, *parameter_type = nullptr, *get_num_threads = nullptr;
+PyObject *tensor_type = nullptr, *parameter_type = nullptr;
+PyObject *empty_like = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
+PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr;
+PyObject* names[8] = {};  // of the state's buffers
+PyObject* unsupported = nullptr;
 
 Type type_of(const DLTensor& t) {
   if (t.dtype.lanes != 1) return Type::other;
@@ -1090,14 +1096,33 @@ bool borrow_flat(PyObject* object, int64_t count, DLTensor& t) { return borrow(o
 
 constexpr int64_t alone = 32768;  // elements below which a second thread, or giving up the GIL, does not pay
 
+// An owned reference, or null with a Python error set.
+struct Reference {
+  PyObject* object;
+  explicit Reference(PyObject* o = nullptr) : object(o) {}
+  Reference(const Reference&) = delete;
+  ~Reference() { Py_XDECREF(object); }
+  operator PyObject*() const { return object; }
+  PyObject* release() {
+    PyObject* o = object;
+    object = nullptr;
+    return o;
+  }
+};
+
 PyObject* refuse(const char* what) {
-  PyErr_Format(PyExc_ValueError, "the C++ engine was given %s that it does not take; this is an error in streamnorm", what);
+  PyErr_Format(unsupported, "the C++ engine does not take %s", what);
   return nullptr;
 }
 const char* const plan_name = "streamnorm.plan";
 void free_plan(PyObject* capsule) { delete (Plan*)PyCapsule_GetPointer(capsule, plan_name); }
-Plan* get_plan(PyObject* capsule) { return (Plan*)PyCapsule_GetPointer(capsule, plan_name); }
+// A plan is a tuple whose first item is the capsule that make_plan returns.
+Plan* get_plan(PyObject* plan) {
+  PyObject* capsule = PyTuple_GetItem(plan, 0);
+  return capsule ? (Plan*)PyCapsule_GetPointer(capsule, plan_name) : nullptr;
+}
 
+// plan(split, kept, axes, p, centered, k, eps, window or 0, alpha, beta) -> capsule
 PyObject* make_plan(PyObject*, PyObject* args) {
   PyObject *split, *kept, *origin;
   Formula f = {};
@@ -1108,11 +1133,11 @@ PyObject* make_plan(PyObject*, PyObject* args) {
   f.centered = centered;
   f.windowed = f.window > 0;
   int axes = (int)PyTuple_Size(split);
-  if (axes > max_axes || PyTuple_Size(origin) != axes) return refuse("a view of too many axes");
+  if (axes > max_axes || PyTuple_Size(origin) != axes) return refuse("a view of so many axes");
   Plan plan = {};
   plan.axes = axes;
   plan.formula = f;
-  plan.numel = plan.samples = plan.channels = 1;
+  plan.numel = plan.samples = plan.channels = plan.G = 1;
   for (int i = 0; i < axes; i++) {
     plan.size[i] = PyLong_AsLongLong(PyTuple_GetItem(split, i));
     plan.origin[i] = (int)PyLong_AsLong(PyTuple_GetItem(origin, i));
@@ -1121,10 +1146,9 @@ PyObject* make_plan(PyObject*, PyObject* args) {
     if (plan.origin[i] == 0) plan.samples *= plan.size[i];
     if (plan.origin[i] == 1) plan.channels *= plan.size[i];
   }
-  plan.G = 1;
   for (Py_ssize_t i = 0; i < PyTuple_Size(kept); i++) {
     long k = PyLong_AsLong(PyTuple_GetItem(kept, i));
-    if (k < 0 || k >= axes) return refuse("a kept axis outside the view");
+    if (k < 0 || k >= axes) return refuse("a view that keeps an axis it does not have");
     plan.kept[k] = true;
     plan.G *= plan.size[k];
   }
@@ -1134,23 +1158,44 @@ PyObject* make_plan(PyObject*, PyObject* args) {
   return PyCapsule_New(new Plan(plan), plan_name, free_plan);
 }
 
-// x is of the plan's shape and of a type and layout that the kernels take.
-const Layout* read_input(Plan& plan, PyObject* object, DLTensor& x) {
-  if (!borrow(object, x) || type_of(x) == Type::other || x.ndim != plan.dims) return nullptr;
+// x, if it is of the plan's shape and of a type that the kernels take.
+bool has_shape(const Plan& plan, PyObject* object, DLTensor& x) {
+  if (!borrow(object, x) || type_of(x) == Type::other || x.ndim != plan.dims) return false;
   for (int i = 0, a = 0; i < x.ndim; i++) {
     int64_t size = 1;
     for (; a < plan.axes && plan.origin[a] == i; a++) size *= plan.size[a];
-    if (size != x.shape[i]) return nullptr;
+    if (size != x.shape[i]) return false;
   }
-  return find_layout(plan, x);
+  return true;
+}
+// And if it lies so that they can walk it.
+bool read_input(Plan& plan, PyObject* object, DLTensor& x, Call& call, Layout& layout) {
+  if (!has_shape(plan, object, x)) return false;
+  const Layout* found = find_layout(plan, x);
+  if (!found) return false;
+  layout = *found;
+  call.formula = &plan.formula;
+  call.layout = &layout;
+  call.type = type_of(x);
+  call.n = plan.n;
+  call.x = x.data;
+  call.grad_scale = 1;
+  return true;
 }
 
+// accepts(plan, x) -> 0: never, 1: as it lies, 2: made contiguous
 PyObject* accepts(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 2) return refuse("a number of arguments");
+  if (count != 2) return refuse("this number of arguments");
   Plan* plan = get_plan(args[0]);
   if (!plan) return nullptr;
   DLTensor x;
-  return PyBool_FromLong(read_input(*plan, args[1], x) != nullptr);
+  Call call = {};
+  Layout layout;
+  if (read_input(*plan, args[1], x, call, layout)) return PyLong_FromLong(1);
+  if (!has_shape(*plan, args[1], x)) return PyLong_FromLong(0);
+  int64_t strides[max_axes], step = 1;
+  for (int i = plan->dims - 1; i >= 0; i--) strides[i] = step, step *= x.shape[i];
+  return PyLong_FromLong(make_layout(*plan, strides, layout) ? 2 : 0);
 }
 
 bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type) {
@@ -1162,57 +1207,81 @@ bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type&
   return type != Type::other;
 }
 
-// state: (long, short, long_grad, short_grad, count, grad_count, samples, grad_samples). Reads the forward or the
-// gradient half and counts the samples of this use; gives the mixing weights that follow.
-bool read_state(Plan& plan, PyObject* state, bool grad, Type wide, Call& call) {
-  const double* fixed = grad ? plan.formula.beta : plan.formula.alpha;
-  memcpy(call.mix, fixed, sizeof call.mix);
-  if (state == Py_None) {
-    if (!grad) call.mix[0] = call.mix[1] = 0, call.mix[2] = 1;
-    return true;
-  }
-  if (!PyTuple_Check(state) || PyTuple_Size(state) != 8) return false;
-  DLTensor lasting, recent, count, samples;
-  if (!borrow_flat(PyTuple_GetItem(state, grad ? 2 : 0), 2 * plan.G, lasting) || type_of(lasting) != wide) return false;
-  if (!borrow_flat(PyTuple_GetItem(state, grad ? 3 : 1), 2 * plan.G, recent) || type_of(recent) != wide) return false;
-  if (!borrow_flat(PyTuple_GetItem(state, grad ? 5 : 4), plan.G, count) || !is_int64(count)) return false;
-  if (!borrow_flat(PyTuple_GetItem(state, grad ? 7 : 6), 1, samples) || !is_int64(samples)) return false;
-  call.lasting = lasting.data;
-  call.recent = recent.data;
-  call.count = (int64_t*)count.data;
-  int64_t seen = *(int64_t*)samples.data += plan.samples;
-  if (plan.formula.windowed) {
-    double total = plan.formula.window + (double)seen;
-    call.mix[0] = plan.formula.window / total;
-    call.mix[1] = (double)seen / total;
-    call.mix[2] = 0;
-  }
-  return true;
-}
-
-bool execute(Call& call, int64_t numel, bool forward) {
-  call.threads = 1;
-  if (numel < alone) {
-    try {
-      run(call, forward);
-    } catch (const std::bad_alloc&) {
-      PyErr_NoMemory();
-      return false;
+// The forward or the gradient half of a state, in the order (long, short, count, samples).
+struct Half {
+  DLTensor part[4];
+  bool read(const Plan& plan, PyObject* state, bool grad, Type wide) {
+    const int places[4] = {grad ? 2 : 0, grad ? 3 : 1, grad ? 5 : 4, grad ? 7 : 6};
+    for (int i = 0; i < 4; i++) {
+      if (!borrow_flat(PyTuple_GetItem(state, places[i]), i < 2 ? 2 * plan.G : i == 2 ? plan.G : 1, part[i])) return false;
+      if (i < 2 ? type_of(part[i]) != wide : !is_int64(part[i])) return false;
     }
     return true;
   }
-  PyObject* threads = PyObject_CallFunctionObjArgs(get_num_threads, nullptr);
-  if (!threads) return false;
-  call.threads = (int)smaller(larger(1, PyLong_AsLong(threads)), (numel + alone - 1) / alone);
-  Py_DecRef(threads);
-  bool enough = true;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    run(call, forward);
-  } catch (const std::bad_alloc&) {
-    enough = false;
+  // Count the samples of this use; the mixing weights follow.
+  void use(const Plan& plan, Call& call) {
+    call.lasting = part[0].data;
+    call.recent = part[1].data;
+    call.count = (int64_t*)part[2].data;
+    double seen = (double)(*(int64_t*)part[3].data += plan.samples);
+    if (!plan.formula.windowed) return;
+    call.mix[0] = plan.formula.window / (plan.formula.window + seen);
+    call.mix[1] = seen / (plan.formula.window + seen);
+    call.mix[2] = 0;
   }
-  Py_END_ALLOW_THREADS
+};
+
+// The state as a tuple, in the order of spec.State; it comes as one, or as a module's dict of buffers, or is None.
+PyObject* state_tuple(PyObject* state) {
+  if (state == Py_None || PyTuple_Check(state)) {
+    if (state != Py_None && PyTuple_Size(state) != 8) return refuse("such a state");
+    Py_IncRef(state);
+    return state;
+  }
+  PyObject* tuple = PyTuple_New(8);
+  for (int i = 0; tuple && i < 8; i++) {
+    PyObject* buffer = PyDict_GetItemWithError(state, names[i]);
+    if (!buffer) {
+      Py_DecRef(tuple);
+      return PyErr_Occurred() ? nullptr : refuse("a state without all its buffers");
+    }
+    Py_IncRef(buffer);
+    PyTuple_SetItem(tuple, i, buffer);
+  }
+  return tuple;
+}
+
+// Whether something wants to see every PyTorch operation: a dispatch mode, a function mode, a tracer. 1, 0, or -1 for an error.
+int watched() {
+  for (PyObject* modes : {dispatch_modes, function_modes}) {
+    Reference count(PyObject_CallFunctionObjArgs(modes, nullptr));
+    if (!count) return -1;
+    if (PyLong_AsLong(count) != 0) return 1;
+  }
+  Reference state(PyObject_CallFunctionObjArgs(tracing, nullptr));
+  return !state ? -1 : state != Py_None;
+}
+
+bool execute(Call& call, int64_t numel, bool forward) {
+  bool enough = true;
+  auto guarded = [&] {
+    try {
+      run(call, forward);
+    } catch (const std::bad_alloc&) {
+      enough = false;
+    }
+  };
+  call.threads = 1;
+  if (numel < alone) {
+    guarded();
+  } else {
+    Reference threads(PyObject_CallFunctionObjArgs(get_num_threads, nullptr));
+    if (!threads) return false;
+    call.threads = (int)smaller(larger(1, PyLong_AsLong(threads)), (numel + alone - 1) / alone);
+    Py_BEGIN_ALLOW_THREADS
+    guarded();
+    Py_END_ALLOW_THREADS
+  }
   if (!enough) PyErr_NoMemory();
   return enough;
 }
@@ -1220,96 +1289,112 @@ bool execute(Call& call, int64_t numel, bool forward) {
 // (3, G), and room to read the last values as a whole pack.
 Py_ssize_t saved_size(const Plan& plan, Type wide) { return 3 * plan.G * (wide == Type::f64 ? 8 : 4) + 64; }
 
-// forward(plan, x, weight, bias, y, state, stats) -> saved
+// forward(plan, x, weight, bias, state, grad_scale, stats) -> (y, what backward needs)
+// Refuses, before anything has changed, whatever it does not take.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7) return refuse("a number of arguments");
-  Plan* plan = get_plan(args[0]);
+  if (count != 7) return refuse("this number of arguments");
+  PyObject *plan_object = args[0], *bias = args[3], *grad_scale = args[5];
+  Plan* plan = get_plan(plan_object);
   if (!plan) return nullptr;
-  DLTensor x, y;
-  const Layout* layout = read_input(*plan, args[1], x);
-  if (!layout) return refuse("an input");
-  Layout walk = *layout;
+  int seen = watched();
+  if (seen) return seen < 0 ? nullptr : refuse("part in what is traced or watched");
+  DLTensor x, y, stats = {};
   Call call = {};
-  call.formula = &plan->formula;
-  call.layout = &walk;
-  call.type = type_of(x);
-  call.n = plan->n;
-  call.x = x.data;
-  call.grad_scale = 1;
+  Layout layout;
+  if (!read_input(*plan, args[1], x, call, layout)) return refuse("this input");
   Type wide = call.type == Type::f64 ? Type::f64 : Type::f32;
-  if (!read_parameter(args[2], plan->channels, call.weight, call.weight_type)) return refuse("a gain");
-  if (!read_parameter(args[3], plan->channels, call.bias, call.bias_type)) return refuse("a bias");
-  if (!borrow(args[4], y) || type_of(y) != call.type || !same_strides(x, y)) return refuse("an output");
-  call.y = y.data;
-  expect_writes(call.y, plan->numel * x.dtype.bits / 8);
-  DLTensor stats = {};
+  if (!read_parameter(args[2], plan->channels, call.weight, call.weight_type)) return refuse("this gain");
+  if (!read_parameter(bias, plan->channels, call.bias, call.bias_type)) return refuse("this bias");
+  Reference state(state_tuple(args[4]));
+  if (!state) return nullptr;
+  Half half, grad_half;
+  if (state != Py_None && !(half.read(*plan, state, false, wide) && grad_half.read(*plan, state, true, wide))) return refuse("this state");
   Buffer moments;
   if (args[6] != Py_None) {
-    if (!borrow_flat(args[6], 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("a tensor for statistics");
+    if (!borrow_flat(args[6], 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("this tensor for statistics");
     call.moments = (double*)moments.zeroed(plan->G * sizeof(double));
   }
-  PyObject* saved = PyBytes_FromStringAndSize(nullptr, saved_size(*plan, wide));
+  Reference output(PyObject_CallFunctionObjArgs(empty_like, args[1], nullptr));
+  if (!output) return nullptr;
+  if (!borrow(output, y) || type_of(y) != call.type || !same_strides(x, y)) return refuse("this output");
+  Reference saved(PyBytes_FromStringAndSize(nullptr, saved_size(*plan, wide)));
   if (!saved) return nullptr;
+
+  call.y = y.data;
+  expect_writes(call.y, plan->numel * x.dtype.bits / 8);
   call.saved = PyBytes_AsString(saved);
-  if (!read_state(*plan, args[5], false, wide, call)) {
-    Py_DecRef(saved);
-    return refuse("a state");
-  }
-  if (!execute(call, plan->numel, true)) {
-    Py_DecRef(saved);
-    return nullptr;
-  }
+  memcpy(call.mix, plan->formula.alpha, sizeof call.mix);
+  if (state == Py_None) call.mix[0] = call.mix[1] = 0, call.mix[2] = 1;
+  else half.use(*plan, call);
+  if (!execute(call, plan->numel, true)) return nullptr;
   for (int64_t i = 0; call.moments && i < plan->G; i++) {
     set_number(stats.data, type_of(stats), i, number(call.saved, wide, i));
     set_number(stats.data, type_of(stats), plan->G + i, call.moments[i]);
   }
-  return saved;
+  Reference kept(PyTuple_Pack(5, plan_object, saved.object, state.object, grad_scale, bias));
+  return kept ? PyTuple_Pack(2, output.object, kept.object) : nullptr;
 }
 
-// backward(plan, saved, dy, x, weight, dx, dw, db, state, grad_scale): fills dx, dw, db where they are not None
+// backward(what forward kept, (x, weight), dy, (whether x, weight, bias need a gradient)) -> (dx, dw, db, None, None, None, None)
+// Refuses an output gradient that it does not take.
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 10) return refuse("a number of arguments");
-  Plan* plan = get_plan(args[0]);
-  if (!plan) return nullptr;
+  if (count != 4) return refuse("this number of arguments");
+  PyObject *kept = args[0], *inputs = args[1], *dy_object = args[2], *needs = args[3];
+  PyObject *saved = PyTuple_GetItem(kept, 1), *state = PyTuple_GetItem(kept, 2), *grad_scale = PyTuple_GetItem(kept, 3),
+           *bias = PyTuple_GetItem(kept, 4), *x_object = PyTuple_GetItem(inputs, 0), *weight = PyTuple_GetItem(inputs, 1);
+  Plan* plan = get_plan(PyTuple_GetItem(kept, 0));
+  if (!plan || !weight || !bias) return nullptr;
   DLTensor x, dy, t;
-  const Layout* layout = read_input(*plan, args[3], x);
-  if (!layout) return refuse("an input");
-  Layout walk = *layout;
   Call call = {};
-  call.formula = &plan->formula;
-  call.layout = &walk;
-  call.type = type_of(x);
-  call.n = plan->n;
-  call.x = x.data;
+  Layout layout;
+  if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
   Type wide = call.type == Type::f64 ? Type::f64 : Type::f32;
-  call.saved = PyBytes_AsString(args[1]);
-  if (!call.saved || PyBytes_Size(args[1]) != saved_size(*plan, wide)) return refuse("saved statistics");
-  if (!borrow(args[2], dy) || type_of(dy) != call.type || !same_strides(x, dy)) return refuse("an output gradient");
+  call.saved = PyBytes_AsString(saved);
+  if (!call.saved || PyBytes_Size(saved) != saved_size(*plan, wide)) return refuse("these statistics");
+  if (!borrow(dy_object, dy) || type_of(dy) != call.type || size_of(dy) != plan->numel) return refuse("this output gradient");
+  Reference copy;
+  if (!same_strides(x, dy)) {
+    copy.object = PyObject_CallFunctionObjArgs(copy_like, x_object, dy_object, nullptr);
+    if (!copy) return nullptr;
+    if (!borrow(copy, dy) || type_of(dy) != call.type || !same_strides(x, dy)) return refuse("this output gradient");
+  }
   call.dy = dy.data;
-  if (!read_parameter(args[4], plan->channels, call.weight, call.weight_type)) return refuse("a gain");
-  if (args[5] != Py_None) {
-    if (!borrow(args[5], t) || type_of(t) != call.type || !same_strides(x, t)) return refuse("an input gradient");
-    call.dx = t.data;
-    expect_writes(call.dx, plan->numel * x.dtype.bits / 8);
-  }
-  const void* out;
-  if (args[6] != Py_None) {
-    if (!read_parameter(args[6], plan->channels, out, call.weight_type)) return refuse("a gain's gradient");
-    call.dw = (void*)out;
-  }
-  if (args[7] != Py_None) {
-    if (!read_parameter(args[7], plan->channels, out, call.bias_type)) return refuse("a bias's gradient");
-    call.db = (void*)out;
-  }
-  call.grad_scale = 1;
-  if (args[9] != Py_None) {
-    if (!borrow_flat(args[9], 1, t) || type_of(t) == Type::other) return refuse("a gradient scale");
+  if (!read_parameter(weight, plan->channels, call.weight, call.weight_type)) return refuse("this gain");
+  if (grad_scale != Py_None) {
+    if (!borrow_flat(grad_scale, 1, t) || type_of(t) == Type::other) return refuse("this gradient scale");
     call.grad_scale = number(t.data, type_of(t), 0);
   }
-  if (call.dx && !read_state(*plan, args[8], true, wide, call)) return refuse("a state");
-  if (!execute(call, plan->numel, false)) return nullptr;
-  Py_IncRef(Py_None);
-  return Py_None;
+
+  PyObject* of[3] = {x_object, weight, bias};
+  void** data[3] = {&call.dx, &call.dw, &call.db};
+  Reference result(PyTuple_New(7));
+  if (!result) return nullptr;
+  for (int i = 0; i < 7; i++) {
+    PyObject* grad = Py_None;
+    if (i < 3 && of[i] != Py_None && PyTuple_GetItem(needs, i) == Py_True) {
+      grad = PyObject_CallFunctionObjArgs(empty_like, of[i], nullptr);
+      if (!grad) return nullptr;
+      if (!borrow(grad, t) || (i == 0 ? !same_strides(x, t) : !is_contiguous(t))) {
+        Py_DecRef(grad);
+        return refuse("this gradient");
+      }
+      *data[i] = t.data;
+      (i == 2 ? call.bias_type : call.weight_type) = i == 0 ? call.weight_type : type_of(t);
+    } else {
+      Py_IncRef(grad);
+    }
+    PyTuple_SetItem(result, i, grad);
+  }
+  if (call.dx) {
+    expect_writes(call.dx, plan->numel * x.dtype.bits / 8);
+    memcpy(call.mix, plan->formula.beta, sizeof call.mix);
+    if (state != Py_None) {
+      Half half;
+      if (!half.read(*plan, state, true, wide)) return refuse("this state");
+      half.use(*plan, call);
+    }
+  }
+  return execute(call, plan->numel, false) ? result.release() : nullptr;
 }
 
 // One half of a commit: the short-term averages of an index that was used move into its long-term ones.
@@ -1322,54 +1407,59 @@ template <class F> void commit_half(F* lasting, F* recent, int64_t* count, int64
     }
   memset(count, 0, G * sizeof(int64_t));
 }
+// False, with nothing changed, for a state that is not in plain CPU memory.
 bool commit_state(PyObject* state, const double* kappa, double window) {
-  DLTensor t[8];
-  if (!PyTuple_Check(state) || PyTuple_Size(state) != 8) return false;
-  for (int i = 0; i < 8; i++)
-    if (!borrow(PyTuple_GetItem(state, i), t[i]) || !is_contiguous(t[i])) return false;
-  int64_t G = size_of(t[4]);
-  Type type = type_of(t[0]);
+  DLTensor count;
+  if (!borrow(PyTuple_GetItem(state, 4), count)) return false;
+  Plan plan = {};
+  plan.G = size_of(count);
+  DLTensor lasting;
+  if (!borrow(PyTuple_GetItem(state, 0), lasting)) return false;
+  Type type = type_of(lasting);
   if (type != Type::f32 && type != Type::f64) return false;
-  for (int i = 0; i < 8; i++) {
-    if (size_of(t[i]) != (i < 4 ? 2 * G : i < 6 ? G : 1)) return false;
-    if (i < 4 ? type_of(t[i]) != type : !is_int64(t[i])) return false;
-  }
+  Half halves[2];
+  for (int grad = 0; grad < 2; grad++)
+    if (!halves[grad].read(plan, state, grad, type)) return false;
   for (int grad = 0; grad < 2; grad++) {
-    int64_t* samples = (int64_t*)t[6 + grad].data;
+    const DLTensor* part = halves[grad].part;
+    int64_t* samples = (int64_t*)part[3].data;
     double ratio = window > 0 ? (double)*samples / window : 0;
     double keep = window > 0 ? exp(-ratio) : kappa[2 * grad], take = window > 0 ? -expm1(-ratio) : kappa[2 * grad + 1];
-    void *lasting = t[2 * grad].data, *recent = t[2 * grad + 1].data;
-    int64_t* count = (int64_t*)t[4 + grad].data;
-    if (type == Type::f64) commit_half((double*)lasting, (double*)recent, count, G, keep, take);
-    else commit_half((float*)lasting, (float*)recent, count, G, keep, take);
+    if (type == Type::f64) commit_half((double*)part[0].data, (double*)part[1].data, (int64_t*)part[2].data, plan.G, keep, take);
+    else commit_half((float*)part[0].data, (float*)part[1].data, (int64_t*)part[2].data, plan.G, keep, take);
     *samples = 0;
   }
   return true;
 }
 
-// commit(state, kappa or None, window or None) -> whether it was done
-PyObject* commit(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3) return refuse("a number of arguments");
-  double kappa[4] = {}, window = 0;
-  if (args[2] != Py_None) {
-    window = PyFloat_AsDouble(args[2]);
-  } else {
-    for (int i = 0; i < 4; i++) {
-      PyObject* item = PySequence_GetItem(args[1], i);
-      if (!item) return nullptr;
-      kappa[i] = PyFloat_AsDouble(item);
-      Py_DecRef(item);
-    }
+// commit([(state, (..., kappa, window)), ...]) -> those that it does not take. The last two items of a formula count.
+PyObject* commit(PyObject*, PyObject* uses) {
+  if (!PyList_Check(uses)) return refuse("uses that are no list");
+  Reference rest(PyList_New(0));
+  for (Py_ssize_t i = 0; rest && i < PyList_Size(uses); i++) {
+    PyObject *use = PyList_GetItem(uses, i), *state_object = PyTuple_GetItem(use, 0), *formula = PyTuple_GetItem(use, 1);
+    if (!formula) return nullptr;
+    Py_ssize_t size = PyTuple_Size(formula);
+    PyObject *constants = PyTuple_GetItem(formula, size - 2), *span = PyTuple_GetItem(formula, size - 1);
+    if (!constants || !span) return nullptr;
+    double kappa[4] = {}, window = span == Py_None ? 0 : PyFloat_AsDouble(span);
+    for (int k = 0; span == Py_None && k < 4; k++) kappa[k] = PyFloat_AsDouble(PyTuple_GetItem(constants, k));
+    if (PyErr_Occurred()) return nullptr;
+    Reference state(state_tuple(state_object));
+    if (!state) return nullptr;
+    if (!commit_state(state, kappa, window) && PyList_Append(rest, use)) return nullptr;
   }
-  if (PyErr_Occurred()) return nullptr;
-  return PyBool_FromLong(commit_state(args[0], kappa, window));
+  return rest.release();
 }
 
-// setup(Tensor, Parameter, exchange, get_num_threads, library, instructions) -> (instructions, whether there are threads)
+// setup(Tensor, Parameter, exchange, (empty_like, copy_like, get_num_threads, dispatch_modes, function_modes, tracing), names,
+//       library, instructions or None) -> (instructions, whether there are threads)
 PyObject* setup(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *capsule, *threads;
+  PyObject *tensor, *parameter, *capsule, *functions[6], *buffers;
   const char *library, *wanted;
-  if (!PyArg_ParseTuple(args, "OOOOsz", &tensor, &parameter, &capsule, &threads, &library, &wanted)) return nullptr;
+  if (!PyArg_ParseTuple(args, "OOO(OOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
+                        &functions[4], &functions[5], &PyTuple_Type, &buffers, &library, &wanted))
+    return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
   if (api->header.version.major != 1 || !api->borrow) {
@@ -1383,7 +1473,7 @@ PyObject* setup(PyObject*, PyObject* args) {
       break;
     }
   if (!chosen) {
-    PyErr_Format(PyExc_ValueError, "this processor or build has no instruction set %s; it can be baseline, avx2 or avx512", wanted);
+    PyErr_Format(PyExc_ValueError, "this processor or build has no instruction set %s; STREAMNORM_ISA can be baseline, avx2 or avx512", wanted);
     return nullptr;
   }
 #ifndef _WIN32
@@ -1396,8 +1486,18 @@ PyObject* setup(PyObject*, PyObject* args) {
   if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   registered = true;
 #endif
-  Py_IncRef(tensor), Py_IncRef(parameter), Py_IncRef(threads);
-  tensor_type = tensor, parameter_type = parameter, get_num_threads = threads;
+  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing};
+  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5]};
+  for (int i = 0; i < 8; i++) {
+    Py_IncRef(values[i]);
+    Py_XDECREF(*places[i]);
+    *places[i] = values[i];
+    PyObject* name = PyTuple_GetItem(buffers, i);
+    if (!name) return nullptr;
+    Py_IncRef(name);
+    Py_XDECREF(names[i]);
+    names[i] = name;
+  }
   exchange = api;
   variant = chosen;
   return Py_BuildValue("sO", chosen->name, gomp_parallel ? Py_True : Py_False);
@@ -1411,11 +1511,16 @@ PyMethodDef methods[] = {
     {"accepts", function(accepts), METH_FASTCALL, nullptr},
     {"forward", function(forward), METH_FASTCALL, nullptr},
     {"backward", function(backward), METH_FASTCALL, nullptr},
-    {"commit", function(commit), METH_FASTCALL, nullptr},
+    {"commit", commit, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Training steps on CPU tensors; see native.py.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() {
+  PyObject* m = PyModule_Create(&module);
+  unsupported = PyErr_NewException("streamnorm.ops._native.Unsupported", PyExc_ValueError, nullptr);
+  if (!m || !unsupported || PyModule_AddObjectRef(m, "Unsupported", unsupported)) return nullptr;
+  return m;
+}

@@ -1,16 +1,19 @@
 """The C++ engine: training steps on plain CPU tensors, in one call each way.
 
-This module decides what goes there and makes the tensors; ``native.cpp`` does the rest and advances the stream.
+``native.cpp`` does the work, advances the stream, and refuses whatever it does not take before it has changed
+anything; then the PyTorch engine runs. This module holds what must be Python: the autograd function.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import eager
 from .first_order import first_order_only
@@ -18,29 +21,43 @@ from .spec import PRESENT_ONLY, Formula, State, View
 
 NAME = "native"
 
-_native: Any = None
-_status = ""
+
+class Plan(NamedTuple):
+    """What the C++ engine needs to know beforehand about inputs of one shape; see :func:`plan`."""
+
+    capsule: Any
+    view: View
+    formula: Formula
+
+
+def _copy_like(x: Tensor, dy: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(dy)
 
 
 def _load() -> tuple[Any, str]:
-    """The extension and a line about it, or None and why it is not there."""
+    """The extension, or None, and a line about it."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is None:
-        return None, f"not available: PyTorch {torch.__version__} has no __dlpack_c_exchange_api__"
+        return None, f"not available: PyTorch {torch.__version__} has no DLPack exchange table, later ones do"
     try:
         from . import _native as extension
     except ImportError as error:
-        return None, f"not available: not built ({error}); install with a C++ compiler"
+        return None, f"not available: it was not built ({error}); install streamnorm where there is a C++ compiler"
+    functions = (
+        torch.empty_like,
+        _copy_like,
+        torch.get_num_threads,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._get_tracing_state,
+    )
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    wanted = os.environ.get("STREAMNORM_ISA") or None
+    isa = os.environ.get("STREAMNORM_ISA") or None
     try:
-        isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, torch.get_num_threads, library, wanted)
+        isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, functions, State._fields, library, isa)
     except ImportError as error:
         return None, f"not available: {error}"
-    return (
-        extension,
-        f"available: C++ on the CPU, {isa}, {'PyTorch threads' if threads else 'one thread: no OpenMP runtime found'}",
-    )
+    return extension, f"available: C++ for {isa}, {'on PyTorch’s threads' if threads else 'on one thread'}"
 
 
 _native, _status = _load()
@@ -56,42 +73,33 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
     return (
         _native is not None
         and mask is None
-        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and x.layout is torch.strided
-        and x.is_floating_point()
+        and not is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
-        and (_native.accepts(_plan(view, formula), x) or _native.accepts(_plan(view, formula), x.detach().contiguous()))
+        and _native.accepts(plan(view, formula), x) != _NEVER
     )
 
 
-_plans: dict[tuple[int, int], tuple[Any, View, Formula]] = {}
+_NEVER, _AS_IT_LIES, _AFTER_A_COPY = range(3)
+"""What the extension's ``accepts`` says of an input."""
+
+_plans: dict[tuple[int, int], Plan] = {}
 
 
-def _plan(view: View, formula: Formula) -> Any:
+def plan(view: View, formula: Formula) -> Plan:
+    """The plan for a view and a formula, which are looked up by identity: pass the same objects again."""
     key = (id(view), id(formula))
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= 4096:
             _plans.clear()
-        plan = _native.plan(
-            view.split,
-            view.kept,
-            view.axes,
-            formula.p,
-            formula.centered,
-            formula.k,
-            formula.eps,
-            formula.window or 0.0,
-            formula.alpha or PRESENT_ONLY,
-            formula.beta or PRESENT_ONLY,
-        )
-        found = _plans[key] = (plan, view, formula)
-    return found[0]
+        shape = (view.split, view.kept, view.axes)
+        constants = (formula.p, formula.centered, formula.k, formula.eps, formula.window or 0.0)
+        mixes = (formula.alpha or PRESENT_ONLY, formula.beta or PRESENT_ONLY)
+        found = _plans[key] = Plan(_native.plan(*shape, *constants, *mixes), view, formula)
+    return found
 
 
 def normalize(
@@ -105,48 +113,95 @@ def normalize(
     grad_scale: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
-    """As ``plain.normalize``."""
-    plan = _plan(view, formula)
-    if not _native.accepts(plan, x):
+    """As ``plain.normalize``. What turns out not to be for C++, such as a gain of another kind, goes to PyTorch."""
+    prepared = plan(view, formula)
+    if _native.accepts(prepared, x) == _AFTER_A_COPY:
         x = x.contiguous()
-    y: Tensor = _Normalize.apply(x, weight, bias, plan, state, grad_scale, stats)
+    y = attempt(prepared, x, weight, bias, state, grad_scale, stats)
+    if y is NotImplemented:
+        return eager.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     return y
+
+
+def attempt(
+    prepared: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: State | dict[str, Tensor | None] | None,
+    grad_scale: Tensor | None,
+    stats: Tensor | None = None,
+) -> Any:
+    """Normalize as ``normalize`` does, or return NotImplemented with nothing changed.
+
+    This is the short way: all checks are made in C++, on the way to the result.
+
+    Args:
+        prepared: of :func:`plan`. An input of another shape is not for it.
+        x, weight, bias, grad_scale, stats: as for ``normalize``.
+        state: the stream's averages, or the module's dict of buffers that holds them.
+    """
+    if is_compiling():
+        return NotImplemented
+    try:
+        return _apply(x, weight, bias, prepared, state, grad_scale, stats)
+    except _native.Unsupported:
+        return NotImplemented
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        plan: Any,
-        state: State | None,
-        grad_scale: Tensor | None,
-        stats: Tensor | None,
-    ) -> Tensor:
-        y = torch.empty_like(x)
-        ctx.saved = _native.forward(plan, x, weight, bias, y, state, stats)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.plan, ctx.state, ctx.grad_scale = plan, state, grad_scale
+        ctx: Any, x: Any, weight: Any, bias: Any, prepared: Any, state: Any, grad_scale: Any, stats: Any
+    ) -> Any:
+        y, ctx.kept = _native.forward(prepared, x, weight, bias, state, grad_scale, stats)
+        ctx.save_for_backward(x, weight)
         return y
 
     @staticmethod
-    @first_order_only
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx = torch.empty_like(x) if needs_x else None
-        dw = torch.empty_like(weight) if needs_weight else None
-        db = torch.empty_like(bias) if needs_bias else None
-        if dy.stride() != x.stride():
-            dy = torch.empty_like(x).copy_(dy)
-        _native.backward(ctx.plan, ctx.saved, dy, x, weight, dx, dw, db, ctx.state, ctx.grad_scale)
-        return dx, dw, db, None, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return _backward_once(ctx, dy)
+        try:
+            return _native.backward(ctx.kept, ctx.saved_tensors, dy, ctx.needs_input_grad)
+        except _native.Unsupported:
+            return _backward_in_pytorch(ctx, dy)
+
+
+def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
+    """For an output gradient that is no plain tensor, such as a batch of them under vmap."""
+    (_, view, formula), saved, state, grad_scale, bias = ctx.kept
+    x, weight = ctx.saved_tensors
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = torch.frombuffer(bytearray(saved), dtype=dtype, count=3 * view.num_stats).view(3, -1)
+    stand_in = SimpleNamespace(
+        saved_tensors=(x, weight, None, statistics),
+        needs_input_grad=ctx.needs_input_grad,
+        view=view,
+        formula=formula,
+        state=state and State(*state),
+        grad_scale=grad_scale,
+        n=view.num_elements,
+        samples=x.shape[0],
+        has_bias=bias is not None,
+    )
+    return eager._Normalize.backward(stand_in, dy)[:3] + (None,) * 4
+
+
+@first_order_only
+def _backward_once(ctx: Any, dy: Tensor) -> Any:
+    with torch.no_grad():
+        return _Normalize.backward(ctx, dy)
+
+
+# Function.apply of Python looks for wrappers that functorch left behind, which have no memory and are refused anyway.
+_apply = super(torch.autograd.Function, _Normalize).apply
+# One call fewer on the way back: autograd calls this attribute, which would only look up the function above.
+_Normalize._backward_cls.apply = _Normalize.backward
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
-    """As ``plain.commit``."""
-    rest = [(state, formula) for state, formula in uses if not _native.commit(state, formula.kappa, formula.window)]
+    """As ``plain.commit``, in one call for all layers."""
+    rest = _native.commit([(state, (formula.kappa, formula.window)) for state, formula in uses])
     if rest:
-        eager.commit(rest)
+        eager.commit([use for use in uses if any(use[0] is state for state, _ in rest)])

@@ -35,12 +35,13 @@ struct Path {
 struct Plan {
   int64_t cell, gates, hidden, is_double;
   const int64_t* starts;  // where the rows of each step begin, and where the last ones end
-  void *output, *saved, *cells;
-  const void *h0, *c0, *d_output;
+  void *output, *cells;
+  const void *h0, *c0;
+  const void* weight;  // (G, H), where the products with the hidden state are made here too
+  const void* panels;  // its transpose as `pack` leaves it, where there are more than a few rows
+  const void* d_output;
   void *d_hidden, *d_cells, *scratch;
   int64_t first_h_flows, h0_wanted;
-  const void* weight;  // (G, H), where the products with the hidden state are made here too
-  const void* panels;  // the same as `pack` leaves it, where there are more than a few rows
   Path x, h;
 };
 
@@ -82,11 +83,12 @@ typedef void (*Kernel)(const Plan&, int64_t);
 struct Variant {
   const char* name;
   Kernel forward[2], backward[2];  // of float and double
-  void (*pack[2])(const void*, void*, int64_t, int64_t);
+  void (*pack[2])(const void* b, int64_t row, int64_t column, int64_t K, int64_t N, void* panels);
+  void (*multiply[2])(const void* a, int64_t row, int64_t term, const void* panels, void* out, int64_t M, int64_t N, int64_t K);
 };
 #define VARIANT(isa) \
   { #isa, {isa::forward_step<float>, isa::forward_step<double>}, {isa::backward_step<float>, isa::backward_step<double>}, \
-    {isa::pack<float>, isa::pack<double>} }
+    {isa::pack<float>, isa::pack<double>}, {isa::multiply<float>, isa::multiply<double>} }
 const Variant variants[] = {
 #if HAS_X86_VARIANTS
     VARIANT(avx512),
@@ -137,12 +139,31 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Py_RETURN_NONE;
 }
 
-// pack(plan): fills plan.panels, which has room for whole panels
+// All arguments as integers; false with an error set where they are not that many.
+bool integers(PyObject* const* args, Py_ssize_t nargs, int64_t* values, Py_ssize_t wanted) {
+  if (nargs != wanted) return PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", wanted, nargs), false;
+  for (Py_ssize_t i = 0; i < wanted; i++) {
+    values[i] = PyLong_AsLongLong(args[i]);
+    if (values[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+// pack(double?, b, row stride, column stride, K, N, panels)
 PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  int64_t unused;
-  const Plan* plan = arguments(args, nargs, &unused);
-  if (!plan) return nullptr;
-  variant->pack[plan->is_double](plan->weight, (void*)plan->panels, plan->hidden, plan->gates * plan->hidden);
+  int64_t v[7];
+  if (!integers(args, nargs, v, 7)) return nullptr;
+  variant->pack[v[0] != 0]((void*)v[1], v[2], v[3], v[4], v[5], (void*)v[6]);
+  Py_RETURN_NONE;
+}
+
+// multiply(double?, a, row stride, term stride, panels of b, out, M, N, K)
+PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  int64_t v[9];
+  if (!integers(args, nargs, v, 9)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  variant->multiply[v[0] != 0]((void*)v[1], v[2], v[3], (void*)v[4], (void*)v[5], v[6], v[7], v[8]);
+  Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
 
@@ -166,14 +187,19 @@ PyObject* backward_all(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Py_RETURN_NONE;
 }
 
-// setup(wanted instruction set or None) -> its name
+// setup(wanted instruction set or None) -> (its name, whether multiply is likely to outrun the BLAS of PyTorch)
 PyObject* setup(PyObject*, PyObject* wanted) {
   const char* name = wanted == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(wanted, nullptr);
   if (wanted != Py_None && !name) return nullptr;
   for (const Variant& v : variants)
     if (can_run(v.name) && (!name || !strcmp(name, v.name))) {
       variant = &v;
-      return PyUnicode_FromString(v.name);
+      bool outruns = false;
+#if HAS_X86_VARIANTS
+      // MKL leaves AVX-512 alone on AMD's processors.
+      outruns = !strcmp(v.name, "avx512") && __builtin_cpu_is("amd");
+#endif
+      return Py_BuildValue("sO", v.name, outruns ? Py_True : Py_False);
     }
   return PyErr_Format(PyExc_ImportError, "STREAMNORM_ISA=%s cannot run here", name ? name : "");
 }
@@ -183,6 +209,7 @@ PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void*)forward, METH_FASTCALL, nullptr},
     {"backward", (PyCFunction)(void*)backward, METH_FASTCALL, nullptr},
     {"pack", (PyCFunction)(void*)pack, METH_FASTCALL, nullptr},
+    {"multiply", (PyCFunction)(void*)multiply, METH_FASTCALL, nullptr},
     {"forward_all", (PyCFunction)(void*)forward_all, METH_FASTCALL, nullptr},
     {"backward_all", (PyCFunction)(void*)backward_all, METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

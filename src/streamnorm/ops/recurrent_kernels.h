@@ -130,57 +130,69 @@ template <class F> INLINE Vector<F> totals(Vector<F>* registers) {
 template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t H, int64_t G) {
   constexpr int n = Lanes<F>::n, Q = n / R;
   for (int64_t first = 0; first < G; first += Q) {
-    int64_t g = G < Q ? 0 : first + Q <= G ? first : G - Q;  // the last ones again, rather than too few
-    const F* rows = w + g * H;
+    int64_t g = first + Q <= G || G < Q ? first : G - Q;  // the last ones again, rather than too few
+    const F* rows[Q];
+    for (int q = 0; q < Q; q++) rows[q] = w + (g + q < G ? g + q : 0) * H;
     Vector<F> sums[n] = {};
     each_register<F>(H, [&](int64_t k, auto part) INLINED {
       Vector<F> x[R];
       UNROLL for (int r = 0; r < R; r++) x[r] = part.load(h + r * H + k);
       UNROLL for (int q = 0; q < Q; q++) {
-        Vector<F> y = part.load(rows + (G < Q && q >= G ? 0 : q) * H + k);
+        Vector<F> y = part.load(rows[q] + k);
+        __builtin_prefetch(rows[q] + Q * H + k);
         UNROLL for (int r = 0; r < R; r++) sums[r * Q + q] += x[r] * y;
       }
     });
     F values[n];
     Whole<F>::store(values, totals<F>(sums));
     for (int r = 0; r < R; r++)
-      for (int q = 0; q < Q && q < G; q++) out[r * G + g + q] = values[r * Q + q];
+      for (int q = 0; q < Q && g + q < G; q++) out[r * G + g + q] = values[r * Q + q];
   }
 }
 
 // sums[r, q] = Σ a[r, k]·b[k, q] over K terms, for R rows and Q registers of columns
-template <int R, int Q, class F> INLINE void tile(const F* a, int64_t a_stride, const F* b, int64_t b_stride, int64_t K, Vector<F> (&sums)[R][Q]) {
+template <int R, int Q, class F>
+INLINE void tile(const F* a, int64_t a_row, int64_t a_term, const F* b, int64_t b_term, int64_t K, Vector<F> (&sums)[R][Q]) {
   for (int64_t k = 0; k < K; k++) {
     Vector<F> y[Q];
-    UNROLL for (int q = 0; q < Q; q++) y[q] = Whole<F>::load(b + k * b_stride + q * Lanes<F>::n);
+    UNROLL for (int q = 0; q < Q; q++) y[q] = Whole<F>::load(b + k * b_term + q * Lanes<F>::n);
     UNROLL for (int r = 0; r < R; r++) {
-      Vector<F> x = all<F>(a[r * a_stride + k]);
+      Vector<F> x = all<F>(a[r * a_row + k * a_term]);
       UNROLL for (int q = 0; q < Q; q++) sums[r][q] += x * y[q];
     }
   }
 }
 
-// out[r, g] = Σ h[r, k]·w[g, k] for R rows r, with w packed: panels of two registers of columns g, in each k after k.
-template <int R, class F> OUTLINE void packed_products(const F* panels, const F* h, F* out, int64_t H, int64_t G) {
-  constexpr int n = Lanes<F>::n;
-  for (int64_t g = 0; g < G; g += 2 * n, panels += 2 * n * H) {
-    Vector<F> sums[R][2] = {};
-    tile<R, 2>(h, H, panels, 2 * n, H, sums);
-    for (int r = 0; r < R; r++)
-      for (int q = 0; q < 2; q++) {
-        F* to = out + r * G + g + q * n;
-        if (g + (q + 1) * n <= G) Whole<F>::store(to, sums[r][q]);
-        else if (g + q * n < G) Part<F>{(int)(G - g - q * n)}.store(to, sums[r][q]);
-      }
-  }
-}
-template <class F> void pack(const void* from, void* to, int64_t H, int64_t G) {
+// A matrix b of K rows and N columns in panels of two registers of columns, each panel row after row.
+template <class F> void pack(const void* from, int64_t b_row, int64_t b_column, int64_t K, int64_t N, void* to) {
   constexpr int64_t width = 2 * Lanes<F>::n;
-  const F* w = (const F*)from;
-  F* panels = (F*)to;
-  for (int64_t g = 0; g < G; g += width, panels += width * H)
-    for (int64_t i = 0; i < width; i++)
-      for (int64_t k = 0; k < H; k++) panels[k * width + i] = g + i < G ? w[(g + i) * H + k] : 0;
+  const F* b = (const F*)from;
+  F* panel = (F*)to;
+  for (int64_t c = 0; c < N; c += width, panel += width * K)
+    if (b_column == 1 && c + width <= N)
+      for (int64_t k = 0; k < K; k++) __builtin_memcpy(panel + k * width, b + k * b_row + c, width * sizeof(F));
+    else
+      for (int64_t i = 0; i < width; i++)
+        for (int64_t k = 0; k < K; k++) panel[k * width + i] = c + i < N ? b[k * b_row + (c + i) * b_column] : 0;
+}
+
+// out[r, c] = Σ a[r, k]·b[k, c] for R rows r and the columns c of a panel, of which there are `columns`; the K terms from
+// `first` on, which are added to those before.
+template <int R, class F>
+OUTLINE void panel_products(const F* a, int64_t a_row, int64_t a_term, const F* panel, int64_t first, int64_t K, F* out, int64_t out_row, int64_t columns) {
+  constexpr int n = Lanes<F>::n;
+  Vector<F> sums[R][2] = {};
+  tile<R, 2>(a + first * a_term, a_row, a_term, panel + first * 2 * n, 2 * n, K, sums);
+  for (int r = 0; r < R; r++)
+    for (int q = 0; q < 2; q++) {
+      F* to = out + r * out_row + q * n;
+      if ((q + 1) * n <= columns) {
+        Whole<F>::store(to, first ? Whole<F>::load(to) + sums[r][q] : sums[r][q]);
+      } else if (q * n < columns) {
+        Part<F> part{(int)(columns - q * n)};
+        part.store(to, first ? part.load(to) + sums[r][q] : sums[r][q]);
+      }
+    }
 }
 
 // out[r, k] += Σ d[r, g]·w[g, k] for R rows r: w as it is.
@@ -189,7 +201,7 @@ template <int R, class F> OUTLINE void add_products(const F* w, const F* d, F* o
   int64_t k = 0;
   for (; k + Q * n <= H; k += Q * n) {
     Vector<F> sums[R][Q] = {};
-    tile<R, Q>(d, G, w + k, H, G, sums);
+    tile<R, Q>(d, G, 1, w + k, H, G, sums);
     for (int r = 0; r < R; r++)
       for (int q = 0; q < Q; q++) Whole<F>::store(out + r * H + k + q * n, Whole<F>::load(out + r * H + k + q * n) + sums[r][q]);
   }
@@ -218,6 +230,20 @@ template <class F, class Fn> INLINE void by_few_rows(int64_t rows, const Fn& fn)
     for (; b + 4 <= rows; b += 4) fn(std::integral_constant<int, 4>{}, b);
   for (; b + 2 <= rows; b += 2) fn(std::integral_constant<int, 2>{}, b);
   if (b < rows) fn(std::integral_constant<int, 1>{}, b);
+}
+
+// out = a·b for M rows of a, all of it, with b in panels: blocks of K so long that a few rows of a and a panel stay in
+// the cache together.
+template <class F> void multiply(const void* a, int64_t a_row, int64_t a_term, const void* panels, void* out, int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t width = 2 * Lanes<F>::n, block = 256, strip = 96;
+  for (int64_t first = 0; first < K; first += block) {
+    int64_t terms = first + block < K ? block : K - first;
+    for (int64_t m = 0; m < M; m += strip)
+      for (int64_t c = 0; c < N; c += width)
+        by_rows(m + strip < M ? strip : M - m, [&](auto R, int64_t r) INLINED {
+          panel_products<R.value>((const F*)a + (m + r) * a_row, a_row, a_term, (const F*)panels + c * K, first, terms, (F*)out + (m + r) * N + c, N, N - c);
+        });
+  }
 }
 
 // --- one use of a norm -----------------------------------------------------------------------------------------------------
@@ -453,7 +479,7 @@ template <class F, class W> INLINE void pass_backward(const Use<F>& use, const F
 template <class F> struct Step {
   const Plan& plan;
   int64_t number, first, rows, H, G;
-  F *x, *h, *inverse_x, *inverse_h, *output, *saved, *cells;
+  F *x, *h, *inverse_x, *inverse_h, *output, *cells;
   const F *previous, *previous_cells;
 
   Step(const Plan& p, int64_t t) : plan(p), number(t), first(p.starts[t]), rows(p.starts[t + 1] - first), H(p.hidden), G(p.gates * p.hidden) {
@@ -463,7 +489,6 @@ template <class F> struct Step {
     inverse_x = (F*)p.x.inverse + (p.x.kind == features ? t * G : first);
     inverse_h = (F*)p.h.inverse + (p.h.kind == features ? t * G : first);
     output = (F*)p.output + first * H;
-    saved = (F*)p.saved + first * G;
     cells = (F*)p.cells + first * H;
     previous = t ? (F*)p.output + before * H : (const F*)p.h0;
     previous_cells = t ? (F*)p.cells + before * H : (const F*)p.c0;
@@ -481,10 +506,42 @@ template <class F> INLINE void normalize_whole(const Use<F>& use, F* x, F* inver
   else normalize_sequences<2>(use, x, inverse);
 }
 
-// A gate's share of a path: x̂·gain + bias.
-template <class F> struct Affine {
-  Vector<F> gain, bias;
-  template <class W> INLINE Affine(const Use<F>& use, int64_t g, const W& part) : gain(use.gain(g, part)), bias(use.bias(g, part)) {}
+// The gates of the units of one register, from the normalized paths: gain and bias are loaded once, and then a row is
+// computed a call. Backward computes them again; to keep them would cost more time than that.
+template <class F, class W> struct Gates {
+  typedef Vector<F> V;
+  const int64_t H, j;
+  const W part;
+  V gain_x[4] = {}, gain_h[4] = {}, bias_x[4] = {}, bias_h[4] = {};
+
+  INLINE Gates(const Use<F>& x, const Use<F>& h, int64_t gates, int64_t H_, int64_t j_, const W& part_) : H(H_), j(j_), part(part_) {
+    UNROLL for (int k = 0; k < 4; k++)
+      if (k < gates) {
+        gain_x[k] = x.gain(k * H + j, part), bias_x[k] = x.bias(k * H + j, part);
+        gain_h[k] = h.gain(k * H + j, part), bias_h[k] = h.bias(k * H + j, part);
+      }
+  }
+  INLINE V from_x(int k, const F* x) const { return part.load(x + k * H + j) * gain_x[k] + bias_x[k]; }
+  INLINE V from_h(int k, const F* h) const { return part.load(h + k * H + j) * gain_h[k] + bias_h[k]; }
+  INLINE V sum(int k, const F* x, const F* h) const { return from_x(k, x) + from_h(k, h); }
+};
+template <class F> struct GruRow {
+  Vector<F> reset, update, past, fresh;
+  template <class W> INLINE GruRow(const Gates<F, W>& gates, const F* x, const F* h) {
+    reset = sigmoid<F>(gates.sum(0, x, h));
+    update = sigmoid<F>(gates.sum(1, x, h));
+    past = gates.from_h(2, h);
+    fresh = hyperbolic_tangent<F>(gates.from_x(2, x) + reset * past);
+  }
+};
+template <class F> struct LstmRow {
+  Vector<F> input, forget, candidate, output;
+  template <class W> INLINE LstmRow(const Gates<F, W>& gates, const F* x, const F* h) {
+    input = sigmoid<F>(gates.sum(0, x, h));
+    forget = sigmoid<F>(gates.sum(1, x, h));
+    candidate = hyperbolic_tangent<F>(gates.sum(2, x, h));
+    output = sigmoid<F>(gates.sum(3, x, h));
+  }
 };
 
 template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
@@ -493,7 +550,7 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
   Use<F> from_x(plan.x, s.rows, number, s.G, false), from_h(plan.h, s.rows, number, s.G, false);
   int64_t H = s.H, G = s.G;
   if (plan.panels)
-    by_rows(s.rows, [&](auto R, int64_t b) INLINED { packed_products<R.value>((const F*)plan.panels, s.previous + b * H, s.h + b * G, H, G); });
+    multiply<F>(s.previous, H, 1, plan.panels, s.h, s.rows, G, H);
   else if (plan.weight)
     by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { products_of_few<R.value>((const F*)plan.weight, s.previous + b * H, s.h + b * G, H, G); });
   normalize_whole(from_x, s.x, s.inverse_x);
@@ -503,45 +560,22 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
       normalize(from_x, s.x, s.inverse_x, g, part);
       normalize(from_h, s.h, s.inverse_h, g, part);
     }
-    // The sum of both paths of a gate
-    auto gate = [&](int64_t k) INLINED {
-      Affine<F> ax(from_x, k * H + j, part), ah(from_h, k * H + j, part);
-      V gx = ax.gain, gh = ah.gain, bias = ax.bias + ah.bias;
-      return [=](const F* x, const F* h) INLINED { return part.load(x + k * H + j) * gx + part.load(h + k * H + j) * gh + bias; };
-    };
+    Gates<F, decltype(part)> gates(from_x, from_h, plan.gates, H, j, part);
     if (plan.cell == gru) {
-      auto reset_sum = gate(0), update_sum = gate(1);
-      Affine<F> new_x(from_x, 2 * H + j, part), new_h(from_h, 2 * H + j, part);
       for (int64_t b = 0; b < s.rows; b++) {
-        const F *x = s.x + b * G, *h = s.h + b * G;
-        F* saved = s.saved + b * G + j;
-        V reset = sigmoid<F>(reset_sum(x, h)), update = sigmoid<F>(update_sum(x, h));
-        V from_past = part.load(h + 2 * H + j) * new_h.gain + new_h.bias;
-        V fresh = hyperbolic_tangent<F>(part.load(x + 2 * H + j) * new_x.gain + new_x.bias + reset * from_past);
-        part.store(saved, reset);
-        part.store(saved + H, update);
-        part.store(saved + 2 * H, fresh);
-        part.store(s.output + b * H + j, fresh + update * (part.load(s.previous + b * H + j) - fresh));
+        GruRow<F> row(gates, s.x + b * G, s.h + b * G);
+        part.store(s.output + b * H + j, row.fresh + row.update * (part.load(s.previous + b * H + j) - row.fresh));
       }
     } else if (plan.cell == lstm) {
-      auto input_sum = gate(0), forget_sum = gate(1), candidate_sum = gate(2), output_sum = gate(3);
       for (int64_t b = 0; b < s.rows; b++) {
-        const F *x = s.x + b * G, *h = s.h + b * G;
-        F* saved = s.saved + b * G + j;
-        V input = sigmoid<F>(input_sum(x, h)), forget = sigmoid<F>(forget_sum(x, h));
-        V candidate = hyperbolic_tangent<F>(candidate_sum(x, h)), output = sigmoid<F>(output_sum(x, h));
-        V cell = forget * part.load(s.previous_cells + b * H + j) + input * candidate;
-        part.store(saved, input);
-        part.store(saved + H, forget);
-        part.store(saved + 2 * H, candidate);
-        part.store(saved + 3 * H, output);
+        LstmRow<F> row(gates, s.x + b * G, s.h + b * G);
+        V cell = row.forget * part.load(s.previous_cells + b * H + j) + row.input * row.candidate;
         part.store(s.cells + b * H + j, cell);
-        part.store(s.output + b * H + j, output * hyperbolic_tangent<F>(cell));
+        part.store(s.output + b * H + j, row.output * hyperbolic_tangent<F>(cell));
       }
     } else {
-      auto sum = gate(0);
       for (int64_t b = 0; b < s.rows; b++) {
-        V value = sum(s.x + b * G, s.h + b * G);
+        V value = gates.sum(0, s.x + b * G, s.h + b * G);
         part.store(s.output + b * H + j, plan.cell == rnn_tanh ? hyperbolic_tangent<F>(value) : value > 0 ? value : V{});
       }
     }
@@ -575,34 +609,31 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
 
   each_register<F>(H, [&](int64_t j, auto part) INLINED {
     F* at = dy + (apart ? j : 0);
+    Gates<F, decltype(part)> gates(from_x, from_h, plan.gates, H, j, part);
     if (plan.cell == gru) {
-      Affine<F> new_h(from_h, 2 * H + j, part);
       for (int64_t b = 0; b < s.rows; b++) {
-        const F* saved = s.saved + b * G + j;
-        V reset = part.load(saved), update = part.load(saved + H), fresh = part.load(saved + 2 * H);
+        GruRow<F> row(gates, s.x + b * G, s.h + b * G);
         V d = part.load(d_hidden + b * H + j);
         if (d_output) d += part.load(d_output + b * H + j);
-        V from_past = part.load(s.h + b * G + 2 * H + j) * new_h.gain + new_h.bias;
-        V d_fresh = d * (1 - update) * (1 - fresh * fresh);
-        V d_update = d * (part.load(s.previous + b * H + j) - fresh) * update * (1 - update);
-        Whole<F>::store(at + b * stride, d_fresh * from_past * reset * (1 - reset));
+        V d_fresh = d * (1 - row.update) * (1 - row.fresh * row.fresh);
+        V d_update = d * (part.load(s.previous + b * H + j) - row.fresh) * row.update * (1 - row.update);
+        Whole<F>::store(at + b * stride, d_fresh * row.past * row.reset * (1 - row.reset));
         Whole<F>::store(at + size + b * stride, d_update);
         Whole<F>::store(at + 2 * size + b * stride, d_fresh);
-        Whole<F>::store(at + 3 * size + b * stride, d_fresh * reset);
-        part.store(d_hidden + b * H + j, d * update);
+        Whole<F>::store(at + 3 * size + b * stride, d_fresh * row.reset);
+        part.store(d_hidden + b * H + j, d * row.update);
       }
     } else if (plan.cell == lstm) {
       for (int64_t b = 0; b < s.rows; b++) {
-        const F* saved = s.saved + b * G + j;
-        V input = part.load(saved), forget = part.load(saved + H), candidate = part.load(saved + 2 * H), output = part.load(saved + 3 * H);
+        LstmRow<F> row(gates, s.x + b * G, s.h + b * G);
         V squashed = hyperbolic_tangent<F>(part.load(s.cells + b * H + j)), d = part.load(d_hidden + b * H + j);
         if (d_output) d += part.load(d_output + b * H + j);
-        V d_cell = part.load(d_cells + b * H + j) + d * output * (1 - squashed * squashed);
-        Whole<F>::store(at + b * stride, d_cell * candidate * input * (1 - input));
-        Whole<F>::store(at + size + b * stride, d_cell * part.load(s.previous_cells + b * H + j) * forget * (1 - forget));
-        Whole<F>::store(at + 2 * size + b * stride, d_cell * input * (1 - candidate * candidate));
-        Whole<F>::store(at + 3 * size + b * stride, d * squashed * output * (1 - output));
-        part.store(d_cells + b * H + j, d_cell * forget);
+        V d_cell = part.load(d_cells + b * H + j) + d * row.output * (1 - squashed * squashed);
+        Whole<F>::store(at + b * stride, d_cell * row.candidate * row.input * (1 - row.input));
+        Whole<F>::store(at + size + b * stride, d_cell * part.load(s.previous_cells + b * H + j) * row.forget * (1 - row.forget));
+        Whole<F>::store(at + 2 * size + b * stride, d_cell * row.input * (1 - row.candidate * row.candidate));
+        Whole<F>::store(at + 3 * size + b * stride, d * squashed * row.output * (1 - row.output));
+        part.store(d_cells + b * H + j, d_cell * row.forget);
         part.store(d_hidden + b * H + j, V{});
       }
     } else {

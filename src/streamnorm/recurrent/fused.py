@@ -25,51 +25,58 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
     """Whether this engine runs such a layer. What it does not know, the loop over the cells runs."""
+    dtype = data.dtype
     return (
         sizes[0] > 0
-        and data.dtype in (torch.float32, torch.float64)
-        and all(t.dtype == data.dtype for t in (*hidden, *weights) if t is not None)
+        and dtype in (torch.float32, torch.float64)
+        and all(t is None or t.dtype == dtype for t in hidden + weights)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(data.device.type)
-        and all(_can_run(norm, data.dtype, sizes) for norm in norms)
-        and all(getattr(norm, "bias", None) is None for norm in norms[:3])
+        and torch._C._current_graph_task_id() == -1
+        and all(norm is None or _can_run(norm, dtype, sizes) for norm in norms)
+        and all(norm is None or norm._parameters["bias"] is None for norm in norms[:3])
     )
 
 
-def _can_run(norm: nn.Module | None, dtype: torch.dtype, sizes: list[int]) -> bool:
+def _can_run(norm: nn.Module, dtype: torch.dtype, sizes: list[int]) -> bool:
     """Whether the engine does all that this norm's own forward would do."""
-    if norm is None:
-        return True
-    if type(norm) not in _KNOWN or any(getattr(norm, hooks) for hooks in _HOOKS):
+    if type(norm) not in _KNOWN or any(norm.__dict__[hooks] for hooks in _HOOKS):
         return False
     assert isinstance(norm, Norm)
-    if any(parameter.dtype != dtype for parameter in norm.parameters()):
+    if any(parameter is not None and parameter.dtype != dtype for parameter in norm._parameters.values()):
         return False
+    collects = norm.training and not norm.frozen
     if isinstance(norm, GeneralBatchNorm):
-        return norm.training and not norm.frozen and norm.ghosts == 1 and sizes[-1] > 1
+        return collects and norm.ghosts == 1 and sizes[-1] > 1 and norm.running_mean.dtype == dtype
     if norm.stream is not None:
-        return norm.training and not norm.frozen and norm.state.long.dtype == dtype
+        return collects and norm.state.long.dtype == dtype
     return not norm.training or norm.ref.view((sizes[-1], norm.num_features)).num_elements > 1
+
+
+def arguments(data: Tensor, hidden: Hidden, weights: Weights, norms: Norms) -> Tensors:
+    """All that has a gradient; the norms, whose forward will not be called, begin to notice weight updates."""
+    gains: list[Tensor | None] = []
+    for norm in norms:
+        assert norm is None or isinstance(norm, Norm)
+        if norm is not None and norm.stream is not None and not norm._watched:
+            updates.watch(norm)
+        gains.append(None if norm is None else norm.weight)
+    bias_cell = None if norms.cell is None else norms.cell.bias
+    return Tensors._make((data, *weights, *gains, bias_cell, *hidden, *(None,) * (2 - len(hidden))))
 
 
 def run(
     kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
 ) -> tuple[Tensor, Hidden]:
     """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
-    for norm in norms:
-        if isinstance(norm, Norm) and norm.stream is not None and not norm._watched:
-            updates.watch(norm)
-    gains = [getattr(norm, "weight", None) for norm in norms]
-    bias_cell = getattr(norms.cell, "bias", None)
-    tensors = Tensors._make((data, *weights, *gains, bias_cell, *hidden, *(None,) * (2 - len(hidden))))
-    output, *finals = _Sequence.apply(TRACED[kind], sizes, norms, *tensors)
+    output, *finals = _Sequence.apply(TRACED[kind], sizes, norms, *arguments(data, hidden, weights, norms))
     return output, tuple(finals)
 
 
 class _Sequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, traced: type[Traced], sizes: list[int], norms: Norms, *arguments: Any) -> Any:
-        tensors = Tensors(*arguments)
+    def forward(ctx: Any, traced: type[Traced], sizes: list[int], norms: Norms, *differentiable: Any) -> Any:
+        tensors = Tensors(*differentiable)
         hidden: Hidden = (tensors.h,) if tensors.c is None else (tensors.h, tensors.c)
         steps = traced(tensors, norms)
         outputs: list[Tensor] = []

@@ -66,13 +66,11 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
         self.kind, self.choice = kind, NormChoice(norm, **options)
-        for suffix in self._suffixes():
-            self._add_norms(suffix, norm_cell)
-
-    def _suffixes(self) -> list[str]:
-        """The endings of the parameters' names, layer by layer, the reverse direction second."""
         directions = ("", "_reverse") if self.bidirectional else ("",)
-        return [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+        # The endings of the parameters' names, layer by layer, the reverse direction second
+        self.suffixes = [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+        for suffix in self.suffixes:
+            self._add_norms(suffix, norm_cell)
 
     def _weights(self, suffix: str) -> Weights:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -131,11 +129,10 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _start(self, input: Tensor, batch_sizes: Tensor | None, hx: Any, order: Tensor | None = None) -> Hidden:
         """Check the input, and make or check the initial hidden tensors; torch.nn's own checks and messages."""
-        self._update_flat_weights()
         rows = self.get_expected_hidden_size(input, batch_sizes)[1]
         if hx is None:
             widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.kind == "LSTM" else 1]
-            hidden = tuple(input.new_zeros(len(self._suffixes()), rows, width) for width in widths)
+            hidden = tuple(input.new_zeros(len(self.suffixes), rows, width) for width in widths)
         else:
             hidden = _as_tuple(hx)
             if batch_sizes is None and any(h.dim() != 3 for h in hidden):
@@ -156,7 +153,7 @@ class _Layer(Normalized, nn.RNNBase):
         for layer in range(self.num_layers):
             outputs = []
             for turn in (None, backwards) if self.bidirectional else (None,):
-                suffix = self._suffixes()[len(finals)]
+                suffix = self.suffixes[len(finals)]
                 start = tuple(h[len(finals)] for h in hidden)
                 read = data if turn is None else turn(data)
                 output, final = engines.run(self.kind, read, sizes, start, self._weights(suffix), self._norms(suffix))
@@ -165,6 +162,8 @@ class _Layer(Normalized, nn.RNNBase):
             data = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
             if self.dropout and layer < self.num_layers - 1:
                 data = F.dropout(data, self.dropout, self.training)
+        if len(finals) == 1:
+            return data, tuple(h.unsqueeze(0) for h in finals[0])
         return data, tuple(torch.stack(parts) for parts in zip(*finals))
 
 

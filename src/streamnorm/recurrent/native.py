@@ -1,7 +1,7 @@
-"""The whole-sequence engine with a C++ time step: statistics of both paths and all gates in one call.
+"""The whole-sequence engine in C++, which gives what ``fused`` gives in less time.
 
-This module decides what goes there, makes the tensors and multiplies the matrices; ``ops/recurrent.cpp`` does the rest
-of each step and advances the streams. It does what ``fused`` does in PyTorch operations.
+A call does a time step, or with few sequences all of them: matrix products with the hidden state, statistics of both
+paths, gates. This module decides what goes there and makes the tensors; ``ops/recurrent.cpp`` advances the streams.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import updates
 from ..norm import GeneralBatchNorm, Norm, SampleNorm
 from ..normref import NormRef
 from ..ops.first_order import first_order_only
@@ -25,37 +24,39 @@ from .traced import Tensors
 
 _CELLS = {"RNN_TANH": 0, "RNN_RELU": 1, "GRU": 2, "LSTM": 3}
 _UNNORMALIZED, _FEATURES, _SEQUENCES = range(3)
-_FEW_ROWS = 4
-_MOST_ROWS = 64
-"""Up to so many sequences the kernel multiplies by itself, and runs all steps in one call."""
+_PER_FEATURE, _PER_SEQUENCE = NormRef.batch("channel"), NormRef.sample("layer")
+
 _LANES = 16
 """The most numbers that a register of the kernel holds."""
+_FEW_ROWS = 4
+"""Up to so many rows a matrix is read as it is; for more it is packed into panels first."""
+_SMALL_PRODUCT = 1 << 21
+"""Multiplications in a product that one thread finishes before several have begun."""
 
 
-def _load() -> Any:
-    """The extension, or None where it was not built."""
+def _load() -> tuple[Any, bool]:
+    """The extension, or None where it was not built; and whether it multiplies faster than PyTorch on one thread."""
     try:
         from ..ops import _recurrent  # type: ignore[attr-defined]
     except ImportError:
-        return None
-    _recurrent.setup(os.environ.get("STREAMNORM_ISA") or None)
-    return _recurrent
+        return None, False
+    _, outruns = _recurrent.setup(os.environ.get("STREAMNORM_ISA") or None)
+    return _recurrent, outruns
 
 
-_recurrent = _load()
+_recurrent, _outruns_torch = _load()
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
-    """Plain CPU tensors, the usual norms; what ``fused`` supports besides is left to it."""
-    tensors = [t for t in (data, *hidden, *weights) if t is not None]
+    """Plain CPU tensors and the usual norms; what ``fused`` supports besides is left to it."""
     return (
         _recurrent is not None
         and kind in _CELLS
         and weights.hr is None
         and norms.cell is None
-        and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
         and all(norm is None or _kind(norm) != _UNNORMALIZED for norm in norms)
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in (data, *hidden, *weights) if t is not None)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
@@ -65,13 +66,21 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
 
 def _kind(norm: nn.Module) -> int:
     """What the statistics of a norm are collected over, for the kernel; 0 where it does not know the norm."""
-    if not isinstance(norm, Norm) or norm.weight is None or norm.moment.p not in (1, 2) or norm.moment.center != "mean":
+    if not isinstance(norm, Norm) or norm.weight is None or norm.formula.p not in (1, 2) or not norm.formula.centered:
         return _UNNORMALIZED
     if isinstance(norm, SampleNorm):
-        return _SEQUENCES if norm.ref == NormRef.sample("layer") else _UNNORMALIZED
-    if norm.ref != NormRef.batch("channel") or (isinstance(norm, GeneralBatchNorm) and norm.momentum is None):
+        return _SEQUENCES if norm.ref == _PER_SEQUENCE else _UNNORMALIZED
+    if norm.ref != _PER_FEATURE or (isinstance(norm, GeneralBatchNorm) and norm.momentum is None):
         return _UNNORMALIZED
     return _FEATURES
+
+
+def run(
+    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
+) -> tuple[Tensor, Hidden]:
+    """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
+    output, *finals = _Sequence.apply(kind, sizes, norms, *fused.arguments(data, hidden, weights, norms))
+    return output, tuple(finals)
 
 
 class _Path(NamedTuple):
@@ -119,181 +128,173 @@ class _Plan(NamedTuple):
     is_double: int
     starts: int
     output: int
-    saved: int
     cells: int
     h0: int
     c0: int
+    weight: int
+    panels: int
     d_output: int = 0
     d_hidden: int = 0
     d_cells: int = 0
     scratch: int = 0
     first_h_flows: int = 0
     h0_wanted: int = 0
-    weight: int = 0
-    panels: int = 0
 
 
-_pack = struct.Struct("18q" + 2 * "20q11d").pack
+_bytes = struct.Struct("17q" + 2 * "20q11d").pack
 
 
 def _path(norm: nn.Module | None, values: Tensor, inverse: Tensor, bias: Tensor | None) -> _Path:
     """All that the kernel is told of a path for the forward pass."""
-    path = _Path(values=values.data_ptr(), inverse=inverse.data_ptr(), bias=_pointer(bias))
+    own: dict[str, Any] = {"values": values.data_ptr(), "inverse": inverse.data_ptr(), "bias": _pointer(bias)}
     if norm is None:
-        return path
+        return _Path(**own)
     assert isinstance(norm, Norm)
+    assert norm.weight is not None
     formula = norm.formula
-    path = path._replace(kind=_kind(norm), p=int(formula.p), gain=_pointer(norm.weight), k=formula.k, eps=formula.eps)
+    own.update(kind=_kind(norm), p=int(formula.p), gain=norm.weight.data_ptr(), k=formula.k, eps=formula.eps)
     if isinstance(norm, GeneralBatchNorm):
-        mean = norm.running_mean
-        assert norm.momentum is not None
-        return path._replace(
-            running_mean=mean.data_ptr(),
-            running_var=norm.running_var.data_ptr(),
-            running_rows=len(mean) if mean.dim() == 2 else 1,
-            momentum=norm.momentum,
-        )
-    if norm.stream is not None:
-        path = path._replace(**{name: buffer.data_ptr() for name, buffer in norm.state._asdict().items()})
-        alpha, beta = formula.alpha or (0.0, 0.0, 0.0), formula.beta or (0.0, 0.0, 0.0)
-        path = path._replace(alpha1=alpha[0], alpha2=alpha[1], alpha3=alpha[2], window=formula.window or 0.0)
-        path = path._replace(beta1=beta[0], beta2=beta[1], beta3=beta[2])
-    return path
+        mean, var = norm.running_mean, norm.running_var
+        own.update(running_mean=mean.data_ptr(), running_var=var.data_ptr(), momentum=norm.momentum)
+        own.update(running_rows=len(mean) if mean.dim() == 2 else 1)
+    elif norm.stream is not None:
+        own.update(zip(norm.state._fields, (buffer.data_ptr() for buffer in norm.state)))
+        if formula.alpha is not None and formula.beta is not None:
+            own.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
+        own["window"] = formula.window or 0.0
+    return _Path(**own)
 
 
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def run(
-    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
-) -> tuple[Tensor, Hidden]:
-    """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
-    for norm in norms:
-        if isinstance(norm, Norm) and norm.stream is not None and not norm._watched:
-            updates.watch(norm)
-    gains = [getattr(norm, "weight", None) for norm in norms]
-    tensors = Tensors._make((data, *weights, *gains, None, *hidden, *(None,) * (2 - len(hidden))))
-    output, *finals = _Sequence.apply(kind, sizes, norms, *tensors)
-    return output, tuple(finals)
-
-
 class _Run:
-    """The memory of one pass over a sequence: what forward leaves for backward, but for inputs and outputs."""
+    """The memory of one pass over a sequence: what forward leaves for backward, inputs and outputs apart.
+
+    ``x`` and ``h`` hold the products of both paths for all steps, and then their normalized values.
+    """
 
     def __init__(self, kind: str, sizes: list[int], norms: Norms, t: Tensors) -> None:
         rows, self.width = t.data.shape[0], t.w_hh.shape[1]
         self.kind, self.sizes, self.norms = kind, sizes, norms
-        features = GATES[kind] * self.width
+        self.features = GATES[kind] * self.width
         new = t.data.new_empty
-        self.x, self.h = t.data @ t.w_ih.t(), new(rows, features)
+        self.x, self.h = product(t.data, t.w_ih.t()), new(rows, self.features)
         self.inverse_x, self.inverse_h = (
-            new(rows if norm is not None and _kind(norm) == _SEQUENCES else len(sizes) * features) for norm in norms[:2]
+            new(rows if norm is not None and _kind(norm) == _SEQUENCES else len(sizes) * self.features)
+            for norm in norms[:2]
         )
-        self.saved = None if kind.startswith("RNN") else new(rows, features)
         self.cells = new(rows, self.width) if kind == "LSTM" else None
         self.h0, self.c0 = t.h.contiguous(), None if t.c is None else t.c.contiguous()
-        self.weight = t.w_hh.contiguous() if sizes[0] <= _MOST_ROWS else None
-        self.panels = new((features + 2 * _LANES) * self.width) if _FEW_ROWS < sizes[0] <= _MOST_ROWS else None
-        self.starts = torch.tensor([0, *sizes]).cumsum(0)
+        self.starts = _starts(sizes)
+        self.weight, self.panels = self._own_product(t.w_hh)
         self.path_x = _path(norms.ih, self.x, self.inverse_x, t.b_ih)
         self.path_h = _path(norms.hh, self.h, self.inverse_h, t.b_hh)
 
+    def _own_product(self, w_hh: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The weight as the kernel multiplies by it; (None, None) if PyTorch shall, with a call for each step."""
+        rows = self.sizes[0]
+        if rows <= _FEW_ROWS:
+            return w_hh.contiguous(), None
+        several = torch.get_num_threads() > 1
+        if (
+            len(self.sizes) < 4
+            or (several and rows * w_hh.numel() > _SMALL_PRODUCT)
+            or (rows > 64 and not _outruns_torch)
+        ):
+            return None, None
+        return w_hh.contiguous(), _panels(w_hh.t())
+
     def plan(self, output: Tensor) -> _Plan:
-        """What both directions tell the kernel."""
-        pointers = (self.starts, output, self.saved, self.cells, self.h0, self.c0)
+        """What forward and backward tell the kernel."""
+        tensors = (self.starts, output, self.cells, self.h0, self.c0, self.weight, self.panels)
         is_double = int(output.dtype == torch.float64)
-        plan = _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, *map(_pointer, pointers))
-        return plan._replace(weight=_pointer(self.weight), panels=_pointer(self.panels))
+        return _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, *map(_pointer, tensors))
 
     def forward(self, w_hh: Tensor) -> tuple[Tensor, ...]:
         """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
         output = self.x.new_empty(len(self.x), self.width)
+        plan = _bytes(*self.plan(output), *self.path_x, *self.path_h)
         if self.weight is not None:
-            plan = _pack(*self.plan(output), *self.path_x, *self.path_h)
-            if self.panels is not None:
-                _recurrent.pack(plan, 0)
             _recurrent.forward_all(plan, len(self.sizes))
         else:
-            self._forward_by_steps(output, w_hh)
+            step, w_t = _recurrent.forward, w_hh.t()
+            for number, (before, into) in enumerate(zip(self._before(output), self.h.split(self.sizes))):
+                torch.mm(before, w_t, out=into)
+                step(plan, number)
         for norm in self.norms:
             if isinstance(norm, GeneralBatchNorm):
                 _count(norm, len(self.sizes))
         return output, *(_after_last(h, self.sizes) for h in (output, self.cells) if h is not None)
 
-    def _forward_by_steps(self, output: Tensor, w_hh: Tensor) -> None:
-        plan = _pack(*self.plan(output), *self.path_x, *self.path_h)
-        product, step, w_t = torch.mm, _recurrent.forward, w_hh.t()
-        for number, (before, into) in enumerate(zip(self.before(output), self.h.split(self.sizes))):
-            product(before, w_t, out=into)
-            step(plan, number)
-
-    def before(self, output: Tensor) -> list[Tensor]:
-        """The hidden states before each step, as views."""
-        states = output.split(self.sizes)
-        return [self.h0, *(state[:rows] for state, rows in zip(states, self.sizes[1:]))]
+    def _before(self, output: Tensor) -> list[Tensor]:
+        """The hidden states before each step."""
+        return [self.h0, *(state[:rows] for state, rows in zip(output.split(self.sizes), self.sizes[1:]))]
 
     def backward(
         self, t: Tensors, needs: Tensors, output: Tensor, d_output: Tensor | None, d_finals: tuple[Tensor | None, ...]
     ) -> dict[str, Tensor]:
-        """All steps in reverse: the gradients of the inputs, by name."""
+        """All steps in reverse: the gradients by the names of what they belong to."""
         # If no later backward goes through this graph, gradients may lie where the normalized values were.
         d_x, d_h = (torch.empty_like(values) if _keeps_graph() else values for values in (self.x, self.h))
         d_hidden = [
             torch.zeros_like(start) if d is None else d.clone(memory_format=torch.contiguous_format)
             for d, start in zip(d_finals, (self.h0, self.c0))
         ]
-        d_affine = output.new_zeros(4, d_x.shape[1])
+        d_affine = output.new_zeros(4, self.features)
         scratch = output.new_empty((GATES[self.kind] + 1) * self.sizes[0] * (self.width + _LANES))
-        flows_x, flows_h = needs.data or needs.w_ih, needs.w_hh or needs.h
         plan = self.plan(output)._replace(
             d_output=_pointer(d_output),
             d_hidden=d_hidden[0].data_ptr(),
-            d_cells=_pointer(d_hidden[1] if len(d_hidden) > 1 else None),
+            d_cells=0 if len(d_hidden) == 1 else d_hidden[1].data_ptr(),
             scratch=scratch.data_ptr(),
-            first_h_flows=int(flows_h),
+            first_h_flows=int(needs.w_hh or needs.h),
             h0_wanted=int(needs.h),
         )
+        d_gain_x, d_bias_x, d_gain_h, d_bias_h = d_affine.unbind()
         path_x = self.path_x._replace(
-            dx=_pointer(d_x if flows_x else None),
-            d_gain=d_affine[0].data_ptr(),
-            d_bias=d_affine[1].data_ptr(),
+            dx=d_x.data_ptr() if needs.data or needs.w_ih else 0,
+            d_gain=d_gain_x.data_ptr(),
+            d_bias=d_bias_x.data_ptr(),
             grad_scale=_grad_scale(self.norms.ih),
         )
         path_h = self.path_h._replace(
             dx=d_h.data_ptr(),
-            d_gain=d_affine[2].data_ptr(),
-            d_bias=d_affine[3].data_ptr(),
+            d_gain=d_gain_h.data_ptr(),
+            d_bias=d_bias_h.data_ptr(),
             grad_scale=_grad_scale(self.norms.hh),
         )
-        described = _pack(*plan, *path_x, *path_h)
-        if self.weight is not None:
-            _recurrent.backward_all(described, len(self.sizes))
-        else:
-            d_products, step = d_h.split(self.sizes), _recurrent.backward
-            for number in range(len(self.sizes) - 1, -1, -1):
-                step(described, number)
-                if number > 0 or needs.h:
-                    d_hidden[0][: self.sizes[number]].addmm_(d_products[number], t.w_hh)
+        self._steps_backward(_bytes(*plan, *path_x, *path_h), d_hidden[0], d_h, t.w_hh, needs.h)
 
-        found = {"gain_ih": d_affine[0], "b_ih": d_affine[1], "gain_hh": d_affine[2], "b_hh": d_affine[3]}
+        found = {"gain_ih": d_gain_x, "b_ih": d_bias_x, "gain_hh": d_gain_h, "b_hh": d_bias_h}
         found.update(zip(("h", "c"), d_hidden))
         if needs.data:
-            found["data"] = d_x @ t.w_ih
+            found["data"] = product(d_x, t.w_ih)
         if needs.w_ih:
-            found["w_ih"] = d_x.t() @ t.data
+            found["w_ih"] = product(d_x.t(), t.data)
         if needs.w_hh:
-            found["w_hh"] = d_h.t() @ torch.cat(self.before(output))
+            found["w_hh"] = product(d_h.t(), torch.cat(self._before(output)))
         return found
+
+    def _steps_backward(self, plan: bytes, d_hidden: Tensor, d_h: Tensor, w_hh: Tensor, h0_wanted: bool) -> None:
+        if self.weight is not None:
+            _recurrent.backward_all(plan, len(self.sizes))
+            return
+        d_products = d_h.split(self.sizes)
+        for number in range(len(self.sizes) - 1, -1, -1):
+            _recurrent.backward(plan, number)
+            if number > 0 or h0_wanted:
+                d_hidden[: self.sizes[number]].addmm_(d_products[number], w_hh)
 
 
 class _Sequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kind: str, sizes: list[int], norms: Norms, *arguments: Any) -> Any:
-        t = Tensors(*arguments)
+    def forward(ctx: Any, kind: str, sizes: list[int], norms: Norms, *tensors: Any) -> Any:
+        t = Tensors(*tensors)
         run = _Run(kind, sizes, norms, t)
         output, *finals = run.forward(t.w_hh)
-        ctx.save_for_backward(output, *t)
+        ctx.save_for_backward(output, *tensors)
         ctx.set_materialize_grads(False)
         ctx.run = run
         return output, *finals
@@ -306,8 +307,42 @@ class _Sequence(torch.autograd.Function):
         if d_output is not None:
             d_output = d_output.contiguous()
         found = ctx.run.backward(Tensors(*saved), needs, output, d_output, d_finals)
-        gradients = (found.get(name) if need else None for name, need in needs._asdict().items())
-        return None, None, None, *gradients
+        return None, None, None, *(found[name] if need else None for name, need in zip(Tensors._fields, needs))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a·b, by the kernel where that is likely to be faster than PyTorch."""
+    (rows, terms), columns = a.shape, b.shape[1]
+    if not _outruns_torch or torch.get_num_threads() > 1 or min(rows, terms, columns) < 32:
+        return a @ b
+    out, panels, is_double = a.new_empty(rows, columns), _panels(b), int(a.dtype == torch.float64)
+    sizes = (rows, columns, terms)
+    _recurrent.multiply(is_double, a.data_ptr(), *a.stride(), panels.data_ptr(), out.data_ptr(), *sizes)
+    return out
+
+
+def _panels(b: Tensor) -> Tensor:
+    """A matrix in panels of columns, in the order in which the kernel reads it."""
+    terms, columns = b.shape
+    panels = b.new_empty(terms * (columns + 2 * _LANES))
+    _recurrent.pack(int(b.dtype == torch.float64), b.data_ptr(), *b.stride(), terms, columns, panels.data_ptr())
+    return panels
+
+
+def _starts(sizes: list[int]) -> Tensor:
+    """Where the rows of each step begin, and where the last ones end."""
+    if sizes[0] == sizes[-1]:
+        return torch.arange(0, sizes[0] * len(sizes) + 1, sizes[0])
+    return torch.tensor([0, *sizes]).cumsum(0)
+
+
+def _after_last(states: Tensor, sizes: list[int]) -> Tensor:
+    """Of the hidden tensors of all steps those after each sequence's own last step."""
+    if sizes[0] == sizes[-1]:
+        return states[-sizes[0] :].clone()
+    following = [*sizes[1:], 0]
+    ended = [state[rows:] for state, rows in zip(states.split(sizes), following) if len(state) > rows]
+    return torch.cat(ended[::-1])
 
 
 def _count(norm: GeneralBatchNorm, steps: int) -> None:
@@ -318,13 +353,6 @@ def _count(norm: GeneralBatchNorm, steps: int) -> None:
         norm.num_batches_tracked[-1] += max(0, steps - norm.max_steps)
     else:
         norm.num_batches_tracked += steps
-
-
-def _after_last(states: Tensor, sizes: list[int]) -> Tensor:
-    """Of the hidden tensors of all steps those after each sequence's own last step."""
-    following = [*sizes[1:], 0]
-    ended = [state[rows:] for state, rows in zip(states.split(sizes), following) if len(state) > rows]
-    return torch.cat(ended[::-1])
 
 
 def _grad_scale(norm: nn.Module | None) -> float:
