@@ -40,7 +40,7 @@ def _load() -> tuple[Any, str]:
     if exchange is None:
         return None, f"not available: PyTorch {torch.__version__} has no DLPack exchange table, later ones do"
     try:
-        from . import _native as extension
+        from . import _native as extension  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"not available: it was not built ({error}); install streamnorm where there is a C++ compiler"
     functions = (
@@ -57,7 +57,8 @@ def _load() -> tuple[Any, str]:
         isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, functions, State._fields, library, isa)
     except ImportError as error:
         return None, f"not available: {error}"
-    return extension, f"available: C++ for {isa}, {'on PyTorch’s threads' if threads else 'on one thread'}"
+    where = "the threads of PyTorch" if threads else "one thread"
+    return extension, f"available: C++ for {isa}, on {where}"
 
 
 _native, _status = _load()
@@ -138,8 +139,12 @@ def attempt(
 
     Args:
         prepared: of :func:`plan`. An input of another shape is not for it.
-        x, weight, bias, grad_scale, stats: as for ``normalize``.
+        x: as for ``normalize``.
+        weight: as for ``normalize``.
+        bias: as for ``normalize``.
         state: the stream's averages, or the module's dict of buffers that holds them.
+        grad_scale: as for ``normalize``.
+        stats: as for ``normalize``.
     """
     if is_compiling():
         return NotImplemented
@@ -197,7 +202,7 @@ def _backward_once(ctx: Any, dy: Tensor) -> Any:
 # Function.apply of Python looks for wrappers that functorch left behind, which have no memory and are refused anyway.
 _apply = super(torch.autograd.Function, _Normalize).apply
 # One call fewer on the way back: autograd calls this attribute, which would only look up the function above.
-_Normalize._backward_cls.apply = _Normalize.backward
+_Normalize._backward_cls.apply = _Normalize.backward  # type: ignore[attr-defined]
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
