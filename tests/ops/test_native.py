@@ -1,0 +1,173 @@
+"""What only the C++ engine promises: its layouts and dtypes, its digits, and the same bits on any number of threads."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import streamnorm as sn
+from streamnorm import ops
+
+pytestmark = pytest.mark.skipif(
+    ops.engines()["native"].startswith("not available"), reason="the C++ extension was not built"
+)
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "every other sample": lambda t: t.repeat_interleave(2, 0)[::2],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+STREAMS = {
+    "window": {},
+    "paper": {"kappa": 0.7},
+    "present": {"alpha": (0, 0, 1), "beta": (0, 0, 1)},
+    "one pass": {"alpha": (1, 0, 0), "beta": (1, 0, 0)},
+    "no gradient": {"alpha": (0.5, 0.2, 0.3), "beta": (0, 0, 0), "kappa": (0.9, 0.2, 0.8, 0.1)},
+}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def near(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    ours, theirs = ours.double(), theirs.double()
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6 * tolerance)
+
+
+def sequence(engine: str, layer: sn.Norm, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """All that comes out of three updates of two uses each: outputs, gradients, state."""
+    results: list[Tensor] = []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with ops.force(engine):
+        for i, (x, dy) in enumerate(zip(inputs, grads)):
+            x = x.detach().requires_grad_()
+            y = layer(x)
+            y.backward(dy)
+            assert x.grad is not None
+            results += [y.detach(), x.grad]
+            if i % 2:
+                results += [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+                optimizer.step()
+                optimizer.zero_grad()
+            results += [buffer.clone() for buffer in layer.state]
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_as_the_reference(stream: str, layout: str, dtype: torch.dtype) -> None:
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    refs = ("channel", "layer", ("group", 3))
+    for p, center, ref in itertools.product((1, 1.5, 2, 3), ("mean", "zero"), refs):
+        shapes = [(n, 6, 5, 4) for n in (2, 3, 1, 4, 2, 2)]
+        inputs = [LAYOUTS[layout](torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+        grads = [torch.randn_like(x) for x in inputs]
+        results = []
+        for engine in ("native", "plain"):
+            layer = sn.StreamingNorm2d(6, p=p, center=center, ref=ref, dtype=dtype, **STREAMS[stream])  # type: ignore[arg-type]
+            results.append(sequence(engine, layer, inputs, grads))
+        for i, (ours, theirs) in enumerate(zip(*results)):
+            assert near(ours, theirs, 4 * tolerance), f"p={p} {center} {ref}: result {i}"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("p", [1, 2])
+def test_half_precision_counts_in_float32(dtype: torch.dtype, tolerance: float, p: float) -> None:
+    inputs = [torch.randn(4, 6, 5, 4).to(dtype) for _ in range(4)]
+    grads = [torch.randn_like(x) for x in inputs]
+    ours = sequence("native", sn.StreamingNorm2d(6, p=p), inputs, grads)
+    theirs = sequence("plain", sn.StreamingNorm2d(6, p=p), inputs, grads)
+    assert ours[0].dtype == dtype
+    for mine, expected in zip(ours, theirs):
+        assert near(mine, expected, tolerance)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stream", ["window", "one pass"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_the_same_bits_on_any_number_of_threads(layout: str, stream: str, p: float) -> None:
+    inputs = [LAYOUTS[layout](torch.randn(shape)) for shape in ((48, 64, 24, 24), (5, 64, 24, 24))]
+    grads = [torch.randn_like(x) for x in inputs]
+    runs = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        runs.append(sequence("native", sn.StreamingNorm2d(64, p=p, **STREAMS[stream]), inputs, grads))  # type: ignore[arg-type]
+    for results in zip(*runs):
+        assert all(result.equal(results[0]) for result in results)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_digits_of_ten_million_elements_with_a_large_offset(p: float, layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(10, 2, 1000, 1000) + 1e4)
+    layer = sn.StreamingNorm2d(2, p=p, alpha=(0, 0, 1), beta=(0, 0, 1))
+    with ops.force("native"), torch.no_grad():
+        layer(x)
+    wide = x.double().transpose(0, 1).flatten(1)
+    mu = wide.mean(1)
+    m = (wide - layer.short[0].double()[:, None]).abs().pow(p).mean(1)
+    assert near(layer.short[0], mu, 1e-7)
+    assert near(layer.short[1], m, 1e-6)
+
+
+def test_a_constant_channel_passes_finite_gradients() -> None:
+    layer = sn.StreamingNorm2d(3, alpha=(0, 0, 1), beta=(0, 0, 1))
+    x = torch.full((4, 3, 5, 5), 7.0, requires_grad=True)
+    with ops.force("native"):
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+    assert y.detach().abs().max() == 0
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_two_threads_train_two_models() -> None:
+    def train(layer: sn.Norm, x: Tensor) -> None:
+        for _ in range(20):
+            layer(x).square().sum().backward()
+            sn.commit(layer)
+
+    x = torch.randn(16, 32, 24, 24)
+    alone, first, second = (sn.StreamingNorm2d(32) for _ in range(3))
+    train(alone, x)
+    threads = [threading.Thread(target=train, args=(layer, x)) for layer in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for layer in (first, second):
+        assert all(a.equal(b) for a, b in zip(layer.state, alone.state))
+
+
+def test_what_is_not_a_plain_tensor_goes_to_pytorch() -> None:
+    class Special(Tensor):
+        pass
+
+    layer = sn.StreamingNorm1d(4)
+    view = layer.ref.view((3, 4))
+    x = torch.randn(3, 4)
+    assert ops.native.supports(x, None, view, layer.formula, layer.state)
+    assert not ops.native.supports(x.as_subclass(Special), None, view, layer.formula, layer.state)
+    assert not ops.native.supports(x.to("meta"), None, view, layer.formula, layer.state)
+    assert not ops.native.supports(x, torch.ones(3, dtype=torch.bool), view, layer.formula, layer.state)
+    layer(x.as_subclass(Special)).sum().backward()
+    assert int(layer.samples) == 3
+
+
+def test_a_gain_that_cpp_does_not_take_still_works() -> None:
+    layer = sn.StreamingNorm1d(4)
+    layer.weight = nn.Parameter(torch.ones(8)[::2])
+    layer(torch.randn(3, 4)).sum().backward()
+    assert int(layer.samples) == 3
+    assert int(layer.grad_samples) == 0  # the input asked for no gradient
