@@ -258,9 +258,9 @@ template <class F> struct Use {
   int64_t* count = nullptr;
   F n, w1 = 0, w2 = 0, w3 = 1;
 
-  Use(const Path& p, int64_t rows_, int64_t number_, int64_t G_, bool backward)
+  Use(const Path& p, int64_t rows_, int64_t number_, int64_t G_, bool backward, bool advances = true)
       : path(p), rows(rows_), number(number_), G(G_), n((F)rows_) {
-    if (p.kind != features || !p.lasting) return;
+    if (p.kind != features || !p.lasting || !advances) return;
     lasting = (F*)(backward ? p.lasting_grad : p.lasting);
     recent = (F*)(backward ? p.recent_grad : p.recent);
     count = backward ? p.count_grad : p.count;
@@ -587,12 +587,10 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
 template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
   typedef Vector<F> V;
   Step<F> s(plan, number);
-  bool into_h = number > 0 ? true : plan.first_h_flows != 0;
-  Use<F> from_x(plan.x, plan.x.dx ? s.rows : 0, number, s.G, true), from_h(plan.h, into_h ? s.rows : 0, number, s.G, true);
-  from_x.rows = from_h.rows = s.rows;
   int64_t H = s.H, G = s.G;
   F* dx = plan.x.dx ? (F*)plan.x.dx + s.first * G : nullptr;
-  F* dh = into_h ? (F*)plan.h.dx + s.first * G : nullptr;
+  F* dh = number > 0 || plan.first_h_flows ? (F*)plan.h.dx + s.first * G : nullptr;
+  Use<F> from_x(plan.x, s.rows, number, G, true, dx != nullptr), from_h(plan.h, s.rows, number, G, true, dh != nullptr);
   F *d_hidden = (F*)plan.d_hidden, *d_cells = (F*)plan.d_cells;
   const F* d_output = plan.d_output ? (const F*)plan.d_output + s.first * H : nullptr;
 
