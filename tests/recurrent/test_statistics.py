@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import streamnorm as sn
+from streamnorm import ops
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "RNN": sn.RNN,
@@ -348,3 +349,43 @@ def test_float64_and_back() -> None:
     half: Any = sn.GRU(3, 4).bfloat16()
     assert half(torch.randn(5, 2, 3, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
     assert half.norm_ih_l0.long.dtype == torch.float32
+
+
+@pytest.mark.parametrize("network", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("options", NORMS[:2], ids=lambda options: options["norm"])
+def test_with_fixed_statistics_it_is_a_layer_of_torchs(network: str, options: dict[str, Any]) -> None:
+    """In evaluation and frozen: outputs and gradients as on the loop; and ``to_torch`` gives that layer."""
+    kind, ours = getattr(nn, network), getattr(sn, network)
+    model = ours(3, 4, num_layers=2, bidirectional=True, dtype=torch.float64, bias=network != "RNN", **options)
+    x = torch.randn(5, 3, 3, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        model(x)[0].sum().backward()
+        sn.commit(model)
+    for train in (False, True):
+        sn.freeze(model) if train else sn.unfreeze(model)
+        model.train(train)
+        for inputs in (x, pack_sequence([x[:n, 0] for n in (5, 3, 1)])):
+            results = []
+            for engine in (ops.ENGINES[0].NAME, "plain"):
+                with ops.force(engine):
+                    output, final = model(inputs)
+                parts = [output if isinstance(output, Tensor) else output.data, hidden(final)]
+                loss = parts[0].square().sum() + parts[1].sum()
+                results.append([*parts, *torch.autograd.grad(loss, [x, *model.parameters()], retain_graph=True)])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    plain = model.to_torch()
+    assert type(plain) is kind
+    assert model.training
+    torch.testing.assert_close(plain(x)[0], model.eval()(x)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_what_torch_has_no_layer_for() -> None:
+    for model in (
+        sn.GRU(3, 4, norm="layer"),
+        sn.GRU(3, 4, reset_after=False),
+        sn.LSTM(3, 4, norm_cell=True),
+        sn.RNN(3, 4, norm="batch-per-step", max_steps=2),
+    ):
+        with pytest.raises(ValueError, match="has no layer"):
+            model.to_torch()

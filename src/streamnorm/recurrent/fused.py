@@ -19,8 +19,11 @@ from .norms import PerStepBatchNorm, RecurrentBatchNorm
 from .steps import Hidden, Norms, Weights
 from .traced import TRACED, Gradient, Gradients, Tensors, Traced, plus
 
-_KNOWN = (Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm, RecurrentBatchNorm, PerStepBatchNorm)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+KNOWN = (Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm, RecurrentBatchNorm, PerStepBatchNorm)
+"""The norms whose forward the engines may do themselves: these types, since a subclass may have one of its own."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what wants to see its forward or backward."""
 
 
 def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
@@ -40,7 +43,7 @@ def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, n
 
 def _can_run(norm: nn.Module, dtype: torch.dtype, sizes: list[int]) -> bool:
     """Whether the engine does all that this norm's own forward would do."""
-    if type(norm) not in _KNOWN or any(norm.__dict__[hooks] for hooks in _HOOKS):
+    if type(norm) not in KNOWN or any(norm.__dict__[hooks] for hooks in HOOKS):
         return False
     assert isinstance(norm, Norm)
     if any(parameter is not None and parameter.dtype != dtype for parameter in norm._parameters.values()):

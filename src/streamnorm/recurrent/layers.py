@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import engines
+from .. import ops
+from . import engines, fixed
 from .base import Normalized
 from .norms import Factory, NormChoice
 from .steps import Hidden, Weights
@@ -64,6 +65,8 @@ _LAYER_DOC = """{title}: ``torch.nn.{name}`` with normalized paths.
 class _Layer(Normalized, nn.RNNBase):
     """What the layers share: the forward pass around an engine that runs one layer in one direction."""
 
+    _torch_type: Any
+
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
         self.kind, self.choice = kind, NormChoice(norm, **options)
         directions = ("", "_reverse") if self.bidirectional else ("",)
@@ -75,6 +78,58 @@ class _Layer(Normalized, nn.RNNBase):
     def _weights(self, suffix: str) -> Weights:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         return Weights(*(getattr(self, f"{name}{suffix}", None) for name in names))  # type: ignore[arg-type]
+
+    def _is_fixed(self) -> bool:
+        return all(fixed.supports(self.kind, self._norms(suffix)) for suffix in self.suffixes)
+
+    def _folded(self) -> list[Weights]:
+        return [fixed.fold(self._weights(suffix), self._norms(suffix)) for suffix in self.suffixes]
+
+    @torch.no_grad()
+    def to_torch(self) -> Any:
+        """A layer of torch.nn that evaluates as this one does, with statistics and gains folded into its weights.
+
+        Returns:
+            An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` in evaluation mode, with weights of its own.
+
+        Raises:
+            ValueError: if torch.nn has no equal: statistics of each sample or time step, a normalized cell, a GRU
+                that resets before the product, or a factory's modules.
+
+        Example:
+            >>> layer = GRU(3, 5).eval()
+            >>> plain, x = layer.to_torch(), torch.randn(7, 2, 3)
+            >>> type(plain).__name__, torch.allclose(plain(x)[0], layer(x)[0], atol=1e-6)
+            ('GRU', True)
+        """
+        before = self.training
+        self.eval()
+        try:
+            if not self._is_fixed():
+                raise ValueError(f"torch.nn has no layer that evaluates as this one does: {self}")
+            folded = self._folded()
+        finally:
+            self.train(before)
+        options: dict[str, Any] = {"nonlinearity": self.nonlinearity} if isinstance(self, nn.RNN) else {}
+        if isinstance(self, nn.LSTM):
+            options["proj_size"] = self.proj_size
+        like = folded[0].ih
+        plain = self._torch_type(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            device=like.device,
+            dtype=like.dtype,
+            **options,
+        )
+        for suffix, weights in zip(self.suffixes, folded):
+            for name, value in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"), weights):
+                if value is not None:
+                    getattr(plain, name + suffix).copy_(value)
+        return plain.eval()
 
     def forward(self, input: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
         """The hidden states of all steps, and the final one."""
@@ -148,6 +203,8 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _run(self, data: Tensor, sizes: list[int], hidden: Hidden) -> tuple[Tensor, Hidden]:
         """All layers and directions over packed data, see ``loop.run``."""
+        if ops._active[0] is not ops.plain and self._is_fixed() and not torch.compiler.is_compiling():
+            return fixed.run(self.kind, data, sizes, hidden, self._folded(), self)
         backwards = _Backwards(sizes, data.device) if self.bidirectional else None
         finals: list[Hidden] = []
         for layer in range(self.num_layers):
@@ -196,6 +253,7 @@ def _like(hx: Any, hidden: list[Tensor]) -> Any:
 
 
 class RNN(_Layer, nn.RNN):  # noqa: D101
+    _torch_type = nn.RNN
     __doc__ = _LAYER_DOC.format(
         title="A simple recurrent network",
         name="RNN",
@@ -238,6 +296,7 @@ class RNN(_Layer, nn.RNN):  # noqa: D101
 
 
 class GRU(_Layer, nn.GRU):  # noqa: D101
+    _torch_type = nn.GRU
     __doc__ = _LAYER_DOC.format(
         title="A gated recurrent unit",
         name="GRU",
@@ -279,6 +338,7 @@ class GRU(_Layer, nn.GRU):  # noqa: D101
 
 
 class LSTM(_Layer, nn.LSTM):  # noqa: D101
+    _torch_type = nn.LSTM
     __doc__ = _LAYER_DOC.format(
         title="A long short-term memory",
         name="LSTM",

@@ -1,0 +1,74 @@
+"""Layers whose statistics are fixed, in evaluation or frozen: their norms are affine maps, and torch.nn runs them.
+
+With scale = gain/s, N(W·x) + b is (scale·W)·x + (b − mu·scale): other weights of the same network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..norm import GeneralBatchNorm, Norm
+from .fused import HOOKS, KNOWN
+from .norms import PerStepBatchNorm
+from .steps import Hidden, Norms, Weights
+
+_NETWORKS: dict[str, Any] = {
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+    "GRU": torch.gru,
+    "LSTM": torch.lstm,
+}
+
+
+def supports(kind: str, norms: Norms) -> bool:
+    """Whether one layer in one direction is torch.nn's with other weights now."""
+    paths = norms[:2]
+    return kind in _NETWORKS and norms.cell is None and all(norm is None or is_affine(norm) for norm in paths)
+
+
+def is_affine(norm: nn.Module) -> bool:
+    """Whether a norm is now the same affine map of each feature, at all steps."""
+    if type(norm) not in KNOWN or isinstance(norm, PerStepBatchNorm) or any(norm.__dict__[hooks] for hooks in HOOKS):
+        return False
+    assert isinstance(norm, Norm)
+    keeps_statistics = norm.stream is not None or isinstance(norm, GeneralBatchNorm)
+    return keeps_statistics and (norm.frozen or not norm.training) and len(norm.eval_stats()[0]) == norm.num_features
+
+
+def fold(weights: Weights, norms: Norms) -> Weights:
+    """The weights with which torch.nn's network does what the normalized one does; gradients go through them."""
+    w_ih, b_ih = _fold(weights.ih, weights.bias_ih, norms.ih)
+    w_hh, b_hh = _fold(weights.hh, weights.bias_hh, norms.hh)
+    return Weights(w_ih, w_hh, b_ih, b_hh, weights.hr)
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
+    if norm is None:
+        return weight, bias
+    assert isinstance(norm, Norm)
+    mu, variance = norm.eval_stats()
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = bias - mu * scale if norm.bias is None else bias + norm.bias - mu * scale
+    return (weight * scale[:, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+def run(
+    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: list[Weights], layer: nn.RNNBase
+) -> tuple[Tensor, Hidden]:
+    """All layers and directions over packed data; ``loop.run`` explains what that is."""
+    flat = [tensor for each in weights for tensor in each if tensor is not None]
+    start = hidden if kind == "LSTM" else hidden[0]
+    options = (True, layer.num_layers, layer.dropout, layer.training, layer.bidirectional)
+    network, rows = _NETWORKS[kind], sizes[0]
+    if rows == sizes[-1]:
+        output, *finals = network(data.view(len(sizes), rows, data.shape[1]), start, flat, *options, False)
+        return output.reshape(len(data), output.shape[2]), tuple(finals)
+    output, *finals = network(data, torch.tensor(sizes), start, flat, *options)
+    return output, tuple(finals)
