@@ -174,12 +174,16 @@ def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
     statistics = values[: 3 * view.num_stats].view(3, -1)
     if weight is not None:
         weight = values[3 * view.num_stats :][: len(weight)].to(weight.dtype)
+    state = None
+    if half:
+        lasting, recent, count, samples = half
+        state = State(lasting, recent, lasting, recent, count, count, samples, samples)  # read are the gradients' only
     stand_in = SimpleNamespace(
         saved_tensors=(x, weight, None, statistics),
         needs_input_grad=ctx.needs_input_grad,
         view=view,
         formula=formula,
-        state=State(*half[:2], *half[:2], half[2], half[2], half[3], half[3]) if half else None,  # read: the gradients'
+        state=state,
         grad_scale=grad_scale,
         n=view.num_elements,
         samples=x.shape[0],
