@@ -78,6 +78,7 @@ struct Call {
   const void *weight, *bias;
   Type weight_type, bias_type;
   void *dw, *db;
+  Type dw_type;  // that of db is bias_type
   const void* lasting;  // the stream: long (2, G), short (2, G), count (G); or their gradients'
   void* recent;
   int64_t* count;
@@ -123,44 +124,64 @@ struct Kernels {
   void (*scales)(const Call&, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance);
   void (*stream_gradients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu,
                            const double* sums_of_u, void* constant, void* along, bool use, bool advance);
-  void (*add_normalized)(const Call&, int64_t from, int64_t to, const double* values, double* out);
+  void (*parameter_gradients)(const Call&, int64_t from, int64_t to, double* sums, double* sums_from_mu, const void* gain, double* dw, double* db);
+  void (*narrow_sums)(const double*, float*, int64_t count);
   void (*column_scales)(const Call&, int64_t from, int64_t to, const void* gain, void* out);
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Memory for the time of a call.
-struct Buffer {
-  void* data = nullptr;
+// Memory for the time of a call: from a pool that the thread keeps, or where that is too small from the heap.
+class Buffer {
+  struct Pool {
+    alignas(64) char data[65536];
+    size_t used;
+    int users;
+  };
+  static Pool& pool() {
+    static thread_local Pool kept;
+    return kept;
+  }
+  void* heap = nullptr;
+  bool pooled = false;
+
+ public:
   Buffer() = default;
   Buffer(const Buffer&) = delete;
-  ~Buffer() { free(data); }
+  ~Buffer() {
+    free(heap);
+    if (pooled && --pool().users == 0) pool().used = 0;
+  }
   void* allocate(size_t bytes) {
-    data = malloc(bytes ? bytes : 1);
-    if (!data) throw std::bad_alloc();
-    return data;
+    Pool& p = pool();
+    bytes = (bytes + 63) / 64 * 64 + 64;
+    if (p.used + bytes <= sizeof p.data) {
+      pooled = true;
+      p.users++;
+      p.used += bytes;
+      return p.data + p.used - bytes;
+    }
+    heap = malloc(bytes);
+    if (!heap) throw std::bad_alloc();
+    return heap;
   }
-  void* zeroed(size_t bytes) {
-    data = calloc(bytes ? bytes : 1, 1);
-    if (!data) throw std::bad_alloc();
-    return data;
-  }
+  void* zeroed(size_t bytes) { return memset(allocate(bytes), 0, bytes); }
 };
 
 // Memory that a thread keeps from call to call, unless it is large.
 struct Scratch {
   static constexpr size_t most_kept = 1 << 20;
+  struct Kept {
+    char* data = nullptr;
+    ~Kept() { free(data); }
+  };
   Buffer own;
   char* data;
   explicit Scratch(size_t bytes) {
-    static thread_local Buffer kept;
-    if (bytes > most_kept) {
-      data = (char*)own.allocate(bytes);
-      return;
-    }
-    if (!kept.data) kept.allocate(most_kept);
-    data = (char*)kept.data;
+    static thread_local Kept kept;
+    if (bytes <= most_kept && !kept.data) kept.data = (char*)malloc(most_kept);
+    data = bytes <= most_kept && kept.data ? kept.data : (char*)own.allocate(bytes);
   }
 };
 
@@ -229,13 +250,6 @@ void set_number(void* p, Type type, int64_t i, double value) {
   }
 }
 
-void set_numbers(void* p, Type type, int64_t count, const double* values) {
-  if (type == Type::f32)
-    for (int64_t i = 0; i < count; i++) ((float*)p)[i] = (float)values[i];
-  else
-    for (int64_t i = 0; i < count; i++) set_number(p, type, i, values[i]);
-}
-
 // --- threads: those of the OpenMP runtime that PyTorch runs on -----------------------------------------------------------
 
 typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
@@ -258,7 +272,8 @@ void run_tasks(int64_t tasks, int threads, void (*run)(const void*, int64_t), co
   team.run = run;
   team.body = body;
   threads = (int)smaller(threads, tasks);
-  if (threads > 1 && gomp_parallel && !forked.load(std::memory_order_relaxed)) gomp_parallel(work, &team, (unsigned)threads, 0);
+  if (tasks == 1) run(body, 0);
+  else if (threads > 1 && gomp_parallel && !forked.load(std::memory_order_relaxed)) gomp_parallel(work, &team, (unsigned)threads, 0);
   else work(&team);
 }
 template <class Fn> void parallel(int64_t tasks, int threads, const Fn& fn) {
@@ -334,10 +349,10 @@ struct Parameter {
   const void* values;
   Parameter(const void* data, Type type, Type wide, int64_t count, int64_t times, bool pad, double otherwise) : values(data) {
     if (data && type == wide && times == 1 && !pad) return;
-    copy.zeroed((count * times + 16) * sizeof(double));
-    values = copy.data;
+    void* out = copy.zeroed((count * times + 16) * sizeof(double));
+    values = out;
     for (int64_t c = 0; c < count; c++)
-      for (int64_t i = 0; i < times; i++) set_number(copy.data, wide, c * times + i, data ? number(data, type, c) : otherwise);
+      for (int64_t i = 0; i < times; i++) set_number(out, wide, c * times + i, data ? number(data, type, c) : otherwise);
   }
 };
 
@@ -366,6 +381,10 @@ struct Walk {
   double gain(int64_t c) const { return call.weight ? number(call.weight, call.weight_type, c) : 1; }
   double bias(int64_t c) const { return call.bias ? number(call.bias, call.bias_type, c) : 0; }
 
+  void set_parameter(void* out, Type type, int64_t count, const double* values) const {
+    if (type == Type::f32) return loops.narrow_sums(values, (float*)out, count);
+    for (int64_t i = 0; i < count; i++) set_number(out, type, i, values[i]);
+  }
   // Rows of `length` elements from the tensor to a copy in the type of arithmetic, and back.
   void copy_in(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows, int64_t length) const {
     for (int64_t r = 0; r < rows; r++) {
@@ -709,7 +728,7 @@ struct Runs : Walk {
       for (int64_t g = 0; g < at.G; g++) fold(g);
       if (call.dx) each_chunk(input_chunk);
     }
-    if (call.dw) add_channels(dw, copies, stride, values, call.dw, call.weight_type);
+    if (call.dw) add_channels(dw, copies, stride, values, call.dw, call.dw_type);
     if (call.db) add_channels(db, copies, stride, values, call.db, call.bias_type);
   }
 
@@ -730,7 +749,7 @@ struct Runs : Walk {
     for (int64_t i = at.C; spread == 1 && i < values; i++) sums[i % at.C] += sums[i];
     for (int64_t c = 0; c < at.C; c++)
       for (int64_t i = 0; i < spread; i++) sums[c] = i ? sums[c] + sums[c * spread + i] : sums[c * spread];
-    set_numbers(out, type, at.C, sums);
+    set_parameter(out, type, at.C, sums);
   }
 };
 
@@ -858,13 +877,7 @@ struct Rows : Walk {
     };
     auto add_parameters = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;
-      if (call.dw) loops.add_normalized(call, from, to, t + stride, dw);
-      for (int64_t c = 0; c < columns; c++) db[c] += t[c];
-      for (int64_t c = 0; call.weight && c < columns; c++) {
-        double w = number(gain.values, wide, c);
-        t[c] *= w;
-        t[stride + c] *= w;
-      }
+      loops.parameter_gradients(call, from, to, t, t + stride, gain.values, dw, db);
     };
     auto add = [&](int64_t task, const Strip& s) {
       loops.gradients_columns(s.block, s.x, s.dy, saved(0, s.o), centered, p, partial + task * size, stride);
@@ -892,8 +905,8 @@ struct Rows : Walk {
         each_strip(true, call.dx, put);
       }
     }
-    if (call.dw) set_numbers(call.dw, call.weight_type, columns, dw);
-    if (call.db) set_numbers(call.db, call.bias_type, columns, db);
+    if (call.dw) set_parameter(call.dw, call.dw_type, columns, dw);
+    if (call.db) set_parameter(call.db, call.bias_type, columns, db);
   }
 };
 
@@ -919,6 +932,9 @@ struct Plan {
   bool known = false;
   int64_t strides[max_axes];
   Layout layout;
+  static constexpr int spares = 4, largest_spare = 1 << 16;
+  PyObject* spare[spares] = {};  // see make_saved
+  int last = 0;
 };
 
 struct Axis {
@@ -1048,9 +1064,10 @@ const Layout* find_layout(Plan& plan, const DLTensor& x) {
 const DLPackExchangeAPI* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *empty_like = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
-PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr;
+PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr;
 PyObject* names[8] = {};  // of the state's buffers
-PyObject* unsupported = nullptr;
+PyObject *unsupported = nullptr, *backward_in_python = nullptr;
+PyObject *name_kept, *name_to_save, *name_saved_tensors, *name_needs;
 
 Type type_of(const DLTensor& t) {
   if (t.dtype.lanes != 1) return Type::other;
@@ -1115,7 +1132,11 @@ PyObject* refuse(const char* what) {
   return nullptr;
 }
 const char* const plan_name = "streamnorm.plan";
-void free_plan(PyObject* capsule) { delete (Plan*)PyCapsule_GetPointer(capsule, plan_name); }
+void free_plan(PyObject* capsule) {
+  Plan* plan = (Plan*)PyCapsule_GetPointer(capsule, plan_name);
+  for (PyObject* spare : plan->spare) Py_XDECREF(spare);
+  delete plan;
+}
 // A plan is a tuple whose first item is the capsule that make_plan returns.
 Plan* get_plan(PyObject* plan) {
   PyObject* capsule = PyTuple_GetItem(plan, 0);
@@ -1209,11 +1230,23 @@ bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type&
 
 // The forward or the gradient half of a state, in the order (long, short, count, samples).
 struct Half {
+  PyObject* tensors[4];  // borrowed
   DLTensor part[4];
-  bool read(const Plan& plan, PyObject* state, bool grad, Type wide) {
+
+  // state: a tuple in the order of spec.State, or a module's dict of buffers
+  bool find(PyObject* state, bool grad) {
     const int places[4] = {grad ? 2 : 0, grad ? 3 : 1, grad ? 5 : 4, grad ? 7 : 6};
+    bool tuple = PyTuple_Check(state);
+    if (tuple ? PyTuple_Size(state) != 8 : !PyDict_Check(state)) return false;
     for (int i = 0; i < 4; i++) {
-      if (!borrow_flat(PyTuple_GetItem(state, places[i]), i < 2 ? 2 * plan.G : i == 2 ? plan.G : 1, part[i])) return false;
+      tensors[i] = tuple ? PyTuple_GetItem(state, places[i]) : PyDict_GetItemWithError(state, names[places[i]]);
+      if (!tensors[i]) return false;
+    }
+    return true;
+  }
+  bool read(const Plan& plan, Type wide) {
+    for (int i = 0; i < 4; i++) {
+      if (!borrow_flat(tensors[i], i < 2 ? 2 * plan.G : i == 2 ? plan.G : 1, part[i])) return false;
       if (i < 2 ? type_of(part[i]) != wide : !is_int64(part[i])) return false;
     }
     return true;
@@ -1230,26 +1263,6 @@ struct Half {
     call.mix[2] = 0;
   }
 };
-
-// The state as a tuple, in the order of spec.State; it comes as one, or as a module's dict of buffers, or is None.
-PyObject* state_tuple(PyObject* state) {
-  if (state == Py_None || PyTuple_Check(state)) {
-    if (state != Py_None && PyTuple_Size(state) != 8) return refuse("such a state");
-    Py_IncRef(state);
-    return state;
-  }
-  PyObject* tuple = PyTuple_New(8);
-  for (int i = 0; tuple && i < 8; i++) {
-    PyObject* buffer = PyDict_GetItemWithError(state, names[i]);
-    if (!buffer) {
-      Py_DecRef(tuple);
-      return PyErr_Occurred() ? nullptr : refuse("a state without all its buffers");
-    }
-    Py_IncRef(buffer);
-    PyTuple_SetItem(tuple, i, buffer);
-  }
-  return tuple;
-}
 
 // Whether something wants to see every PyTorch operation: a dispatch mode, a function mode, a tracer. 1, 0, or -1 for an error.
 int watched() {
@@ -1286,14 +1299,39 @@ bool execute(Call& call, int64_t numel, bool forward) {
   return enough;
 }
 
-// (3, G), and room to read the last values as a whole pack.
-Py_ssize_t saved_size(const Plan& plan, Type wide) { return 3 * plan.G * (wide == Type::f64 ? 8 : 4) + 64; }
+// (3, G), then a copy of the gain, and room to read the last values as a whole pack.
+Py_ssize_t saved_size(const Plan& plan, Type wide) { return (3 * plan.G + plan.channels) * (wide == Type::f64 ? 8 : 4) + 64; }
+char* saved_gain(const Plan& plan, Type wide, void* saved) { return (char*)saved + 3 * plan.G * (wide == Type::f64 ? 8 : 4); }
+// A bytes object for it: one of the last calls' that nobody holds any more, since to allocate a few kilobytes takes as
+// long as to normalize them.
+PyObject* make_saved(Plan& plan, Type wide) {
+  Py_ssize_t size = saved_size(plan, wide);
+  PyObject** vacant = &plan.spare[plan.last = (plan.last + 1) % Plan::spares];
+  for (PyObject*& spare : plan.spare) {
+    if (!spare) vacant = &spare;
+    else if (Py_REFCNT(spare) == 1 && PyBytes_Size(spare) == size) {
+      Py_IncRef(spare);
+      return spare;
+    }
+  }
+  PyObject* bytes = PyBytes_FromStringAndSize(nullptr, size);
+  if (!bytes || size > Plan::largest_spare) return bytes;
+  Py_XDECREF(*vacant);
+  Py_IncRef(bytes);
+  return *vacant = bytes;
+}
 
-// forward(plan, x, weight, bias, state, grad_scale, stats) -> (y, what backward needs)
+// What forward leaves for backward, besides x: (plan, saved, grad_scale, weight, bias), and with a stream the gradient half
+// of its state. Of weight and bias only the kind is needed, the gain's values are saved.
+enum Kept { kept_plan, kept_saved, kept_grad_scale, kept_weight, kept_bias, kept_half };
+
+// forward(ctx, x, weight, bias, (plan, state, grad_scale, stats)) -> y
 // Refuses, before anything has changed, whatever it does not take.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7) return refuse("this number of arguments");
-  PyObject *plan_object = args[0], *bias = args[3], *grad_scale = args[5];
+  if (count != 5 || !PyTuple_Check(args[4]) || PyTuple_Size(args[4]) != 4) return refuse("these arguments");
+  PyObject *ctx = args[0], *x_object = args[1], *weight = args[2], *bias = args[3];
+  PyObject *plan_object = PyTuple_GetItem(args[4], 0), *state = PyTuple_GetItem(args[4], 1), *grad_scale = PyTuple_GetItem(args[4], 2),
+           *stats_object = PyTuple_GetItem(args[4], 3);
   Plan* plan = get_plan(plan_object);
   if (!plan) return nullptr;
   int seen = watched();
@@ -1301,56 +1339,69 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   DLTensor x, y, stats = {};
   Call call = {};
   Layout layout;
-  if (!read_input(*plan, args[1], x, call, layout)) return refuse("this input");
+  if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
   Type wide = call.type == Type::f64 ? Type::f64 : Type::f32;
-  if (!read_parameter(args[2], plan->channels, call.weight, call.weight_type)) return refuse("this gain");
+  if (!read_parameter(weight, plan->channels, call.weight, call.weight_type)) return refuse("this gain");
   if (!read_parameter(bias, plan->channels, call.bias, call.bias_type)) return refuse("this bias");
-  Reference state(state_tuple(args[4]));
-  if (!state) return nullptr;
+  const bool streams = state != Py_None;
   Half half, grad_half;
-  if (state != Py_None && !(half.read(*plan, state, false, wide) && grad_half.read(*plan, state, true, wide))) return refuse("this state");
+  if (streams && !(half.find(state, false) && half.read(*plan, wide) && grad_half.find(state, true))) return refuse("this state");
   Buffer moments;
-  if (args[6] != Py_None) {
-    if (!borrow_flat(args[6], 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("this tensor for statistics");
+  if (stats_object != Py_None) {
+    if (!borrow_flat(stats_object, 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("this tensor for statistics");
     call.moments = (double*)moments.zeroed(plan->G * sizeof(double));
   }
-  Reference output(PyObject_CallFunctionObjArgs(empty_like, args[1], nullptr));
+  Reference output(PyObject_CallFunctionObjArgs(empty_like, x_object, nullptr));
   if (!output) return nullptr;
   if (!borrow(output, y) || type_of(y) != call.type || !same_strides(x, y)) return refuse("this output");
-  Reference saved(PyBytes_FromStringAndSize(nullptr, saved_size(*plan, wide)));
+  Reference saved(make_saved(*plan, wide));
   if (!saved) return nullptr;
 
   call.y = y.data;
   expect_writes(call.y, plan->numel * x.dtype.bits / 8);
   call.saved = PyBytes_AsString(saved);
-  memcpy(call.mix, plan->formula.alpha, sizeof call.mix);
-  if (state == Py_None) call.mix[0] = call.mix[1] = 0, call.mix[2] = 1;
-  else half.use(*plan, call);
+  if (call.weight) {
+    char* gain = saved_gain(*plan, wide, call.saved);
+    if (call.weight_type == wide) memcpy(gain, call.weight, plan->channels * (wide == Type::f64 ? 8 : 4));
+    else
+      for (int64_t i = 0; i < plan->channels; i++) set_number(gain, wide, i, number(call.weight, call.weight_type, i));
+    call.weight = gain;
+    call.weight_type = wide;
+  }
+  if (streams) {
+    memcpy(call.mix, plan->formula.alpha, sizeof call.mix);
+    half.use(*plan, call);
+  } else {
+    call.mix[2] = 1;
+  }
   if (!execute(call, plan->numel, true)) return nullptr;
   for (int64_t i = 0; call.moments && i < plan->G; i++) {
     set_number(stats.data, type_of(stats), i, number(call.saved, wide, i));
     set_number(stats.data, type_of(stats), plan->G + i, call.moments[i]);
   }
-  Reference kept(PyTuple_Pack(5, plan_object, saved.object, state.object, grad_scale, bias));
-  return kept ? PyTuple_Pack(2, output.object, kept.object) : nullptr;
+  Reference kept(streams ? PyTuple_Pack(9, plan_object, saved.object, grad_scale, weight, bias, grad_half.tensors[0], grad_half.tensors[1],
+                                        grad_half.tensors[2], grad_half.tensors[3])
+                         : PyTuple_Pack(5, plan_object, saved.object, grad_scale, weight, bias));
+  if (!kept || PyObject_SetAttr(ctx, name_kept, kept)) return nullptr;
+  Reference inputs(PyTuple_Pack(1, x_object));
+  return inputs && !PyObject_SetAttr(ctx, name_to_save, inputs) ? output.release() : nullptr;
 }
 
-// backward(what forward kept, (x, weight), dy, (whether x, weight, bias need a gradient)) -> (dx, dw, db, None, None, None, None)
-// Refuses an output gradient that it does not take.
-PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4) return refuse("this number of arguments");
-  PyObject *kept = args[0], *inputs = args[1], *dy_object = args[2], *needs = args[3];
-  PyObject *saved = PyTuple_GetItem(kept, 1), *state = PyTuple_GetItem(kept, 2), *grad_scale = PyTuple_GetItem(kept, 3),
-           *bias = PyTuple_GetItem(kept, 4), *x_object = PyTuple_GetItem(inputs, 0), *weight = PyTuple_GetItem(inputs, 1);
-  Plan* plan = get_plan(PyTuple_GetItem(kept, 0));
-  if (!plan || !weight || !bias) return nullptr;
+// The gradients for (x, weight, bias, call), or null: with Unsupported where dy is not for C++, and nothing has changed.
+PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
+  Reference kept(PyObject_GetAttr(ctx, name_kept)), inputs(PyObject_GetAttr(ctx, name_saved_tensors)), needs(PyObject_GetAttr(ctx, name_needs));
+  if (!kept || !inputs || !needs) return nullptr;
+  PyObject *saved = PyTuple_GetItem(kept, kept_saved), *grad_scale = PyTuple_GetItem(kept, kept_grad_scale),
+           *weight = PyTuple_GetItem(kept, kept_weight), *bias = PyTuple_GetItem(kept, kept_bias), *x_object = PyTuple_GetItem(inputs, 0);
+  Plan* plan = get_plan(PyTuple_GetItem(kept, kept_plan));
+  if (!plan || !bias || !x_object) return nullptr;
   DLTensor x, dy, t;
   Call call = {};
   Layout layout;
   if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
   Type wide = call.type == Type::f64 ? Type::f64 : Type::f32;
   call.saved = PyBytes_AsString(saved);
-  if (!call.saved || PyBytes_Size(saved) != saved_size(*plan, wide)) return refuse("these statistics");
+  if (!call.saved) return nullptr;
   if (!borrow(dy_object, dy) || type_of(dy) != call.type || size_of(dy) != plan->numel) return refuse("this output gradient");
   Reference copy;
   if (!same_strides(x, dy)) {
@@ -1359,42 +1410,70 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!borrow(copy, dy) || type_of(dy) != call.type || !same_strides(x, dy)) return refuse("this output gradient");
   }
   call.dy = dy.data;
-  if (!read_parameter(weight, plan->channels, call.weight, call.weight_type)) return refuse("this gain");
+  if (weight != Py_None) call.weight = saved_gain(*plan, wide, call.saved);
+  call.weight_type = wide;
   if (grad_scale != Py_None) {
     if (!borrow_flat(grad_scale, 1, t) || type_of(t) == Type::other) return refuse("this gradient scale");
     call.grad_scale = number(t.data, type_of(t), 0);
   }
+  Half half;
+  const bool streams = PyTuple_Size(kept) > kept_half;
+  for (int i = 0; streams && i < 4; i++) half.tensors[i] = PyTuple_GetItem(kept, kept_half + i);
+  if (streams && !half.read(*plan, wide)) return refuse("this state");
 
   PyObject* of[3] = {x_object, weight, bias};
   void** data[3] = {&call.dx, &call.dw, &call.db};
-  Reference result(PyTuple_New(7));
+  Type* types[3] = {&call.type, &call.dw_type, &call.bias_type};
+  Reference result(PyTuple_New(4));
   if (!result) return nullptr;
-  for (int i = 0; i < 7; i++) {
+  for (int i = 0; i < 4; i++) {
     PyObject* grad = Py_None;
     if (i < 3 && of[i] != Py_None && PyTuple_GetItem(needs, i) == Py_True) {
       grad = PyObject_CallFunctionObjArgs(empty_like, of[i], nullptr);
       if (!grad) return nullptr;
-      if (!borrow(grad, t) || (i == 0 ? !same_strides(x, t) : !is_contiguous(t))) {
-        Py_DecRef(grad);
-        return refuse("this gradient");
-      }
-      *data[i] = t.data;
-      (i == 2 ? call.bias_type : call.weight_type) = i == 0 ? call.weight_type : type_of(t);
     } else {
       Py_IncRef(grad);
     }
     PyTuple_SetItem(result, i, grad);
+    if (grad == Py_None) continue;
+    if (!borrow(grad, t) || (i == 0 ? !same_strides(x, t) : !is_contiguous(t))) return refuse("this gradient");
+    *data[i] = t.data;
+    *types[i] = type_of(t);
   }
   if (call.dx) {
     expect_writes(call.dx, plan->numel * x.dtype.bits / 8);
     memcpy(call.mix, plan->formula.beta, sizeof call.mix);
-    if (state != Py_None) {
-      Half half;
-      if (!half.read(*plan, state, true, wide)) return refuse("this state");
-      half.use(*plan, call);
-    }
+    if (streams) half.use(*plan, call);
   }
   return execute(call, plan->numel, false) ? result.release() : nullptr;
+}
+
+// What autograd calls of a node: (self = ctx, dy). Second derivatives, and what C++ does not take, are Python's.
+PyObject* apply(PyObject* ctx, PyObject* const* args, Py_ssize_t count) {
+  Reference recording(PyObject_CallFunctionObjArgs(is_grad_enabled, nullptr));
+  if (!recording || count != 1) return recording ? refuse("these arguments") : nullptr;
+  if (recording == Py_False) {
+    PyObject* result = gradients(ctx, args[0]);
+    if (result || !PyErr_ExceptionMatches(unsupported)) return result;
+    PyErr_Clear();
+  }
+  return PyObject_CallFunctionObjArgs(backward_in_python, ctx, args[0], nullptr);
+}
+// backward(ctx, dy) -> gradients; raises Unsupported where dy is not for C++
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return count == 2 ? gradients(args[0], args[1]) : refuse("these arguments");
+}
+PyMethodDef apply_method = {"apply", (PyCFunction)(void (*)(void))apply, METH_FASTCALL, nullptr};
+
+// attach(type of the nodes, the Python function behind it): let autograd call apply above
+PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2 || !PyType_Check(args[0])) return refuse("these arguments");
+  Py_IncRef(args[1]);
+  backward_in_python = args[1];
+  Reference method(PyDescr_NewMethod((PyTypeObject*)args[0], &apply_method));
+  if (!method || PyObject_SetAttrString(args[0], "apply", method)) return nullptr;
+  Py_IncRef(Py_None);
+  return Py_None;
 }
 
 // One half of a commit: the short-term averages of an index that was used move into its long-term ones.
@@ -1409,17 +1488,14 @@ template <class F> void commit_half(F* lasting, F* recent, int64_t* count, int64
 }
 // False, with nothing changed, for a state that is not in plain CPU memory.
 bool commit_state(PyObject* state, const double* kappa, double window) {
-  DLTensor count;
-  if (!borrow(PyTuple_GetItem(state, 4), count)) return false;
+  Half halves[2];
+  DLTensor lasting, count;
+  if (!halves[0].find(state, false) || !halves[1].find(state, true)) return false;
+  if (!borrow(halves[0].tensors[0], lasting) || !borrow(halves[0].tensors[2], count)) return false;
+  Type type = type_of(lasting);
   Plan plan = {};
   plan.G = size_of(count);
-  DLTensor lasting;
-  if (!borrow(PyTuple_GetItem(state, 0), lasting)) return false;
-  Type type = type_of(lasting);
-  if (type != Type::f32 && type != Type::f64) return false;
-  Half halves[2];
-  for (int grad = 0; grad < 2; grad++)
-    if (!halves[grad].read(plan, state, grad, type)) return false;
+  if ((type != Type::f32 && type != Type::f64) || !halves[0].read(plan, type) || !halves[1].read(plan, type)) return false;
   for (int grad = 0; grad < 2; grad++) {
     const DLTensor* part = halves[grad].part;
     int64_t* samples = (int64_t*)part[3].data;
@@ -1445,20 +1521,18 @@ PyObject* commit(PyObject*, PyObject* uses) {
     double kappa[4] = {}, window = span == Py_None ? 0 : PyFloat_AsDouble(span);
     for (int k = 0; span == Py_None && k < 4; k++) kappa[k] = PyFloat_AsDouble(PyTuple_GetItem(constants, k));
     if (PyErr_Occurred()) return nullptr;
-    Reference state(state_tuple(state_object));
-    if (!state) return nullptr;
-    if (!commit_state(state, kappa, window) && PyList_Append(rest, use)) return nullptr;
+    if (!commit_state(state_object, kappa, window) && (PyErr_Occurred() || PyList_Append(rest, use))) return nullptr;
   }
   return rest.release();
 }
 
-// setup(Tensor, Parameter, exchange, (empty_like, copy_like, get_num_threads, dispatch_modes, function_modes, tracing), names,
-//       library, instructions or None) -> (instructions, whether there are threads)
+// setup(Tensor, Parameter, exchange, (empty_like, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,
+//       is_grad_enabled), names, library, instructions or None) -> (instructions, whether there are threads)
 PyObject* setup(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *capsule, *functions[6], *buffers;
+  PyObject *tensor, *parameter, *capsule, *functions[7], *buffers;
   const char *library, *wanted;
-  if (!PyArg_ParseTuple(args, "OOO(OOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
-                        &functions[4], &functions[5], &PyTuple_Type, &buffers, &library, &wanted))
+  if (!PyArg_ParseTuple(args, "OOO(OOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
+                        &functions[4], &functions[5], &functions[6], &PyTuple_Type, &buffers, &library, &wanted))
     return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
@@ -1486,12 +1560,14 @@ PyObject* setup(PyObject*, PyObject* args) {
   if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   registered = true;
 #endif
-  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing};
-  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5]};
-  for (int i = 0; i < 8; i++) {
+  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled};
+  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6]};
+  for (int i = 0; i < 9; i++) {
     Py_IncRef(values[i]);
     Py_XDECREF(*places[i]);
     *places[i] = values[i];
+  }
+  for (int i = 0; i < 8; i++) {
     PyObject* name = PyTuple_GetItem(buffers, i);
     if (!name) return nullptr;
     Py_IncRef(name);
@@ -1511,6 +1587,7 @@ PyMethodDef methods[] = {
     {"accepts", function(accepts), METH_FASTCALL, nullptr},
     {"forward", function(forward), METH_FASTCALL, nullptr},
     {"backward", function(backward), METH_FASTCALL, nullptr},
+    {"attach", function(attach), METH_FASTCALL, nullptr},
     {"commit", commit, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -1521,6 +1598,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Training steps on CPU t
 PyMODINIT_FUNC PyInit__native() {
   PyObject* m = PyModule_Create(&module);
   unsupported = PyErr_NewException("streamnorm.ops._native.Unsupported", PyExc_ValueError, nullptr);
+  name_kept = PyUnicode_InternFromString("kept");
+  name_to_save = PyUnicode_InternFromString("to_save");
+  name_saved_tensors = PyUnicode_InternFromString("saved_tensors");
+  name_needs = PyUnicode_InternFromString("needs_input_grad");
   if (!m || !unsupported || PyModule_AddObjectRef(m, "Unsupported", unsupported)) return nullptr;
   return m;
 }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import eager
 from .first_order import first_order_only
@@ -50,6 +50,7 @@ def _load() -> tuple[Any, str]:
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
         torch._C._get_tracing_state,
+        torch.is_grad_enabled,
     )
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
     isa = os.environ.get("STREAMNORM_ISA") or None
@@ -118,91 +119,84 @@ def normalize(
     prepared = plan(view, formula)
     if _native.accepts(prepared, x) == _AFTER_A_COPY:
         x = x.contiguous()
-    y = attempt(prepared, x, weight, bias, state, grad_scale, stats)
+    y = attempt(x, weight, bias, (prepared, state, grad_scale, stats))
     if y is NotImplemented:
         return eager.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     return y
 
 
-def attempt(
-    prepared: Plan,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    state: State | dict[str, Tensor | None] | None,
-    grad_scale: Tensor | None,
-    stats: Tensor | None = None,
-) -> Any:
+def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Plan, Any, Any, Any]) -> Any:
     """Normalize as ``normalize`` does, or return NotImplemented with nothing changed.
 
     This is the short way: all checks are made in C++, on the way to the result.
 
     Args:
-        prepared: of :func:`plan`. An input of another shape is not for it.
-        x: as for ``normalize``.
-        weight: as for ``normalize``.
-        bias: as for ``normalize``.
-        state: the stream's averages, or the module's dict of buffers that holds them.
-        grad_scale: as for ``normalize``.
-        stats: as for ``normalize``.
+        x: of the shape that the plan is for, else it is refused.
+        weight: gain, or None.
+        bias: or None.
+        use: the plan, the state (or the module's dict of buffers that holds it, or None), grad_scale and stats. It
+            may be kept from call to call.
     """
-    if is_compiling():
+    if is_dynamo_compiling():  # other compilers work under a dispatch mode, which C++ looks for
         return NotImplemented
     try:
-        return _apply(x, weight, bias, prepared, state, grad_scale, stats)
+        return _apply(x, weight, bias, use)
     except _native.Unsupported:
         return NotImplemented
 
 
 class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Any, weight: Any, bias: Any, prepared: Any, state: Any, grad_scale: Any, stats: Any
-    ) -> Any:
-        y, ctx.kept = _native.forward(prepared, x, weight, bias, state, grad_scale, stats)
-        ctx.save_for_backward(x, weight)
-        return y
+    forward = _native and _native.forward
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         if torch.is_grad_enabled():
             return _backward_once(ctx, dy)
         try:
-            return _native.backward(ctx.kept, ctx.saved_tensors, dy, ctx.needs_input_grad)
+            return _native.backward(ctx, dy)
         except _native.Unsupported:
             return _backward_in_pytorch(ctx, dy)
 
 
+def _backward_once(ctx: Any, dy: Tensor) -> Any:
+    """Under ``create_graph``: gradients that refuse to be differentiated again."""
+    stand_in = SimpleNamespace(
+        node=ctx, saved_tensors=(*ctx.saved_tensors, *(t for t in ctx.kept[3:5] if t is not None))
+    )
+    return first_order_only(lambda ctx, dy: _Normalize.backward(ctx.node, dy))(stand_in, dy)
+
+
 def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
     """For an output gradient that is no plain tensor, such as a batch of them under vmap."""
-    (_, view, formula), saved, state, grad_scale, bias = ctx.kept
-    x, weight = ctx.saved_tensors
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = torch.frombuffer(bytearray(saved), dtype=dtype, count=3 * view.num_stats).view(3, -1)
+    (_, view, formula), saved, grad_scale, weight, bias, *half = ctx.kept
+    (x,) = ctx.saved_tensors
+    values = torch.frombuffer(bytearray(saved), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    statistics = values[: 3 * view.num_stats].view(3, -1)
+    if weight is not None:
+        weight = values[3 * view.num_stats :][: len(weight)].to(weight.dtype)
+    state = None
+    if half:
+        lasting, recent, count, samples = half
+        state = State(lasting, recent, lasting, recent, count, count, samples, samples)  # read are the gradients' only
     stand_in = SimpleNamespace(
         saved_tensors=(x, weight, None, statistics),
         needs_input_grad=ctx.needs_input_grad,
         view=view,
         formula=formula,
-        state=state and State(*state),
+        state=state,
         grad_scale=grad_scale,
         n=view.num_elements,
         samples=x.shape[0],
         has_bias=bias is not None,
     )
-    return eager._Normalize.backward(stand_in, dy)[:3] + (None,) * 4
+    return *eager._Normalize.backward(stand_in, dy)[:3], None
 
 
-@first_order_only
-def _backward_once(ctx: Any, dy: Tensor) -> Any:
-    with torch.no_grad():
-        return _Normalize.backward(ctx, dy)
-
-
-# Function.apply of Python looks for wrappers that functorch left behind, which have no memory and are refused anyway.
+if _native is not None:
+    # Autograd calls the method `apply` of a node, which would look up and call `backward`: this one is in C++.
+    _native.attach(_Normalize._backward_cls, _Normalize.backward)
+# What Function.apply does before it calls this is of use to functorch, whose tensors have no memory and are refused.
 _apply = super(torch.autograd.Function, _Normalize).apply
-# One call fewer on the way back: autograd calls this attribute, which would only look up the function above.
-_Normalize._backward_cls.apply = _Normalize.backward  # type: ignore[attr-defined]
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:

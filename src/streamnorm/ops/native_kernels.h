@@ -652,20 +652,34 @@ void stream_gradients(const Call& call, int64_t from, int64_t to, const double* 
   });
 }
 
-// out += values·(1/s) of the statistics from `from` on
-template <class F> void add_normalized(const Call& call, int64_t from, int64_t to, const double* values, double* out) {
-  const F* inverse = (const F*)call.saved + call.layout->G;
+// Add to the gradients of gain and bias, then turn sums over dy into sums over dx̂ = dy·gain.
+template <class F>
+void parameter_gradients(const Call& call, int64_t from, int64_t to, double* sums, double* sums_from_mu, const void* gain_, double* dw, double* db) {
+  const F *inverse = (const F*)call.saved + call.layout->G, *gain = (const F*)gain_;
   each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
     typedef decltype(kind) D;
-    put(out + i - from, get<D>(out + i - from) + get<D>(values + i - from) * get<D>(inverse + i));
+    int64_t c = i - from;
+    D sum = get<D>(sums + c), sum_from_mu = get<D>(sums_from_mu + c);
+    put(dw + c, get<D>(dw + c) + sum_from_mu * get<D>(inverse + i));
+    put(db + c, get<D>(db + c) + sum);
+    if (!gain) return;
+    put(sums + c, sum * get<D>(gain + c));
+    put(sums_from_mu + c, sum_from_mu * get<D>(gain + c));
   });
+}
+
+void narrow_sums(const double* from, float* to, int64_t count) {
+  each_statistic(0, count, [=](int64_t i, auto kind) INLINE_LAMBDA { put(to + i, get<decltype(kind)>(from + i)); });
 }
 
 // out = (1/s)·gain, for columns
 template <class F> void column_scales(const Call& call, int64_t from, int64_t to, const void* gain_, void* out_) {
   const F *inverse = (const F*)call.saved + call.layout->G + from, *gain = (const F*)gain_;
   F* out = (F*)out_;
-  for (int64_t i = 0; i < to - from; i++) out[i] = gain ? inverse[i] * gain[i] : inverse[i];
+  each_statistic(0, to - from, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    put(out + i, gain ? get<D>(inverse + i) * get<D>(gain + i) : get<D>(inverse + i));
+  });
 }
 
 // --- one table of loops for each type of statistics and p ----------------------------------------------------------------------
@@ -692,7 +706,8 @@ template <class F, int P> const Kernels* table() {
       locations<F>,
       scales<F, P>,
       stream_gradients<F>,
-      add_normalized<F>,
+      parameter_gradients<F>,
+      narrow_sums,
       column_scales<F>,
   };
   return &kernels;
