@@ -157,6 +157,16 @@ def test_one_sequence(network: str, norm: str) -> None:
     assert_same(model, batches_of(torch.float64, (6, 1), (1, 1)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [2, 3, 5, 13, 70])
+@pytest.mark.parametrize("hidden", [1, 37])
+def test_all_sizes_of_matrix_products(hidden: int, rows: int, dtype: torch.dtype) -> None:
+    """Few rows, packed weights, a product for each step; whole registers of hidden units, some more, and one."""
+    for model in (sn.GRU(3, hidden, gain=0.2, dtype=dtype), sn.LSTM(40, hidden, gain=0.2, dtype=dtype)):
+        batches = [[torch.randn(5, rows, model.input_size, dtype=dtype)]]
+        assert_same(model, batches)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_without_bias(network: str) -> None:
     model = NETWORKS[network](3, 5, bias=False, dtype=torch.float64)

@@ -113,16 +113,25 @@ template <class F> INLINE Vector<F> hyperbolic_tangent(Vector<F> x) {
 
 // --- matrix products with the hidden state ------------------------------------------------------------------------------------
 
-// From n registers, the register of their sums: pairs of neighbours are added until one is left of each.
-template <class F> INLINE Vector<F> totals(Vector<F>* registers) {
+// The sums of neighbours: those of a, then those of b.
+template <class F> INLINE Vector<F> neighbours(Vector<F> a, Vector<F> b) {
   constexpr int n = Lanes<F>::n;
+#ifdef __clang__
+  Vector<F> r;
+  for (int i = 0; i < n / 2; i++) r[i] = a[2 * i] + a[2 * i + 1], r[n / 2 + i] = b[2 * i] + b[2 * i + 1];
+  return r;
+#else
   Mask<F> even, odd;
   for (int i = 0; i < n; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+#endif
+}
+// From n registers, the register of their totals.
+template <class F> INLINE Vector<F> totals(Vector<F>* registers) {
 #pragma GCC unroll 4
-  for (int left = n / 2; left; left /= 2)
+  for (int left = Lanes<F>::n / 2; left; left /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < left; i++)
-      registers[i] = __builtin_shuffle(registers[2 * i], registers[2 * i + 1], even) + __builtin_shuffle(registers[2 * i], registers[2 * i + 1], odd);
+    for (int i = 0; i < left; i++) registers[i] = neighbours<F>(registers[2 * i], registers[2 * i + 1]);
   return registers[0];
 }
 

@@ -43,6 +43,7 @@ MOMENTUM = {"batch": 0.002, "batch-per-step": 0.1}
 0.1 remembers ten of those that are used once a sequence."""
 
 GAIN = 1.0
+"""Where gains start; docs/recurrent.md tells why not at 0.1, as Cooijmans et al. (2016) have it for the batch norms."""
 
 _STREAM = ("window", "alpha", "beta", "kappa")
 _ALLOWED = {
