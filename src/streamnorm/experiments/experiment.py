@@ -123,6 +123,11 @@ class Experiment(ABC, Generic[DataT]):
         ("streaming-l1", "layer"),
         ("streaming-l1", "batch"),
         ("streaming-l1", "batch-recalibrated"),
+        ("streaming-l1", "batch-renorm"),
+        ("streaming-l1", "mabn"),
+        ("streaming-l1", "group"),
+        ("streaming-l1", "rms"),
+        ("streaming-l1", "online"),
         ("streaming-l2", "layer"),
         ("streaming-l1", "streaming-l2"),
     )

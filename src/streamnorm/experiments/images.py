@@ -116,7 +116,8 @@ class ImageExperiment(Experiment[Data]):
 
     def model(self, data: Data, method: str) -> nn.Module:
         """The network with layers of this method."""
-        return self.network(data.shape, data.classes, METHODS[method].make)
+        chosen = METHODS[method]
+        return chosen.finish(self.network(data.shape, data.classes, chosen.make))
 
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """SGD with momentum."""
