@@ -15,7 +15,7 @@ from torch import nn
 from streamnorm.experiments.data import Data, Split, load, prepare, split_sizes
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Run, Scores
-from streamnorm.experiments.methods import METHODS, Method, NormFactory
+from streamnorm.experiments.methods import METHODS, LayerMethod, NormFactory
 from streamnorm.experiments.score import ACCURACY, Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.sources import Source, open_source
@@ -45,7 +45,7 @@ class Images:
 class ImageExperiment(Experiment[Data]):
     """Classifying images with SGD; whole passes over the training images, judged by accuracy."""
 
-    catalogue: ClassVar[Mapping[str, Method]] = METHODS
+    catalogue: ClassVar[Mapping[str, LayerMethod]] = METHODS
     score: ClassVar[Score] = ACCURACY
     unit: ClassVar[str] = "images"
     words: ClassVar[Words] = ImageWords()
@@ -116,7 +116,7 @@ class ImageExperiment(Experiment[Data]):
 
     def model(self, data: Data, method: str) -> nn.Module:
         """The network with layers of this method."""
-        chosen = METHODS[method]
+        chosen = self.catalogue[method]
         return chosen.finish(self.network(data.shape, data.classes, chosen.make))
 
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
