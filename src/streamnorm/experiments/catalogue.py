@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
+from streamnorm.experiments.coefficients import Coefficients
+from streamnorm.experiments.dau import DAU
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
 from streamnorm.experiments.online_fc import OnlineFC
 
-_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, CharRNN, CharGRU, CharLSTM)
+_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, DAU, Coefficients, CharRNN, CharGRU, CharLSTM)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 

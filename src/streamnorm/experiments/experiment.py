@@ -132,6 +132,8 @@ class Experiment(ABC, Generic[DataT]):
         ("streaming-l1", "streaming-l2"),
     )
     """The pairs of methods that the verdict speaks of, ours first."""
+    setting_pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """The pairs of settings at which each method is compared with itself, for experiments that ask about settings."""
     catalogue: ClassVar[Mapping[str, Method]]
     """The methods that can be named."""
     score: ClassVar[Score]

@@ -15,7 +15,7 @@ from streamnorm.experiments.models import fully_connected
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineFC(ImageExperiment):
-    """Compare normalizations in a fully connected network, from mini-batches of 32 down to one sample at a time.
+    """Compare normalizations in a fully connected network, down to one sample at a time.
 
     Each method gets its best learning rate, chosen on validation images; then several seeds are run at that rate and
     evaluated on the test images.

@@ -41,6 +41,7 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
         "<h2>The numbers</h2>",
         _numbers(results),
         _pairs(results),
+        _changes(results),
         "<h2>Along the way</h2>",
         _figure(drawings["curves"], *words.curves(results), wide=True),
         "<h2>Learning rates</h2>",
@@ -144,6 +145,23 @@ def _pairs(results: Results) -> str:
         "seed, mean ± 95% interval.</p>\n"
     )
     return words + _table(_head(results, "Pair"), rows) if rows else ""
+
+
+def _changes(results: Results) -> str:
+    """The same method at two settings."""
+    if not results.setting_pairs:
+        return ""
+    head = [f'<th class="number">{left.label} − {right.label}</th>' for left, right in results.setting_pairs]
+    rows = []
+    for method in results.methods:
+        found = (results.change(method.name, *pair) for pair in results.setting_pairs)
+        cells = [f'<td class="number">{_difference(results, change)}</td>' for change in found]
+        rows.append(_row(results, method.name, cells))
+    words = (
+        f"<p>Each method at one setting less itself at another, in {results.experiment.words.difference_unit}, paired "
+        "by seed, mean ± 95% interval.</p>\n"
+    )
+    return words + _table(["<th>Method</th>", *head], rows)
 
 
 def _rates(results: Results) -> str:
