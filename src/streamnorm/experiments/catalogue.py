@@ -8,9 +8,12 @@ from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.conv import Conv
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.lp import Lp
 from streamnorm.experiments.online_fc import OnlineFC
+from streamnorm.experiments.recurrent_conv import RecurrentConv
+from streamnorm.experiments.resnet import ResNet
 
-_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, Conv, CharRNN, CharGRU, CharLSTM)
+_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, Conv, RecurrentConv, Lp, ResNet, CharRNN, CharGRU, CharLSTM)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 
