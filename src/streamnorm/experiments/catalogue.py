@@ -6,12 +6,27 @@ from typing import Any
 
 from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.coefficients import Coefficients
+from streamnorm.experiments.conv import Conv
 from streamnorm.experiments.dau import DAU
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.lp import Lp
 from streamnorm.experiments.online_fc import OnlineFC
+from streamnorm.experiments.recurrent_conv import RecurrentConv
+from streamnorm.experiments.resnet import ResNet
 
-_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, DAU, Coefficients, CharRNN, CharGRU, CharLSTM)
+_ALL: tuple[type[Experiment[Any]], ...] = (
+    Lp,
+    DAU,
+    OnlineFC,
+    Conv,
+    RecurrentConv,
+    Coefficients,
+    CharRNN,
+    CharGRU,
+    CharLSTM,
+    ResNet,
+)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 

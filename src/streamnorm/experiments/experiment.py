@@ -201,6 +201,10 @@ class Experiment(ABC, Generic[DataT]):
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """What changes the weights."""
 
+    def rate(self, rate: float, share: float) -> float:
+        """The learning rate of the next update, for a run at ``rate`` of which this share is done: always the same."""
+        return rate
+
     @abstractmethod
     def schedule(self, data: DataT, setting: Setting) -> tuple[int, int]:
         """How many passes a run makes, and how many weight updates in each."""
@@ -224,6 +228,14 @@ class Experiment(ABC, Generic[DataT]):
     @abstractmethod
     def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
         """About how long a run takes, in units of its own."""
+
+    def at(self, stage: str) -> Experiment[DataT]:
+        """The experiment with the options that hold for runs of a stage."""
+        return self
+
+    def hardware(self) -> dict[str, str]:
+        """What a log's environment tells beyond the processor."""
+        return {}
 
     def epilogue(self, model: nn.Module, data: DataT, run: Run) -> dict[str, Any]:
         """What else the log of a finished run keeps."""

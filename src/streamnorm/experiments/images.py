@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ from torch import nn
 from streamnorm.experiments.data import Data, Split, load, prepare, split_sizes
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Scores
-from streamnorm.experiments.methods import METHODS, Method, NormFactory
+from streamnorm.experiments.methods import METHODS, LayerMethod, NormFactory
 from streamnorm.experiments.score import ACCURACY, Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.sources import Source, open_source
@@ -44,7 +46,7 @@ class Images:
 class ImageExperiment(Experiment[Data]):
     """Classifying images with SGD; whole passes over the training images, judged by accuracy."""
 
-    catalogue: ClassVar[Mapping[str, Method]] = METHODS
+    catalogue: ClassVar[Mapping[str, LayerMethod]] = METHODS
     score: ClassVar[Score] = ACCURACY
     unit: ClassVar[str] = "images"
     words: ClassVar[Words] = ImageWords()
@@ -66,6 +68,9 @@ class ImageExperiment(Experiment[Data]):
     momentum: float = 0.9
     """Momentum of SGD."""
 
+    device: str = "cpu"
+    """Where to train: cpu, or cuda for an NVIDIA card, which then holds all images; --jobs runs share it."""
+
     curve_images: int = 1000
     """Test images used for the points of a curve; the final accuracy always uses all of them."""
 
@@ -78,6 +83,7 @@ class ImageExperiment(Experiment[Data]):
         super().check()
         if not 0 <= self.momentum < 1:
             raise UserError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
+        _check_device(self.device)
 
     def _counts(self) -> tuple[str, ...]:
         return ("epochs", "curve_images")
@@ -92,13 +98,13 @@ class ImageExperiment(Experiment[Data]):
         return Images(source, self.limit, self.validation)
 
     def load(self, folder: Path) -> Data:
-        """Map the decoded images into memory."""
-        return load(folder)
+        """Map the decoded images into memory, or copy them to the device."""
+        return _load(folder, self.device)
 
     def model(self, data: Data, method: str) -> nn.Module:
         """The network with layers of this method."""
-        chosen = METHODS[method]
-        return chosen.finish(self.network(data.shape, data.classes, chosen.make))
+        chosen = self.catalogue[method]
+        return chosen.finish(self.network(data.shape, data.classes, chosen.make)).to(self.device)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """SGD with momentum."""
@@ -116,6 +122,14 @@ class ImageExperiment(Experiment[Data]):
         for index in order[start : whole * setting.samples].split(setting.samples):
             yield data.train.batch(index)
 
+    def identity(self) -> dict[str, Any]:
+        """Not the device: another one gives other rounding, and each log tells its own."""
+        return {name: value for name, value in super().identity().items() if name != "device"}
+
+    def hardware(self) -> dict[str, str]:
+        """The card's name, where one is used."""
+        return {} if self.device == "cpu" else {"device": torch.cuda.get_device_name(self.device)}
+
     def watched(self, data: Data) -> Split:
         """The first test images."""
         return data.test.first(self.curve_images)
@@ -131,3 +145,19 @@ class ImageExperiment(Experiment[Data]):
     def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
         """The mini-batches and the weight updates, in mini-batches."""
         return float(data["train"]) / setting.samples * (1 + 1 / setting.batches)
+
+
+@lru_cache(maxsize=1)
+def _load(folder: Path, device: str) -> Data:
+    data = load(folder)
+    return data if device == "cpu" else data.to(device)
+
+
+def _check_device(device: str) -> None:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise UserError(f"--device {device}: write cpu, cuda, or cuda:1 for the second card")
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: PyTorch finds {torch.cuda.device_count()} NVIDIA cards; leave it out for cpu"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -93,9 +94,10 @@ class LayerMethod(Method):
     options: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[nn.Module], nn.Module] = lambda model: model
 
-    def make(self, features: int, axes: int) -> nn.Module:
-        """A layer for so many features; a ``NormFactory``."""
-        return self.factory(features, axes, **self.options)
+    @property
+    def make(self) -> NormFactory:
+        """Makes a layer; it is ``factory`` itself where there are no options, and so keeps a mark that it carries."""
+        return partial(self.factory, **self.options) if self.options else self.factory
 
     def variant(self, options: Mapping[str, Any]) -> LayerMethod:
         """The same layer with more options; a small one is made to see whether it has them."""

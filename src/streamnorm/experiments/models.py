@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from streamnorm.experiments.methods import NormFactory
 
@@ -18,3 +22,151 @@ def fully_connected(inputs: int, classes: int, norm: NormFactory, width: int, de
         layers += [nn.Linear(inputs, width), norm(width, 0), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+@dataclass(frozen=True)
+class PerApplication:
+    """Marks a kind of normalization of which weight-shared blocks have one layer for each application.
+
+    It is what the paper calls time-specific; without the mark all applications share one layer.
+    """
+
+    make: NormFactory
+
+    def __call__(self, features: int, axes: int) -> nn.Module:
+        """One layer."""
+        return self.make(features, axes)
+
+
+def recurrent_convolutional(
+    channels: int, classes: int, norm: NormFactory, width: int, applications: tuple[int, int]
+) -> nn.Sequential:
+    """Architecture C: convolutions, with weight-shared blocks between them.
+
+    A convolution, a block applied k1 times, a convolution of stride 2, a block applied k2 times, a convolution of
+    stride 2; then the mean over all places, and Linear.
+
+    Args:
+        channels: of the images.
+        classes: how many logits.
+        norm: makes the normalization layers.
+        width: channels of the first convolution; the second has twice and the third four times as many.
+        applications: how often the two blocks are applied, k1 and k2.
+
+    Shape:
+        Input (N, channels, H, W), output (N, classes).
+    """
+    first, second = applications
+    return nn.Sequential(
+        *_convolution(channels, width, 1, norm),
+        SharedBlock(width, norm, first),
+        *_convolution(width, 2 * width, 2, norm),
+        SharedBlock(2 * width, norm, second),
+        *_convolution(2 * width, 4 * width, 2, norm),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )
+
+
+def feedforward_convolutional(channels: int, classes: int, norm: NormFactory, width: int) -> nn.Sequential:
+    """Architecture B: architecture C with each block applied once.
+
+    Shape:
+        Input (N, channels, H, W), output (N, classes).
+    """
+    return recurrent_convolutional(channels, classes, norm, width, (1, 1))
+
+
+def resnet(channels: int, classes: int, norm: NormFactory, width: int, depth: int) -> nn.Sequential:
+    """The residual network of He et al. (2016) for CIFAR-10, with parameter-free shortcuts.
+
+    Three stages of ``depth`` blocks of two convolutions each, the second and third stage at half the resolution and
+    twice the channels of the one before. Width 16 and depth 3 make ResNet-20.
+
+    Reference:
+        He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2.
+
+    Shape:
+        Input (N, channels, H, W), output (N, classes).
+    """
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), norm(width, 2), nn.ReLU()]
+    inputs = width
+    for outputs in (width, 2 * width, 4 * width):
+        for _ in range(depth):
+            layers.append(ResidualBlock(inputs, outputs, norm))
+            inputs = outputs
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+class ResidualBlock(nn.Module):
+    """A block of ``resnet``: relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))).
+
+    Where the number of channels grows, the first convolution has stride 2, and the shortcut takes every second place
+    and fills the new channels with zeros.
+
+    Shape:
+        Input (N, inputs, H, W), output (N, outputs, H, W), or (N, outputs, H/2, W/2) rounded up where channels grow.
+    """
+
+    def __init__(self, inputs: int, outputs: int, norm: NormFactory) -> None:
+        super().__init__()
+        self.stride = 1 if inputs == outputs else 2
+        self.new_channels = outputs - inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False)
+        self.norm1 = norm(outputs, 2)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = norm(outputs, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block."""
+        change = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else shortcut
+        return torch.relu(shortcut + change)
+
+
+def _convolution(inputs: int, outputs: int, stride: int, norm: NormFactory) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, stride, padding=1), norm(outputs, 2), nn.ReLU()]
+
+
+class SharedBlock(nn.Module):
+    """A residual block applied several times: the same weights and the same normalization layers at every application.
+
+    Args:
+        channels: of its input, and of its output.
+        norm: makes the two normalization layers; marked as ``PerApplication``, two for each application.
+        applications: how often it is applied.
+
+    Shape:
+        (N, channels, H, W), input and output.
+    """
+
+    def __init__(self, channels: int, norm: NormFactory, applications: int) -> None:
+        super().__init__()
+        self.applications = applications
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm1 = _normalization(channels, norm, applications)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = _normalization(channels, norm, applications)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ← x + norm(conv(relu(norm(conv(x))))), so many times."""
+        for application in range(self.applications):
+            norm1, norm2 = _layer(self.norm1, application), _layer(self.norm2, application)
+            x = x + norm2(self.conv2(torch.relu(norm1(self.conv1(x)))))
+        return x
+
+
+def _normalization(channels: int, norm: NormFactory, applications: int) -> nn.Module:
+    if isinstance(norm, PerApplication):
+        return nn.ModuleList(norm(channels, 2) for _ in range(applications))
+    return norm(channels, 2)
+
+
+def _layer(norm: nn.Module, application: int) -> nn.Module:
+    return norm[application] if isinstance(norm, nn.ModuleList) else norm

@@ -134,7 +134,7 @@ class _Sweep:
                 self._display.end(run, self._cost(run), self._read(run))
 
     def _cost(self, run: Run) -> float:
-        return self._experiment.cost(self._data, Setting.parse(run.setting))
+        return self._experiment.at(run.stage).cost(self._data, Setting.parse(run.setting))
 
     def _note_failure(self, run: Run, reason: str) -> None:
         self._failed += 1
@@ -160,6 +160,6 @@ def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send
         "experiment": experiment.name,
         "run": vars(run),
         "options": experiment.identity(),
-        "environment": environment(),
+        "environment": {**environment(), **experiment.hardware()},
     }
     train(experiment, run, experiment.load(cache), RunLog(path, header), lambda *scores: send(scores))
