@@ -14,6 +14,7 @@ from streamnorm.experiments.lp import Lp
 from streamnorm.experiments.online_fc import OnlineFC
 from streamnorm.experiments.recurrent_conv import RecurrentConv
 from streamnorm.experiments.resnet import ResNet
+from streamnorm.experiments.variants import Variants
 
 _ALL: tuple[type[Experiment[Any]], ...] = (
     Lp,
@@ -21,6 +22,7 @@ _ALL: tuple[type[Experiment[Any]], ...] = (
     OnlineFC,
     Conv,
     RecurrentConv,
+    Variants,
     Coefficients,
     CharRNN,
     CharGRU,
