@@ -12,6 +12,7 @@ from torch import nn
 import streamnorm as sn
 from streamnorm.experiments import train as train_module
 from streamnorm.experiments.experiment import Run
+from streamnorm.experiments.peers.batch_renorm import BatchRenorm
 from streamnorm.experiments.runlog import RunLog, read_log
 from streamnorm.experiments.train import Training, train
 
@@ -103,7 +104,7 @@ def test_same_seed_same_start_and_order_for_every_method(make_experiment, data):
     assert torch.equal(*orders)
 
 
-@pytest.mark.parametrize("method", ["batch", "layer", "streaming-l1", "streaming-l2"])
+@pytest.mark.parametrize("method", ["batch", "layer", "streaming-l1", "streaming-l2", "batch-renorm", "mabn", "online"])
 @pytest.mark.parametrize("stop_after", [1, 7, 19])
 def test_an_interrupted_run_ends_with_the_same_numbers(
     make_experiment, data, tmp_path, monkeypatch, method, stop_after
@@ -138,6 +139,12 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
     torn = finish(experiment, run, data, path)
     assert started_at == [stop_after]
     assert timeless(torn) == timeless(whole)
+
+
+def test_batch_renormalization_knows_how_long_the_run_is(make_experiment, data):
+    training = Training(make_experiment(epochs=2), Run("final", "batch-renorm", "4x3", 0.1, 0), data)
+    lengths = [layer.length for layer in training.model.modules() if isinstance(layer, BatchRenorm)]
+    assert lengths == [48, 48]
 
 
 def test_batch_normalization_refuses_one_sample_and_the_reason_is_kept(make_experiment, data, tmp_path):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import streamnorm as sn
-from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.methods import Method
+from streamnorm.experiments.methods import Method, Methods
 
 
 @dataclass(frozen=True)
@@ -23,43 +22,11 @@ class RecurrentMethod(Method):
         per_step = {"max_steps": steps} if self.norm == "batch-per-step" else {}
         return {"norm": self.norm, **per_step, **self.options}
 
-
-class RecurrentMethods(dict[str, RecurrentMethod]):
-    """The methods by name, and any of them with options of its own, by a name that says them.
-
-    A variant is written ``method,option=value,…``; several numbers are joined by ``+``.
-
-    Example:
-        >>> RECURRENT["streaming-l1,beta=0.7+0+0.3,kappa=0.9"].arguments(50)
-        {'norm': 'streaming', 'p': 1, 'beta': (0.7, 0.0, 0.3), 'kappa': 0.9}
-    """
-
-    def __missing__(self, name: str) -> RecurrentMethod:
-        base, *words = name.split(",")
-        if base not in self or not words:
-            raise KeyError(name)
-        method = self[base]
-        options = {**method.options, **dict(_option(name, word) for word in words)}
-        variant = RecurrentMethod(
-            name, ", ".join([method.label, *words]), method.colour, method.marker, name, method.norm, options
-        )
-        try:
-            sn.RNN(1, 1, **variant.arguments(1))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method {name!r}: {error}") from None
+    def variant(self, options: Mapping[str, Any]) -> RecurrentMethod:
+        """The same with more options of ``sn.GRU``; a small layer is made to see whether it has them."""
+        variant = replace(self, options={**self.options, **options})
+        sn.RNN(1, 1, **variant.arguments(1))
         return variant
-
-
-def _option(name: str, word: str) -> tuple[str, Any]:
-    option, equals, text = word.partition("=")
-    if not (option and equals and text):
-        message = f"method {name!r}: {word!r} is not of the form option=value, for example streaming-l1,window=20000"
-        raise UserError(message)
-    try:
-        numbers = tuple(float(number) for number in text.split("+"))
-    except ValueError:
-        return option, text
-    return option, numbers if len(numbers) > 1 else numbers[0]
 
 
 _ALL = (
@@ -70,4 +37,4 @@ _ALL = (
     RecurrentMethod("streaming-l2", "Streaming L2", "#cc79a7", "v", "streaming-l2", "streaming", {"p": 2}),
     RecurrentMethod("streaming-l1", "Streaming L1", "#009e73", "o", "streaming-l1", "streaming", {"p": 1}),
 )
-RECURRENT = RecurrentMethods({method.name: method for method in _ALL})
+RECURRENT = Methods({method.name: method for method in _ALL})

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 import streamnorm as sn
 from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.peers.batch_renorm import BatchRenorm
+from streamnorm.experiments.peers.mabn import MABN, centre_weights
+from streamnorm.experiments.peers.online import OnlineNorm
+from streamnorm.experiments.peers.sample import InstanceNorm, RMSNorm, group_norm
 
 NormFactory = Callable[[int, int], nn.Module]
 """Makes a layer from the number of features and the number of spatial axes (0, or 2 for images)."""
@@ -28,43 +33,122 @@ class Method:
     marker: str
     trained_as: str
 
+    def variant(self, options: Mapping[str, Any]) -> Method:
+        """This normalization with options of its own.
+
+        Raises:
+            TypeError, ValueError: it has no such option, or not with this value.
+        """
+        raise TypeError(f"{self.name} has no options")
+
+
+MethodT = TypeVar("MethodT", bound=Method)
+
+
+class Methods(dict[str, MethodT]):
+    """The methods by name, and any of them with options of its own, by a name that says them.
+
+    A variant is written ``method,option=value,…``; several numbers are joined by ``+``.
+
+    Example:
+        >>> METHODS["streaming-l1,beta=0.7+0+0.3,kappa=0.9"].options
+        {'p': 1, 'beta': (0.7, 0.0, 0.3), 'kappa': 0.9}
+    """
+
+    def __missing__(self, name: str) -> MethodT:
+        base, *words = name.split(",")
+        if base not in self or not words:
+            raise KeyError(name)
+        try:
+            variant = self[base].variant(dict(_option(word) for word in words))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method {name!r}: {error}") from None
+        label = ", ".join([self[base].label, *words])
+        return cast(MethodT, replace(variant, name=name, label=label, trained_as=name))
+
+
+def _option(word: str) -> tuple[str, Any]:
+    option, equals, text = word.partition("=")
+    if not (option and equals and text):
+        raise ValueError(f"{word!r} is not of the form option=value, for example streaming-l1,window=20000")
+    try:
+        numbers = tuple(float(number) for number in text.split("+"))
+    except ValueError:
+        return option, text
+    return option, numbers if len(numbers) > 1 else numbers[0]
+
 
 @dataclass(frozen=True)
 class LayerMethod(Method):
-    """A normalization that is a layer between two others."""
+    """A normalization that is a layer between two others.
 
-    make: NormFactory
+    Args:
+        factory: makes the layer from features, axes and ``options``.
+        options: keywords for ``factory``.
+        finish: what is done to a network of such layers.
+    """
+
+    factory: Callable[..., nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[nn.Module], nn.Module] = lambda model: model
+
+    def make(self, features: int, axes: int) -> nn.Module:
+        """A layer for so many features; a ``NormFactory``."""
+        return self.factory(features, axes, **self.options)
+
+    def variant(self, options: Mapping[str, Any]) -> LayerMethod:
+        """The same layer with more options; a small one is made to see whether it has them."""
+        variant = replace(self, options={**self.options, **options})
+        variant.make(8, 2)
+        return variant
 
 
 def _none(features: int, axes: int) -> nn.Module:
     return nn.Identity()
 
 
-def _batch(features: int, axes: int) -> nn.Module:
-    return nn.BatchNorm2d(features) if axes == 2 else nn.BatchNorm1d(features)
+def _batch(features: int, axes: int, **options: Any) -> nn.Module:
+    return (nn.BatchNorm2d if axes == 2 else nn.BatchNorm1d)(features, **options)
 
 
 def _layer(features: int, axes: int) -> nn.Module:
     return nn.GroupNorm(1, features) if axes == 2 else nn.LayerNorm(features)
 
 
-def _streaming(p: float) -> NormFactory:
-    def make(features: int, axes: int) -> nn.Module:
-        return sn.StreamingNorm2d(features, p=p) if axes == 2 else sn.StreamingNorm1d(features, p=p)
-
-    return make
+def _group(features: int, axes: int, groups: float = 8) -> nn.Module:
+    return group_norm(features, int(groups))
 
 
-# The colours are Okabe and Ito's, which people with the common kinds of colour blindness can tell apart.
+def _streaming(features: int, axes: int, **options: Any) -> nn.Module:
+    return (sn.StreamingNorm2d if axes == 2 else sn.StreamingNorm1d)(features, **options)
+
+
+def _any_rank(layer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A factory for a layer that takes any number of axes."""
+
+    def factory(features: int, axes: int, **options: Any) -> nn.Module:
+        return layer(features, **options)
+
+    return factory
+
+
+# The first colours are Okabe and Ito's, which people with the common kinds of colour blindness can tell apart; with so
+# many methods that is no longer possible for all, and labels and markers help.
 _ALL = (
     LayerMethod("none", "No normalization", "#7f7f7f", "X", "none", _none),
     LayerMethod("batch", "Batch", "#d55e00", "s", "batch", _batch),
     LayerMethod("batch-recalibrated", "Recalibrated Batch", "#e69f00", "D", "batch", _batch),
+    LayerMethod("batch-renorm", "Batch Renormalization", "#8b4513", "<", "batch-renorm", _any_rank(BatchRenorm)),
+    LayerMethod("mabn", "Moving Average Batch", "#e0b000", ">", "mabn", _any_rank(MABN), finish=centre_weights),
+    LayerMethod("instance", "Instance", "#5c8a00", "*", "instance", _any_rank(InstanceNorm)),
+    LayerMethod("group", "Group", "#6a3d9a", "p", "group", _group),
+    LayerMethod("rms", "RMS", "#17becf", "h", "rms", _any_rank(RMSNorm)),
     LayerMethod("layer", "Layer", "#0072b2", "^", "layer", _layer),
-    LayerMethod("streaming-l2", "Streaming L2", "#cc79a7", "v", "streaming-l2", _streaming(2)),
-    LayerMethod("streaming-l1", "Streaming L1", "#009e73", "o", "streaming-l1", _streaming(1)),
+    LayerMethod("online", "Online", "#ee3377", "P", "online", _any_rank(OnlineNorm)),
+    LayerMethod("streaming-l2", "Streaming L2", "#cc79a7", "v", "streaming-l2", _streaming, {"p": 2}),
+    LayerMethod("streaming-l1", "Streaming L1", "#009e73", "o", "streaming-l1", _streaming, {"p": 1}),
 )
-METHODS = {method.name: method for method in _ALL}
+METHODS = Methods({method.name: method for method in _ALL})
 
 # For methods that a user put together: colours and markers in the order in which they come.
 _SPARE = (("#56b4e9", "P"), ("#882255", "<"), ("#117733", ">"), ("#332288", "p"), ("#999933", "h"), ("#000000", "*"))

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 import streamnorm as sn
 from streamnorm.experiments.experiment import Batch, Data, Experiment, Run, Scores, Split
 from streamnorm.experiments.methods import rows
+from streamnorm.experiments.peers.batch_renorm import BatchRenorm
 from streamnorm.experiments.runlog import RunLog
 from streamnorm.experiments.setting import Setting
 
@@ -65,7 +66,7 @@ class Training:
     """
 
     def __init__(self, experiment: Experiment[Any], run: Run, data: Data) -> None:
-        self.experiment = experiment = experiment.at(run.stage)
+        self.experiment = experiment
         self.run = run
         self.data = data
         self.setting = Setting.parse(run.setting)
@@ -74,6 +75,9 @@ class Training:
         self.optimizer = experiment.optimizer(self.model.parameters(), run.rate)
         passes, self.updates_per_epoch = experiment.schedule(data, self.setting)
         self.total_updates = passes * self.updates_per_epoch
+        for layer in self.model.modules():
+            if isinstance(layer, BatchRenorm):  # its limits follow a schedule
+                layer.plan(self.total_updates * self.setting.batches)
         self.updates = 0
         self.seen = 0
         self.meter = Meter()

@@ -1,0 +1,1 @@
+"""Other people's normalizations, each written from its paper, for the experiments to compare with."""
