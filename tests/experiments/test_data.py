@@ -25,6 +25,19 @@ def test_splits_follow_each_other_and_test_is_whole(tmp_path):
     assert data.shape == (1, 8, 8)
 
 
+def test_validation_follows_the_images_of_short_runs(tmp_path):
+    about = prepare(digits(), 100, 30, tmp_path, 40)
+    data = load(tmp_path)
+    assert [about[part] for part in ("train", "tune", "validation")] == [100, 40, 30]
+    assert torch.equal(data.validation.pixels, data.train.pixels[40:70])
+
+
+@pytest.mark.parametrize("tune_limit", [0, -3, 101])
+def test_short_runs_that_do_not_fit(tune_limit):
+    with pytest.raises(UserError, match=f"--tune-limit {tune_limit}: must be between 1 and the 100 training images"):
+        split_sizes(digits(), 100, 30, tune_limit)
+
+
 def test_training_images_are_standardized_and_others_with_the_same_numbers(tmp_path):
     prepare(digits(), 100, 30, tmp_path)
     data = load(tmp_path)

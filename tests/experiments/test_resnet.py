@@ -118,16 +118,17 @@ def test_the_rate_of_each_update(data, anneal, rates):
     assert seen == pytest.approx(rates)
 
 
-def test_rates_are_chosen_by_shorter_runs(tmp_path):
+def test_a_whole_experiment_at_the_smallest_size(tmp_path):
     words = ["--width", "2", "--depth", "1", "--limit", "64", "--validation", "32", "--jobs", "1", "--points", "2"]
     words += ["--methods", "batch", "streaming-l1", "--settings", "16x1", "4x4", "--rates", "0.03", "--seeds", "1"]
-    words += ["--epochs", "3", "--tune-epochs", "2", "--out", str(tmp_path)]
+    words += ["--epochs", "2", "--tune-limit", "32", "--out", str(tmp_path)]
     assert main(["run", "resnet", *words]) == 0
     ends = {(log.run["stage"], log.end["images"]) for log in load_results(tmp_path).logs if log.end}
-    assert ends == {("tune", 2 * 64), ("final", 3 * 64)}
+    assert ends == {("tune", 2 * 32), ("final", 2 * 64)}
     page = (tmp_path / "report.html").read_text()
     assert "shifted at random" in page
-    assert "Rates are chosen by runs of 2 of the 3 passes" in page
+    assert "half a cosine" in page
+    assert "constant learning rate" not in page
     assert "Nothing is augmented" not in page
 
 
@@ -163,7 +164,6 @@ def test_an_interrupted_run_ends_with_the_same_numbers(data, tmp_path, monkeypat
     ("words", "message"),
     [
         (["--weight-decay", "-1"], "--weight-decay -1: must be at least 0"),
-        (["--tune-epochs", "16"], "--tune-epochs 16: must be at most --epochs 15"),
         (["--depth", "0"], "--depth 0: must be at least 1"),
     ],
 )

@@ -39,6 +39,14 @@ def test_rates_are_chosen_on_validation_images_then_seeds_run_at_the_best(finish
     assert {(stage, end["images_evaluated"]) for stage, end in ends} == {("tune", 32), ("final", 500)}
 
 
+def test_rates_may_be_chosen_with_short_runs(tmp_path, small_command):
+    assert main([*small_command, "--tune-limit", "32", "--out", str(tmp_path)]) == 0
+    results = load_results(tmp_path)
+    ends = [(run.run["stage"], run.end["images"]) for run in results.logs if run.end and run.end["status"] == "done"]
+    assert set(ends) == {("tune", 32), ("final", 64)}
+    assert "runs on the first 32 of them, judged on the 32 after those" in (tmp_path / "report.html").read_text()
+
+
 def test_what_cannot_run_is_a_result_with_its_reason(finished):
     results = load_results(finished)
     cell = results.cells["batch", results.settings[1]]

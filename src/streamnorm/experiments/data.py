@@ -72,15 +72,22 @@ class Data:
         return Data(self.classes, self.train.to(device), self.validation.to(device), self.test.to(device))
 
 
-def split_sizes(source: Source, limit: int | None, validation: int | None) -> tuple[int, int]:
-    """How many images to train on and to validate on: the first ones, and those right after them.
+def split_sizes(
+    source: Source, limit: int | None, validation: int | None, tune_limit: int | None = None
+) -> tuple[int, int]:
+    """How many images to train on and to validate on.
+
+    The training images are the first ones. Validation images are those right after them, or, if rates are chosen with
+    runs on the first ``tune_limit`` images only, those right after these.
 
     Raises:
         UserError: the source has too few.
     """
     held_out = source.default_validation if validation is None else validation
     count = source.default_train if limit is None else limit
-    if count < 1 or held_out < 1 or count + held_out > source.train_size:
+    if tune_limit is not None and not 1 <= tune_limit <= count:
+        raise UserError(f"--tune-limit {tune_limit}: must be between 1 and the {count} training images of --limit")
+    if count < 1 or held_out < 1 or max(count, (tune_limit or count) + held_out) > source.train_size:
         message = (
             f"--limit {count} and --validation {held_out} do not fit {source.name}: "
             f"it has {source.train_size} training images, and both must be at least 1"
@@ -89,14 +96,17 @@ def split_sizes(source: Source, limit: int | None, validation: int | None) -> tu
     return count, held_out
 
 
-def prepare(source: Source, limit: int | None, validation: int | None, folder: Path) -> dict[str, Any]:
+def prepare(
+    source: Source, limit: int | None, validation: int | None, folder: Path, tune_limit: int | None = None
+) -> dict[str, Any]:
     """Decode the images into ``folder`` and return what identifies them: name, sizes, classes, a fingerprint."""
-    count, held_out = split_sizes(source, limit, validation)
-    pixels, labels = source.train(count + held_out)
+    count, held_out = split_sizes(source, limit, validation, tune_limit)
+    tune = tune_limit or count
+    pixels, labels = source.train(max(count, tune + held_out))
     test_pixels, test_labels = source.test()
     arrays = {
         "train": (pixels[:count], labels[:count]),
-        "validation": (pixels[count:], labels[count:]),
+        "validation": (pixels[tune : tune + held_out], labels[tune : tune + held_out]),
         "test": (test_pixels, test_labels),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +122,7 @@ def prepare(source: Source, limit: int | None, validation: int | None, folder: P
         "classes": len(source.classes),
         "shape": list(pixels.shape[1:]),
         **{split: len(targets) for split, (_, targets) in arrays.items()},
+        "tune": tune,
         "fingerprint": digest.hexdigest()[:16],
     }
     (folder / "data.json").write_text(json.dumps(information), encoding="utf-8")

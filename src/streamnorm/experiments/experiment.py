@@ -193,6 +193,14 @@ class Experiment(ABC, Generic[DataT]):
     def load(self, folder: Path) -> DataT:
         """What ``Material.prepare`` wrote into ``folder``."""
 
+    def part(self, data: DataT, run: Run) -> DataT:
+        """What this run learns from and is judged on, if not all."""
+        return data
+
+    def size(self, data: Mapping[str, Any], run: Run) -> Mapping[str, Any]:
+        """``part`` for what ``Material.prepare`` returned."""
+        return data
+
     @abstractmethod
     def model(self, data: DataT, method: str) -> nn.Module:
         """The network; its weights are drawn from torch's own generator, and are the same for every method."""
@@ -229,10 +237,6 @@ class Experiment(ABC, Generic[DataT]):
     def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
         """About how long a run takes, in units of its own."""
 
-    def at(self, stage: str) -> Experiment[DataT]:
-        """The experiment with the options that hold for runs of a stage."""
-        return self
-
     def hardware(self) -> dict[str, str]:
         """What a log's environment tells beyond the processor."""
         return {}
@@ -266,7 +270,7 @@ class Experiment(ABC, Generic[DataT]):
 
     def identity(self) -> dict[str, Any]:
         """The options that, with the data, decide a run's numbers: an output folder holds runs of one identity."""
-        found = ("data", "limit", "validation")  # the data's fingerprint stands for these
+        found = ("data", "limit", "validation", "tune_limit")  # the data's fingerprint stands for these
         sweep = ("methods", "settings", "rates", "seeds", "tune_seeds")
         free = (*found, *sweep, "out", "jobs", "checkpoint_every")
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -6,7 +6,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch import nn
 
 from streamnorm.experiments.data import Data, Split, load, prepare, split_sizes
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Scores
+from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Run, Scores
 from streamnorm.experiments.methods import METHODS, LayerMethod, NormFactory
 from streamnorm.experiments.score import ACCURACY, Score
 from streamnorm.experiments.setting import Setting
@@ -31,6 +31,7 @@ class Images:
     source: Source
     limit: int | None
     validation: int | None
+    tune_limit: int | None
 
     @property
     def name(self) -> str:
@@ -39,7 +40,7 @@ class Images:
 
     def prepare(self, folder: Path) -> dict[str, Any]:
         """Decode the images into ``folder``."""
-        return prepare(self.source, self.limit, self.validation, folder)
+        return prepare(self.source, self.limit, self.validation, folder, self.tune_limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,10 @@ class ImageExperiment(Experiment[Data]):
 
     validation: Number = None
     """Choose rates on so many images, those after the training images. Default: 5,000, or 297 of the digits."""
+
+    tune_limit: Number = None
+    """Choose rates with short runs, on the first so many training images; the validation images then are those right
+    after these, and the final runs may train on them too. Default: rates are chosen with whole runs."""
 
     momentum: float = 0.9
     """Momentum of SGD."""
@@ -91,15 +96,29 @@ class ImageExperiment(Experiment[Data]):
     def open(self) -> Images:
         """Find the images, without reading them."""
         source = open_source(self.data)
-        images, _ = split_sizes(source, self.limit, self.validation)
+        images, _ = split_sizes(source, self.limit, self.validation, self.tune_limit)
+        images = self.tune_limit or images
         for setting in self.settings:
             if Setting.parse(setting).samples > images:
                 raise UserError(f"setting {setting}: a mini-batch cannot have more than the {images} training images")
-        return Images(source, self.limit, self.validation)
+        return Images(source, self.limit, self.validation, self.tune_limit)
 
     def load(self, folder: Path) -> Data:
         """Map the decoded images into memory, or copy them to the device."""
         return _load(folder, self.device)
+
+    def part(self, data: Data, run: Run) -> Data:
+        """Fewer training images where rates are chosen with short runs."""
+        short = self._tune_limit(run)
+        return replace(data, train=data.train.first(short)) if short else data
+
+    def size(self, data: Mapping[str, Any], run: Run) -> Mapping[str, Any]:
+        """Likewise."""
+        short = self._tune_limit(run)
+        return {**data, "train": short} if short else data
+
+    def _tune_limit(self, run: Run) -> int | None:
+        return self.tune_limit if run.stage == "tune" else None
 
     def model(self, data: Data, method: str) -> nn.Module:
         """The network with layers of this method."""

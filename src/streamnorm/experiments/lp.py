@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 from tyro import conf
 
 import streamnorm as sn
 from streamnorm.experiments.conv import ConvExperiment
-from streamnorm.experiments.methods import METHODS, LayerMethod, NormFactory
+from streamnorm.experiments.methods import METHODS, LayerMethod, Methods, NormFactory
 from streamnorm.experiments.models import feedforward_convolutional
 
 ORDERS = range(1, 8)
@@ -20,21 +19,17 @@ ORDERS = range(1, 8)
 _COLOURS = ("#009e73", "#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
-def _batch(p: int, features: int, axes: int) -> nn.Module:
-    return sn.GeneralBatchNorm(features, p=p)
+def _batch(features: int, axes: int, **options: Any) -> nn.Module:
+    return sn.GeneralBatchNorm(features, **options)
 
 
-def _streaming(p: int, features: int, axes: int) -> nn.Module:
-    return sn.StreamingNorm2d(features, p=p) if axes == 2 else sn.StreamingNorm1d(features, p=p)
-
-
-def _family(name: str, label: str, markers: str, make: Callable[[int, int, int], nn.Module]) -> Iterator[LayerMethod]:
+def _family(name: str, label: str, markers: str, factory: Callable[..., nn.Module]) -> Iterator[LayerMethod]:
     for p, colour, marker in zip(ORDERS, _COLOURS, markers, strict=True):
-        yield LayerMethod(f"{name}-l{p}", f"{label} L{p}", colour, marker, f"{name}-l{p}", partial(make, p))
+        yield LayerMethod(f"{name}-l{p}", f"{label} L{p}", colour, marker, f"{name}-l{p}", factory, {"p": p})
 
 
 BATCH = tuple(_family("batch", "Batch", "os^vDPX", _batch))
-STREAMING = tuple(_family("streaming", "Streaming", "<>hp*d8", _streaming))
+STREAMING = tuple(_family("streaming", "Streaming", "<>hp*d8", METHODS["streaming-l1"].factory))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +54,9 @@ class Lp(ConvExperiment):
     comparisons: ClassVar[tuple[tuple[str, str], ...]] = tuple(
         (f"{family}-l{p}", f"{family}-l2") for family in ("batch", "streaming") for p in ORDERS if p != 2
     )
-    catalogue: ClassVar[Mapping[str, LayerMethod]] = {
-        "none": METHODS["none"],
-        **{method.name: method for method in (*BATCH, *STREAMING)},
-    }
+    catalogue: ClassVar[Mapping[str, LayerMethod]] = Methods(
+        {method.name: method for method in (METHODS["none"], *BATCH, *STREAMING)}
+    )
 
     methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = tuple(method.name for method in BATCH)
     """Normalizations to compare: batch-l1 to batch-l7, streaming-l1 to streaming-l7, none."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,18 +22,20 @@ def fully_connected(inputs: int, classes: int, norm: NormFactory, width: int, de
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
 
 
-@dataclass(frozen=True)
-class PerApplication:
-    """Marks a kind of normalization of which weight-shared blocks have one layer for each application.
+class PerApplication(nn.Module):
+    """Marks a normalization layer of which a weight-shared block has one for each application (time-specific).
 
-    It is what the paper calls time-specific; without the mark all applications share one layer.
+    Anywhere else it is the layer that it holds.
     """
 
-    make: NormFactory
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
 
-    def __call__(self, features: int, axes: int) -> nn.Module:
-        """One layer."""
-        return self.make(features, axes)
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer does."""
+        y: Tensor = self.layer(x)
+        return y
 
 
 def recurrent_convolutional(
@@ -139,7 +139,7 @@ class SharedBlock(nn.Module):
 
     Args:
         channels: of its input, and of its output.
-        norm: makes the two normalization layers; marked as ``PerApplication``, two for each application.
+        norm: makes the two normalization layers; if they are ``PerApplication``, two for each application.
         applications: how often it is applied.
 
     Shape:
@@ -163,9 +163,10 @@ class SharedBlock(nn.Module):
 
 
 def _normalization(channels: int, norm: NormFactory, applications: int) -> nn.Module:
-    if isinstance(norm, PerApplication):
-        return nn.ModuleList(norm(channels, 2) for _ in range(applications))
-    return norm(channels, 2)
+    first = norm(channels, 2)
+    if isinstance(first, PerApplication):
+        return nn.ModuleList([first, *(norm(channels, 2) for _ in range(applications - 1))])
+    return first
 
 
 def _layer(norm: nn.Module, application: int) -> nn.Module:

@@ -63,7 +63,7 @@ class Display:
 
     def start(self, run: Run) -> None:
         """A worker began a run."""
-        total = self._experiment.at(run.stage).seen(self._data, Setting.parse(run.setting))
+        total = self._experiment.seen(self._experiment.size(self._data, run), Setting.parse(run.setting))
         self._single[run] = self._progress.add_task(f"  {self._describe(run)}", total=total, note="")
 
     def news(self, run: Run, seen: int, loss: float, accuracy: float) -> None:

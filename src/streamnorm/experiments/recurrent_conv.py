@@ -14,9 +14,12 @@ from streamnorm.experiments.methods import METHODS, LayerMethod, Methods, NormFa
 from streamnorm.experiments.models import PerApplication, recurrent_convolutional
 from streamnorm.experiments.setting import Setting
 
-PER_STEP = LayerMethod(
-    "batch-per-step", "Batch per step", "#999933", "h", "batch-per-step", PerApplication(METHODS["batch"].make)
-)
+
+def _per_step(features: int, axes: int, **options: Any) -> nn.Module:
+    return PerApplication(METHODS["batch"].factory(features, axes, **options))
+
+
+PER_STEP = LayerMethod("batch-per-step", "Batch per step", "#999933", "d", "batch-per-step", _per_step)
 # Beside Batch Normalization, then all others in their order.
 CATALOGUE = Methods(
     {

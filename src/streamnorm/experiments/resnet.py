@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -28,10 +28,11 @@ _SHIFT_SEED = 500_009  # the shifts of a pass are drawn apart from its order
 class ResNet(ConvExperiment):
     """Compare normalizations in ResNet-20 (He et al. 2016), with large mini-batches and with small ones.
 
-    For CIFAR-10 and a graphics card: `streamnorm run resnet --data FOLDER --limit 45000 --epochs 30 --device cuda`.
     Images are shifted and mirrored at random, and the learning rate falls along the run. Each method gets its best
     learning rate, chosen on validation images; then several seeds are run at that rate and evaluated on the test
-    images.
+    images. For CIFAR-10 and a graphics card:
+
+    streamnorm run resnet --data FOLDER --limit 50000 --tune-limit 10000 --epochs 30 --device cuda
     """
 
     name: ClassVar[str] = "resnet"
@@ -56,9 +57,6 @@ class ResNet(ConvExperiment):
     epochs: int = 15
     """Passes over the training images."""
 
-    tune_epochs: int = 5
-    """Passes of the runs that choose rates, in which the learning rate falls as it does in the long ones."""
-
     anneal: Literal["cosine", "step", "constant"] = "cosine"
     """How the learning rate falls: cosine, to 0; step, by 10 after one half and again after three quarters."""
 
@@ -72,19 +70,13 @@ class ResNet(ConvExperiment):
     """Residual blocks in each of the three stages; there are 6 times as many layers, and 2 more."""
 
     def _counts(self) -> tuple[str, ...]:
-        return (*super()._counts(), "depth", "tune_epochs")
+        return (*super()._counts(), "depth")
 
     def check(self) -> None:
         """Look at the options before anything is read or written."""
         super().check()
         if not self.weight_decay >= 0:
             raise UserError(f"--weight-decay {self.weight_decay:g}: must be at least 0")
-        if self.tune_epochs > self.epochs:
-            raise UserError(f"--tune-epochs {self.tune_epochs}: must be at most --epochs {self.epochs}")
-
-    def at(self, stage: str) -> ResNet:
-        """With fewer passes while rates are chosen."""
-        return replace(self, epochs=self.tune_epochs) if stage == "tune" else self
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """ResNet-20, for a depth of 3."""

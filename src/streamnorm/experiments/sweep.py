@@ -134,7 +134,7 @@ class _Sweep:
                 self._display.end(run, self._cost(run), self._read(run))
 
     def _cost(self, run: Run) -> float:
-        return self._experiment.at(run.stage).cost(self._data, Setting.parse(run.setting))
+        return self._experiment.cost(self._experiment.size(self._data, run), Setting.parse(run.setting))
 
     def _note_failure(self, run: Run, reason: str) -> None:
         self._failed += 1
@@ -162,4 +162,5 @@ def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send
         "options": experiment.identity(),
         "environment": {**environment(), **experiment.hardware()},
     }
-    train(experiment, run, experiment.load(cache), RunLog(path, header), lambda *scores: send(scores))
+    data = experiment.part(experiment.load(cache), run)
+    train(experiment, run, data, RunLog(path, header), lambda *scores: send(scores))

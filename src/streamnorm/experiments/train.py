@@ -66,7 +66,7 @@ class Training:
     """
 
     def __init__(self, experiment: Experiment[Any], run: Run, data: Data) -> None:
-        self.experiment = experiment = experiment.at(run.stage)
+        self.experiment = experiment
         self.run = run
         self.data = data
         self.setting = Setting.parse(run.setting)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from streamnorm.experiments.score import LOSS, bits
 
@@ -119,13 +119,20 @@ class ImageWords(Words):
         passes = "one pass" if epochs == 1 else f"{epochs} passes"
         return f"{passes} over {results.config['data']['train']:,} images"
 
+    def _rates(self, data: Mapping[str, Any]) -> str:
+        """What learning rates are chosen on; folders of earlier versions have no short runs."""
+        short = data.get("tune", data["train"])
+        if short == data["train"]:
+            return f"on the next {data['validation']:,}"
+        return f"with runs on the first {short:,} of them, judged on the {data['validation']:,} after those"
+
     def protocol(self, results: Results) -> list[str]:
         """Images, standardization, SGD."""
         data = results.config["data"]
         shape = "×".join(str(size) for size in data["shape"])
         return [
             f"Images: {data['description']}; {shape} values each. Trained on the first {data['train']:,}, rates chosen "
-            f"on the next {data['validation']:,}, tested on {data['test']:,} others.",
+            f"{self._rates(data)}, tested on {data['test']:,} others.",
             "Inputs are standardized per channel with the training images' mean and deviation. " + self.augmentation,
             f"{self.optimizer(results)} With several mini-batches per update their gradients are averaged, and the "
             "weights change once (DAU).",
@@ -161,9 +168,7 @@ class AugmentedWords(ImageWords):
             "step": "a learning rate divided by 10 after one half and again after three quarters of the updates",
             "constant": "a constant learning rate",
         }
-        epochs, tune_epochs = options["epochs"], options["tune_epochs"]
-        chosen = f" Rates are chosen by runs of {tune_epochs} of the {epochs} passes." if tune_epochs < epochs else ""
-        return f"SGD with momentum, weight decay {options['weight_decay']:g} and {falls[options['anneal']]}.{chosen}"
+        return f"SGD with momentum, weight decay {options['weight_decay']:g} and {falls[options['anneal']]}."
 
 
 class TextWords(Words):
