@@ -17,9 +17,9 @@ from streamnorm.experiments.resnet import ResNet
 from streamnorm.experiments.variants import Variants
 
 _ALL: tuple[type[Experiment[Any]], ...] = (
+    OnlineFC,
     Lp,
     DAU,
-    OnlineFC,
     Conv,
     RecurrentConv,
     Variants,
