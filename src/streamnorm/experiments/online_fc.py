@@ -39,8 +39,8 @@ class OnlineFC(ImageExperiment):
         "streaming-l2",
         "streaming-l1",
     )
-    """Normalizations to compare. There are also batch-renorm, mabn, group, rms, online and streaming-sigma; options make
-    variants of any, for example streaming-l1,window=1000 or online,guard=clamp."""
+    """Normalizations to compare. There are also batch-renorm, mabn, group, rms, online and streaming-sigma; options
+    make variants of any, for example streaming-l1,window=1000 or online,guard=clamp."""
 
     width: int = 256
     """Neurons per hidden layer."""

@@ -55,11 +55,16 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
         "<h2>Do it again</h2>",
         _commands(results),
     )
+    return document(experiment.title, filter(None, sections))
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A page that needs no other file."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(experiment.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(filter(None, sections))
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
 
@@ -90,7 +95,8 @@ def _figure(svg: str, description: str, caption: str, wide: bool = False) -> str
     )
 
 
-def _table(head: Iterable[str], rows: Iterable[str]) -> str:
+def html_table(head: Iterable[str], rows: Iterable[str]) -> str:
+    """Rows of a table, below a head."""
     header = "".join(head)
     body = "\n".join(rows)
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
@@ -112,7 +118,7 @@ def _numbers(results: Results) -> str:
         _row(results, method.name, (_number(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
-    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + _table(_head(results), rows)
+    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + html_table(_head(results), rows)
 
 
 def _number(results: Results, cell: Cell) -> str:
@@ -144,7 +150,7 @@ def _pairs(results: Results) -> str:
         f"<p>The pairs that the verdict speaks of: difference in {results.experiment.words.difference_unit}, paired by "
         "seed, mean ± 95% interval.</p>\n"
     )
-    return words + _table(_head(results, "Pair"), rows) if rows else ""
+    return words + html_table(_head(results, "Pair"), rows) if rows else ""
 
 
 def _changes(results: Results) -> str:
@@ -161,7 +167,7 @@ def _changes(results: Results) -> str:
         f"<p>Each method at one setting less itself at another, in {results.experiment.words.difference_unit}, paired "
         "by seed, mean ± 95% interval.</p>\n"
     )
-    return words + _table(["<th>Method</th>", *head], rows)
+    return words + html_table(["<th>Method</th>", *head], rows)
 
 
 def _rates(results: Results) -> str:
@@ -173,7 +179,7 @@ def _rates(results: Results) -> str:
     return (
         f"<p>Grid: {', '.join(f'{rate:g}' for rate in grid)}. Each method got, at each setting, the rate with "
         f"{results.experiment.words.chosen_by}. An arrow marks a best rate at the edge of the grid.</p>\n"
-        + _table(_head(results), rows)
+        + html_table(_head(results), rows)
     )
 
 
