@@ -58,6 +58,7 @@ def test_gain_is_the_distance_from_guessing(finished):
         results = load_results(finished / name)
         cell = results.cells["layer", Setting(32, 1)]
         classes = results.config["data"]["classes"]
+        assert cell.mean is not None
         guess = 1 / classes if sign == 1 else math.log(classes)
         assert gain(results, cell) == pytest.approx(sign * (cell.mean.mean - guess))
 

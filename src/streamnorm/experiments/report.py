@@ -10,6 +10,7 @@ from pathlib import Path
 from streamnorm.experiments.figures import save_figures
 from streamnorm.experiments.files import write_text
 from streamnorm.experiments.results import Cell, Results, load_results
+from streamnorm.experiments.runlog import LoggedRun
 from streamnorm.experiments.stats import Interval
 from streamnorm.experiments.style import CSS
 from streamnorm.experiments.tables import difference_text, save_tables, score_text
@@ -37,21 +38,21 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
     sections = (
         _opening(results),
         _verdict(results),
-        _figure(drawings["summary"], *words.summary(results)),
+        figure(drawings["summary"], *words.summary(results)),
         "<h2>The numbers</h2>",
         _numbers(results),
         _pairs(results),
         _changes(results),
         "<h2>Along the way</h2>",
-        _figure(drawings["curves"], *words.curves(results), wide=True),
+        figure(drawings["curves"], *words.curves(results), wide=True),
         "<h2>Learning rates</h2>",
         _rates(results),
-        _figure(drawings["rates"], *words.rates(), wide=True),
+        figure(drawings["rates"], *words.rates(), wide=True),
         _samples(results),
         "<h2>How it was done</h2>",
         _protocol(results),
         "<h2>Where it ran</h2>",
-        _environments(results),
+        environments(results.logs),
         "<h2>Do it again</h2>",
         _commands(results),
     )
@@ -85,7 +86,8 @@ def _verdict(results: Results) -> str:
     return f'<section class="verdict"><h2>What came out</h2>\n<ul>\n{items}\n</ul></section>\n{notes}'
 
 
-def _figure(svg: str, description: str, caption: str, wide: bool = False) -> str:
+def figure(svg: str, description: str, caption: str, wide: bool = False) -> str:
+    """A drawing with its caption."""
     image = base64.b64encode(svg.encode()).decode()
     kind = ' class="wide"' if wide else ""
     return (
@@ -223,11 +225,13 @@ def _sample(results: Results, cell: Cell) -> str:
     return f"<h3>{escape(cell.method.label)}</h3>\n<pre><small>{prompt}</small>{text}</pre>"
 
 
-def _environments(results: Results) -> str:
-    seen = {tuple(run.header["environment"].items()): None for run in results.logs}
+def environments(logs: Iterable[LoggedRun]) -> str:
+    """Where these runs ran, and how long it took."""
+    logs = list(logs)
+    seen = {tuple(run.header["environment"].items()): None for run in logs}
     lines = [", ".join(f"{escape(str(key))} {escape(str(value))}" for key, value in items) for items in seen]
-    seconds = sum(run.end["seconds"] for run in results.logs if run.end is not None)
-    started = sorted(run.header["started"] for run in results.logs)
+    seconds = sum(run.end["seconds"] for run in logs if run.end is not None)
+    started = sorted(run.header["started"] for run in logs)
     entries = "\n".join(f"<li>{line}</li>" for line in lines)
     total = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
     return f"<ul>\n{entries}\n</ul>\n<p>{total} of one core in all; first run begun {started[0]}.</p>"

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from streamnorm.experiments.catalogue import EXPERIMENTS, find
 from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.overview import build_overview, print_overview
 from streamnorm.experiments.report import REPORT, build_report
-from streamnorm.experiments.results import Results
+from streamnorm.experiments.results import CONFIG, Results
 from streamnorm.experiments.sweep import run_sweep
 from streamnorm.experiments.table1 import CONFIG as TABLE1_CONFIG
 from streamnorm.experiments.table1 import Table1, run_table
@@ -82,14 +83,20 @@ def _in_the_paper(alias: str | None) -> str:
     return re.sub(r"(?<=[a-z])(?=\d)", " ", alias) if alias else "–"
 
 
+REPORT_HELP = """usage: streamnorm report FOLDER
+
+Make table, figures and page anew from the logs of a finished or running experiment.
+FOLDER is what `streamnorm run` wrote, for example runs/online-fc-digits.
+
+A folder that holds several of these, such as runs, gets one page over all of them: what the paper and we claim, what
+was measured, and the verdict on each claim. The pages of the single experiments stay.
+"""
+
+
 def report(words: Sequence[str]) -> int:
     """``streamnorm report FOLDER``."""
-    usage = (
-        "usage: streamnorm report FOLDER\n\nMake table, figures and page anew from the logs of a finished or running "
-        "experiment.\nFOLDER is what `streamnorm run` wrote, for example runs/online-fc-digits."
-    )
     if len(words) != 1 or words[0] in ("-h", "--help"):
-        _no_options(words or ["--help"], usage)
+        _no_options(words or ["--help"], REPORT_HELP)
     _report(Path(words[0]).expanduser())
     return 0
 
@@ -99,6 +106,8 @@ def _report(folder: Path) -> None:
     console = Console()
     if (folder / TABLE1_CONFIG).exists():
         print_table(build_table(folder), console)
+    elif not (folder / CONFIG).exists() and any(folder.glob(f"*/**/{CONFIG}")):
+        print_overview(build_overview(folder), console)
     else:
         _show(build_report(folder), console)
     console.print(f"\nReport: [bold]{folder / REPORT}[/]", highlight=False, soft_wrap=True)
