@@ -5,12 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
+from streamnorm.experiments.coefficients import Coefficients
 from streamnorm.experiments.conv import Conv
+from streamnorm.experiments.dau import DAU
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.lp import Lp
 from streamnorm.experiments.online_fc import OnlineFC
+from streamnorm.experiments.recurrent_conv import RecurrentConv
+from streamnorm.experiments.resnet import ResNet
+from streamnorm.experiments.variants import Variants
 
-_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, Conv, CharRNN, CharGRU, CharLSTM)
+_ALL: tuple[type[Experiment[Any]], ...] = (
+    OnlineFC,
+    Lp,
+    DAU,
+    Conv,
+    RecurrentConv,
+    Variants,
+    Coefficients,
+    CharRNN,
+    CharGRU,
+    CharLSTM,
+    ResNet,
+)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 

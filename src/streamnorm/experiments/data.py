@@ -44,6 +44,10 @@ class Split:
         """Standardized images, float32 of shape (n, C, H, W), and their labels."""
         return self.pixels[index].float().sub_(self.mean).div_(self.std), self.labels[index]
 
+    def to(self, device: str) -> Split:
+        """The same images on a device."""
+        return Split(*(t.to(device) for t in (self.pixels, self.labels, self.mean, self.std)))
+
     def first(self, count: int) -> Split:
         """The first ``count`` images."""
         return Split(self.pixels[:count], self.labels[:count], self.mean, self.std)
@@ -62,6 +66,10 @@ class Data:
     def shape(self) -> tuple[int, ...]:
         """The shape of one image, (C, H, W)."""
         return tuple(self.train.pixels.shape[1:])
+
+    def to(self, device: str) -> Data:
+        """The same images on a device."""
+        return Data(self.classes, self.train.to(device), self.validation.to(device), self.test.to(device))
 
 
 def split_sizes(

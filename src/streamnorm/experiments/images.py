@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,6 +73,9 @@ class ImageExperiment(Experiment[Data]):
     momentum: float = 0.9
     """Momentum of SGD."""
 
+    device: str = "cpu"
+    """Where to train: cpu, or cuda for an NVIDIA card, which then holds all images; --jobs runs share it."""
+
     curve_images: int = 1000
     """Test images used for the points of a curve; the final accuracy always uses all of them."""
 
@@ -83,6 +88,7 @@ class ImageExperiment(Experiment[Data]):
         super().check()
         if not 0 <= self.momentum < 1:
             raise UserError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
+        _check_device(self.device)
 
     def _counts(self) -> tuple[str, ...]:
         return ("epochs", "curve_images")
@@ -98,8 +104,8 @@ class ImageExperiment(Experiment[Data]):
         return Images(source, self.limit, self.validation, self.tune_limit)
 
     def load(self, folder: Path) -> Data:
-        """Map the decoded images into memory."""
-        return load(folder)
+        """Map the decoded images into memory, or copy them to the device."""
+        return _load(folder, self.device)
 
     def part(self, data: Data, run: Run) -> Data:
         """Fewer training images where rates are chosen with short runs."""
@@ -117,7 +123,7 @@ class ImageExperiment(Experiment[Data]):
     def model(self, data: Data, method: str) -> nn.Module:
         """The network with layers of this method."""
         chosen = self.catalogue[method]
-        return chosen.finish(self.network(data.shape, data.classes, chosen.make))
+        return chosen.finish(self.network(data.shape, data.classes, chosen.make)).to(self.device)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """SGD with momentum."""
@@ -135,6 +141,14 @@ class ImageExperiment(Experiment[Data]):
         for index in order[start : whole * setting.samples].split(setting.samples):
             yield data.train.batch(index)
 
+    def identity(self) -> dict[str, Any]:
+        """Not the device: another one gives other rounding, and each log tells its own."""
+        return {name: value for name, value in super().identity().items() if name != "device"}
+
+    def hardware(self) -> dict[str, str]:
+        """The card's name, where one is used."""
+        return {} if self.device == "cpu" else {"device": torch.cuda.get_device_name(self.device)}
+
     def watched(self, data: Data) -> Split:
         """The first test images."""
         return data.test.first(self.curve_images)
@@ -150,3 +164,19 @@ class ImageExperiment(Experiment[Data]):
     def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
         """The mini-batches and the weight updates, in mini-batches."""
         return float(data["train"]) / setting.samples * (1 + 1 / setting.batches)
+
+
+@lru_cache(maxsize=1)
+def _load(folder: Path, device: str) -> Data:
+    data = load(folder)
+    return data if device == "cpu" else data.to(device)
+
+
+def _check_device(device: str) -> None:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise UserError(f"--device {device}: write cpu, cuda, or cuda:1 for the second card")
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: PyTorch finds {torch.cuda.device_count()} NVIDIA cards; leave it out for cpu"
+        )

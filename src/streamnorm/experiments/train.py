@@ -97,9 +97,15 @@ class Training:
                     loss = F.cross_entropy(logits, targets)
                     self._watch(loss, logits, targets)
                     (weight * loss).backward()
+                self._set_rate()
                 self.optimizer.step()
                 self.updates += 1
                 yield
+
+    def _set_rate(self) -> None:
+        rate = self.experiment.rate(self.run.rate, self.updates / self.total_updates)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
 
     def _batches(self, epoch: int, first_update: int) -> Iterator[Batch]:
         return self.experiment.batches(self.data, self.setting, self.run.seed, epoch, first_update)

@@ -85,6 +85,7 @@ class ImageWords(Words):
     test_axis = "test accuracy"
     validation_axis = "validation accuracy"
     test_curve = "test accuracy"
+    augmentation = "Nothing is augmented."
 
     def summary(self, results: Results) -> tuple[str, str]:
         """Test accuracy by setting."""
@@ -132,9 +133,9 @@ class ImageWords(Words):
         return [
             f"Images: {data['description']}; {shape} values each. Trained on the first {data['train']:,}, rates chosen "
             f"{self._rates(data)}, tested on {data['test']:,} others.",
-            "Inputs are standardized per channel with the training images' mean and deviation. Nothing is augmented.",
-            "SGD with momentum, constant learning rate. With several mini-batches per update their gradients are "
-            "averaged, and the weights change once (DAU).",
+            "Inputs are standardized per channel with the training images' mean and deviation. " + self.augmentation,
+            f"{self.optimizer(results)} With several mini-batches per update their gradients are averaged, and the "
+            "weights change once (DAU).",
             "All methods start from the same weights and see the same images in the same order at a given seed.",
             "“Recalibrated Batch” is the same trained network with statistics taken anew from the training images in "
             "mini-batches of about 128, so that Batch Normalization is not judged by its running statistics alone."
@@ -142,9 +143,32 @@ class ImageWords(Words):
             else "",
         ]
 
+    def optimizer(self, results: Results) -> str:
+        """What changes the weights."""
+        return "SGD with momentum, constant learning rate."
+
     def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
         """From 0 to a little above guessing."""
         return 0.0, 1.15 * guessing
+
+
+class AugmentedWords(ImageWords):
+    """Classifying images with ResNet-20, as it is usually trained."""
+
+    augmentation = (
+        "Whenever an image is trained on, it is shifted at random by up to an eighth of its size, with zeros beyond "
+        "its edge, and colour images are mirrored at random."
+    )
+
+    def optimizer(self, results: Results) -> str:
+        """SGD, and how its rate falls."""
+        options = results.config["options"]
+        falls = {
+            "cosine": "a learning rate that falls to 0 along half a cosine",
+            "step": "a learning rate divided by 10 after one half and again after three quarters of the updates",
+            "constant": "a constant learning rate",
+        }
+        return f"SGD with momentum, weight decay {options['weight_decay']:g} and {falls[options['anneal']]}."
 
 
 class TextWords(Words):
