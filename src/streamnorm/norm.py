@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import ops, updates
+from . import checkpoint, ops, updates
 from .moments import LpMoment
 from .normref import NormRef, RefName
 from .ops.spec import Formula, State, View
@@ -160,6 +160,9 @@ class Norm(nn.Module):
         if mask is not None:
             mask = _full_mask(mask, x)
         if self.training and not self.frozen:
+            if checkpoint.concerns():
+                with checkpoint.use((self,)):
+                    return self._train(x, mask, self._accepted_view)
             return self._train(x, mask, self._accepted_view)
         return self._evaluate(x, mask, self._accepted_view)
 
@@ -177,11 +180,6 @@ class Norm(nn.Module):
             return self._normalize_alone(x, mask, view)
         if not self._watched:
             self._watch()
-        if torch._C._current_graph_task_id() != -1:  # only while autograd runs a backward pass
-            raise RuntimeError(
-                f"{type(self).__name__} runs inside a backward pass: activation checkpointing computes its forward "
-                "pass a second time, and its samples would count twice. Leave this layer out of the checkpointed part"
-            )
         try:  # a step of a small layer feels the search of nn.Module.__getattr__
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # parametrized: computed when it is asked for
