@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .ops.traced import REPEATED
+
 if TYPE_CHECKING:
     from .norm import Norm
 
@@ -29,6 +31,9 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[None], AbstractConte
     Outputs, gradients and statistics are those of the same training without checkpointing. Give it as
     ``context_fn``, together with ``use_reentrant=False``; the reentrant form has no place for it.
 
+    Raises:
+        RuntimeError: under ``torch.compile``, which knows another kind of checkpointing.
+
     Returns:
         A context for the forward pass, and one for its recomputation.
 
@@ -41,6 +46,8 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[None], AbstractConte
         >>> int(layer.samples)
         4
     """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # a graph is being made
+        raise RuntimeError(REPEATED)
     tape: Tape = []
     return _Pass(tape, replays=False), _Pass(tape, replays=True)
 

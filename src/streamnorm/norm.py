@@ -16,6 +16,7 @@ from . import checkpoint, ops, updates
 from .moments import LpMoment
 from .normref import NormRef, RefName
 from .ops.spec import Formula, State, View
+from .ops.tracing import as_constant
 from .stream import Stream
 
 _state_buffers = itemgetter(*State._fields)
@@ -145,12 +146,14 @@ class Norm(nn.Module):
     @property
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
+        if is_compiling():
+            return State(*[self._buffers[name] for name in State._fields])  # type: ignore[list-item]
         return State._make(_state_buffers(self._buffers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
-        if self.training and is_compiling():
-            return _outside_the_graph(self, x, mask)
+        if is_compiling():
+            return self._forward_traced(x, mask)
         kind = (x.shape, x.dtype, self.training)
         if kind != self._accepted:
             self._check_input(x)
@@ -165,6 +168,28 @@ class Norm(nn.Module):
                     return self._train(x, mask, self._accepted_view)
             return self._train(x, mask, self._accepted_view)
         return self._evaluate(x, mask, self._accepted_view)
+
+    def _forward_traced(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """As forward, in a graph that is being compiled: nothing is kept from call to call but the state."""
+        self._check_input(x)
+        if x.numel() == 0:
+            return self._pass_empty(x)
+        mask = None if mask is None else _full_mask(mask, x)
+        view = self._view(x)
+        if not self.training or self.frozen:
+            return self._evaluate(x, mask, view)
+        if self.stream is None:
+            return self._train(x, mask, view)
+        self._watch_while_tracing()
+        if not self._watched:
+            raise AssertionError("a layer that trains notices weight updates")
+        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
+
+    @as_constant
+    def _watch_while_tracing(self) -> bool:
+        """Runs when a graph is made; a guard on ``_watched`` lets it run for the next layer that takes the graph."""
+        self._watch()
+        return True
 
     def _pass_empty(self, x: Tensor) -> Tensor:
         """An empty output that still leads back to gain and bias, so that their gradients are zero and not missing."""
@@ -566,12 +591,6 @@ class StreamingNorm2d(_StreamingNorm):  # noqa: D101
 class StreamingNorm3d(_StreamingNorm):  # noqa: D101
     __doc__ = _STREAMING_DOC.format(d=3, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
     _ranks = (5,)
-
-
-@torch.compiler.disable
-def _outside_the_graph(layer: Norm, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A training step in a model that ``torch.compile`` compiles: with a graph break, on the engine of eager mode."""
-    return layer.forward(x, mask)
 
 
 def streaming_layers(model: nn.Module) -> list[Norm]:
