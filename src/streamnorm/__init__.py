@@ -1,6 +1,7 @@
 """Normalization for PyTorch that works where Batch Normalization does not: one sample at a time, tiny mini-batches."""
 
 from .accumulation import accumulate
+from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
 from .lifecycle import calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
@@ -32,6 +33,7 @@ __all__ = [
     "accumulate",
     "bind",
     "calibrate",
+    "checkpoint_context_fn",
     "commit",
     "convert",
     "engines",

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import ops, updates
+from . import checkpoint, ops, updates
 from .moments import LpMoment
 from .normref import NormRef, RefName
 from .ops.spec import Formula, State, View
+from .ops.tracing import as_constant
 from .stream import Stream
 
 _state_buffers = itemgetter(*State._fields)
@@ -145,12 +146,14 @@ class Norm(nn.Module):
     @property
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
+        if is_compiling():
+            return State(*[self._buffers[name] for name in State._fields])  # type: ignore[list-item]
         return State._make(_state_buffers(self._buffers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
-        if self.training and is_compiling():
-            return _outside_the_graph(self, x, mask)
+        if is_compiling():
+            return self._forward_traced(x, mask)
         kind = (x.shape, x.dtype, self.training)
         if kind != self._accepted:
             self._check_input(x)
@@ -160,8 +163,33 @@ class Norm(nn.Module):
         if mask is not None:
             mask = _full_mask(mask, x)
         if self.training and not self.frozen:
+            if checkpoint.concerns():
+                with checkpoint.use((self,)):
+                    return self._train(x, mask, self._accepted_view)
             return self._train(x, mask, self._accepted_view)
         return self._evaluate(x, mask, self._accepted_view)
+
+    def _forward_traced(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """As forward, in a graph that is being compiled: nothing is kept from call to call but the state."""
+        self._check_input(x)
+        if x.numel() == 0:
+            return self._pass_empty(x)
+        mask = None if mask is None else _full_mask(mask, x)
+        view = self._view(x)
+        if not self.training or self.frozen:
+            return self._evaluate(x, mask, view)
+        if self.stream is None:
+            return self._train(x, mask, view)
+        self._watch_while_tracing()
+        if not self._watched:
+            raise AssertionError("a layer that trains notices weight updates")
+        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
+
+    @as_constant
+    def _watch_while_tracing(self) -> bool:
+        """Runs when a graph is made; a guard on ``_watched`` lets it run for the next layer that takes the graph."""
+        self._watch()
+        return True
 
     def _pass_empty(self, x: Tensor) -> Tensor:
         """An empty output that still leads back to gain and bias, so that their gradients are zero and not missing."""
@@ -177,11 +205,6 @@ class Norm(nn.Module):
             return self._normalize_alone(x, mask, view)
         if not self._watched:
             self._watch()
-        if torch._C._current_graph_task_id() != -1:  # only while autograd runs a backward pass
-            raise RuntimeError(
-                f"{type(self).__name__} runs inside a backward pass: activation checkpointing computes its forward "
-                "pass a second time, and its samples would count twice. Leave this layer out of the checkpointed part"
-            )
         try:  # a step of a small layer feels the search of nn.Module.__getattr__
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # parametrized: computed when it is asked for
@@ -568,12 +591,6 @@ class StreamingNorm2d(_StreamingNorm):  # noqa: D101
 class StreamingNorm3d(_StreamingNorm):  # noqa: D101
     __doc__ = _STREAMING_DOC.format(d=3, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
     _ranks = (5,)
-
-
-@torch.compiler.disable
-def _outside_the_graph(layer: Norm, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A training step in a model that ``torch.compile`` compiles: with a graph break, on the engine of eager mode."""
-    return layer.forward(x, mask)
 
 
 def streaming_layers(model: nn.Module) -> list[Norm]:

@@ -35,7 +35,6 @@ def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, n
         and all(t is None or t.dtype == dtype for t in hidden + weights)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(data.device.type)
-        and torch._C._current_graph_task_id() == -1
         and all(norm is None or _can_run(norm, dtype, sizes) for norm in norms)
         and all(norm is None or norm._parameters["bias"] is None for norm in norms[:3])
     )
