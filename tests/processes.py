@@ -18,10 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = datetime.timedelta(seconds=20)
-"""How long a collective waits for a process that does not come."""
-
-
 class Processes:
     """Up to three processes. Each call has a process group of its own, so that no failure outlives its test."""
 
@@ -38,19 +34,20 @@ class Processes:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def __call__(self, function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *args: Any, world: int = 2, patience: float = 60) -> list[Any]:
         """Run ``function(rank, *args)`` in ``world`` processes; the results in the order of the ranks.
 
         Args:
             function: at the top level of a test file, which the processes load by its path.
             args: pickled; lists, numbers, tensors.
             world: how many processes.
+            patience: the seconds that a collective waits for a process that does not come.
         """
         self.calls += 1
         store = str(Path(self.folder.name) / str(self.calls))
         place = (function.__code__.co_filename, function.__name__)
         for rank, connection in enumerate(self.connections[:world]):
-            connection.send_bytes(pickle.dumps((place, args, rank, world, store)))
+            connection.send_bytes(pickle.dumps((place, args, rank, world, store, patience)))
         answers = [pickle.loads(connection.recv_bytes()) for connection in self.connections[:world]]
         failures = [f"process {rank}:\n{result}" for rank, (failed, result) in enumerate(answers) if failed]
         assert not failures, "\n".join(failures)
@@ -59,7 +56,7 @@ class Processes:
     def close(self) -> None:
         for connection, process in zip(self.connections, self.processes):
             connection.close()
-            process.join()
+            process.kill()  # it has nothing to put in order
         self.folder.cleanup()
 
 
@@ -68,12 +65,12 @@ def _serve(connection: Connection) -> None:
     modules: dict[str, ModuleType] = {}
     while True:
         try:
-            place, args, rank, world, store = pickle.loads(connection.recv_bytes())
+            place, args, rank, world, store, patience = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
             function = getattr(_module(place[0], modules), place[1])
-            dist.init_process_group("gloo", f"file://{store}", PATIENCE, world, rank)
+            dist.init_process_group("gloo", f"file://{store}", datetime.timedelta(seconds=patience), world, rank)
             answer = (False, function(rank, *args))
         except BaseException:
             answer = (True, traceback.format_exc())

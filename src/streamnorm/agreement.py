@@ -9,9 +9,13 @@ weighted by element counts. Then every process makes the same commit, and their 
 from __future__ import annotations
 
 import gc
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +27,10 @@ from .ops.spec import State
 
 if TYPE_CHECKING:
     from .norm import Norm
+
+
+FIRST_WORD = timedelta(seconds=30)
+"""How long a process waits for the others at a weight update before it says so."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def merged(select: Callable[[], list[Norm]]) -> list[Norm]:
     if not (dist.is_available() and dist.is_initialized()):
         return layers
     teams = _teams(layers)
-    if any(members and not agreement.knows(members) for agreement, members in teams):
+    if any(not agreement.knows(members) for agreement, members in teams):
         del layers, teams
         gc.collect()
         layers = select()
@@ -126,7 +134,14 @@ def _teams(layers: Sequence[Norm]) -> list[tuple[_Agreement, list[Norm]]]:
         if group is not None:
             _check_join(layer)
             teams.setdefault((group, layer.state.long.device), []).append(layer)
-    return [(_agreements.setdefault(group, _Agreement(group)), members) for (group, _), members in teams.items()]
+    return [(_agreement(*place), members) for place, members in teams.items()]
+
+
+def _agreement(group: dist.ProcessGroup, device: torch.device) -> _Agreement:
+    on_devices = _agreements.setdefault(group, {})
+    if device not in on_devices:
+        on_devices[device] = _Agreement(group, device)
+    return on_devices[device]
 
 
 def _check_join(layer: Norm) -> None:
@@ -148,19 +163,35 @@ class _Agreement:
     A set is made known by a collective that all take part in; from then on its number is enough. Every all-reduce has
     the same length, room for the largest set, and begins with a header that shows whether all mean the same set: so
     processes that differ find out together, in place of waiting for each other.
+
+    On a CPU the collectives run in a group of their own. In one that DDP uses too, a process that skips a weight
+    update would have its next all-reduce of gradients matched with this one; gloo ends the program then, or worse.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = weakref.ref(group)
+        self._own: dist.ProcessGroup | None = None
+        self.device = device
         self.numbers: dict[tuple[weakref.ref[Norm], ...], int] = {}
-        self.room = 0
+        self.room = self.updates = 0
         self.unread: tuple[Tensor, torch.Event] | None = None
 
     @property
     def group(self) -> dist.ProcessGroup:
+        """Where the collectives run."""
         group = self._group()
         assert group is not None
-        return group
+        if self.device.type != "cpu":
+            return group
+        if self._own is None:
+            options = getattr(group._get_backend(self.device), "options", None)
+            self._own = dist.new_group(
+                dist.get_process_group_ranks(group),
+                timeout=getattr(options, "_timeout", None),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+        return self._own
 
     def knows(self, layers: Sequence[Norm]) -> bool:
         """Whether all processes have agreed on this set."""
@@ -169,6 +200,7 @@ class _Agreement:
     def merge(self, layers: Sequence[Norm]) -> None:
         """Replace the short-term statistics of these layers by those of all processes together."""
         states = [layer.state for layer in layers]
+        self.updates += 1
         if not self.knows(layers):
             self._all_reduce(states[0].long.new_empty(0, dtype=torch.float64), 0, layers)
             self._compare(layers)
@@ -182,15 +214,37 @@ class _Agreement:
         """The sum over all processes, once it is known that all of them mean the set of this number."""
         header = own.new_tensor([1.0, number, number**2])
         buffer = torch.cat((header, own, own.new_zeros(self.room - len(own))))
-        try:
+        if self.device.type == "cpu":
+            self._wait(dist.all_reduce(buffer, group=self.group, async_op=True))
+        else:
             dist.all_reduce(buffer, group=self.group)
-        except RuntimeError as error:
-            raise RuntimeError(self._describe("did not come to an end")) from error
-        if number == 0 or buffer.device.type == "cpu":
+        if number == 0 or self.device.type == "cpu":
             self._check(buffer[:3].tolist(), layers)
         else:
             self._check_later(buffer[:3])
         return buffer[3:]
+
+    def _wait(self, work: dist.Work) -> None:
+        """Wait as long as the group does, and say soon what for."""
+        try:
+            work.wait(FIRST_WORD)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+        missing = self._missing()
+        warnings.warn(self._describe(f"waits for {missing}"), stacklevel=2)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(self._describe(f"waited for {missing} in vain")) from error
+
+    def _missing(self) -> str:
+        """The processes that are not waiting too. Who waits for so long leaves a note."""
+        group, store = self.group, self.group.get_group_store()
+        notes = [f"streamnorm/{self.updates}/{rank}" for rank in range(dist.get_world_size(group))]
+        store.set(notes[dist.get_rank(group)], "waits")
+        time.sleep(FIRST_WORD.total_seconds() / 10)  # the others may have come a little later
+        return "process " + ", ".join(str(rank) for rank, note in enumerate(notes) if not store.check([note]))
 
     def _check(self, header: list[float], layers: Sequence[Norm] | None) -> None:
         """Numbers are all the same where the square of their sum is n times the sum of their squares."""
@@ -219,13 +273,13 @@ class _Agreement:
         theirs: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(theirs, ours, group=self.group)
         for rank, others in enumerate(theirs):
+            pairs = list(zip_longest(theirs[0], others, fillvalue="missing"))
             if others != theirs[0]:
-                place = next(i for i, pair in enumerate(_zip_longest(theirs[0], others)) if pair[0] != pair[1])
-                first, other = _zip_longest(theirs[0], others)[place]
+                place = next(i for i, (first, other) in enumerate(pairs) if first != other)
                 raise RuntimeError(
-                    f"a weight update is not of the same layers in all processes: number {place + 1} of process 0's "
-                    f"{len(theirs[0])} is {first}, of process {rank}'s {len(others)} it is {other}. A process knows "
-                    "the layers that it has used. Where these differ, name all of them in the model's order, on every "
+                    f"a weight update is not of the same layers in all processes: number {place + 1} is "
+                    f"{pairs[place][0]} in process 0 and {pairs[place][1]} in process {rank}. A process knows the "
+                    "layers that it has used. Where these differ, name all of them in the model's order, on every "
                     "process and before training: streamnorm.bind(model, optimizer)"
                 )
 
@@ -240,15 +294,16 @@ class _Agreement:
     def _describe(self, what: str) -> str:
         group = self.group
         return (
-            f"the all-reduce that joins the statistics of streaming layers at a weight update {what} "
-            f"(process {dist.get_rank(group)} of {dist.get_world_size(group)}). Every process has to make every "
-            "weight update. Does one of them skip an optimizer step, have fewer mini-batches, or call "
-            "streamnorm.commit or calibrate alone? docs/distributed.md has what to do. For layers that should "
-            "not be joined: streamnorm.synchronize(model, 'never')"
+            f"weight update {self.updates}: the all-reduce that joins the statistics of streaming layers {what} "
+            f"(this is process {dist.get_rank(group)} of {dist.get_world_size(group)}). Every process has to make "
+            "every weight update. Does one of them skip an optimizer step, have fewer mini-batches, or call "
+            "streamnorm.commit or calibrate alone? docs/distributed.md says what to do; "
+            "streamnorm.synchronize(model, 'never') is for processes that train different models"
         )
 
 
-_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, _Agreement] = weakref.WeakKeyDictionary()
+_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, _Agreement]]
+_agreements = weakref.WeakKeyDictionary()
 
 joinables: weakref.WeakKeyDictionary[DistributedDataParallel, Any] = weakref.WeakKeyDictionary()
 """For a model under torch's Join, what answers our collectives there; :func:`streamnorm.joinable` makes it."""
@@ -260,11 +315,6 @@ def _key(layers: Sequence[Norm]) -> tuple[weakref.ref[Norm], ...]:
 
 def _kind(layer: Norm) -> str:
     return f"{type(layer).__name__} with {layer.state.count.numel()} statistics, {layer.formula}"
-
-
-def _zip_longest(first: list[str], second: list[str]) -> list[tuple[str, str]]:
-    length = max(len(first), len(second))
-    return list(zip(*(names + ["missing"] * (length - len(names)) for names in (first, second))))
 
 
 def _pack(states: Sequence[State]) -> Tensor:

@@ -160,6 +160,10 @@ def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
 
 @torch.no_grad()
 def _commit(select: Callable[[], list[Norm]]) -> None:
-    layers = agreement.merged(select)
+    commit_merged(agreement.merged(select))
+
+
+def commit_merged(layers: list[Norm]) -> None:
+    """Move the short-term statistics of these layers, which are those of all processes by now, into the long-term."""
     if layers:
         ops.commit([(layer.state, layer.formula) for layer in layers])
