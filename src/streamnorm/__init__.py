@@ -3,6 +3,7 @@
 from .accumulation import accumulate
 from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
+from .distributed import joinable, synchronize
 from .lifecycle import calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
@@ -40,8 +41,10 @@ __all__ = [
     "fold",
     "freeze",
     "frozen",
+    "joinable",
     "register_converter",
     "reset_stats",
+    "synchronize",
     "to_batchnorm",
     "unfreeze",
 ]

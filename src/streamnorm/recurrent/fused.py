@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import updates
+from .. import agreement, updates
 from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 from ..ops.first_order import first_order_only
 from .norms import PerStepBatchNorm, RecurrentBatchNorm
@@ -60,8 +60,8 @@ def arguments(data: Tensor, hidden: Hidden, weights: Weights, norms: Norms) -> T
     gains: list[Tensor | None] = []
     for norm in norms:
         assert norm is None or isinstance(norm, Norm)
-        if norm is not None and norm.stream is not None and not norm._watched:
-            updates.watch(norm)
+        if norm is not None and norm.stream is not None and (not norm._watched or agreement.is_new(norm)):
+            updates.notice(norm)
         gains.append(None if norm is None else norm.weight)
     bias_cell = None if norms.cell is None else norms.cell.bias
     return Tensors._make((data, *weights, *gains, bias_cell, *hidden, *(None,) * (2 - len(hidden))))
