@@ -35,9 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _beside_its_library(
-    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
-) -> None:
+def _beside_its_library(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
     library = _library(request.node)
     shown = request.node.get_closest_marker("shows")
     if shown is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.training import (
-    assert_learns,
+    assert_fine_tunes,
     assert_same_outputs,
     classification,
     converted,
@@ -50,7 +50,7 @@ def test_converted_it_evaluates_as_before(name: str) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
-    assert_learns(converted(pretrained(name)), classification, in_batches(batch_size, *images(4)), epochs=12)
+    assert_fine_tunes(converted(pretrained(name)), images(4), batch_size, lr=3e-4 if "efficient" in name else 1e-3)
 
 
 @pytest.mark.shows("ResNet, EfficientNet, RegNet, MobileNetV3, back to timm's own layers", "`sn.to_batchnorm(model)`")
@@ -80,7 +80,7 @@ def test_every_layer_folds_away(name: str) -> None:
 def test_norm_layer_of_a_resnet(batch_size: int) -> None:
     model = network("resnet18", norm_layer=sn.StreamingNorm2d)
     assert len(layers(model)) == 20
-    assert_learns(model, classification, in_batches(batch_size, *images(4)), epochs=12)
+    assert_fine_tunes(model, images(4), batch_size)
 
 
 def norm_act(channels: int, apply_act: bool = True, act_layer: Any = nn.ReLU, **_: Any) -> nn.Module:
@@ -89,7 +89,8 @@ def norm_act(channels: int, apply_act: bool = True, act_layer: Any = nn.ReLU, **
 
 
 @pytest.mark.shows(
-    "EfficientNet, RegNet", "`norm_layer=` a function that makes `sn.StreamingNormAct2d` ([Models of others](models.md))"
+    "EfficientNet, RegNet",
+    "`norm_layer=` a function that makes `sn.StreamingNormAct2d` ([Models of others](models.md))",
 )
 @pytest.mark.parametrize(("name", "act_layer"), [("efficientnet_b0", nn.SiLU), ("regnety_002", nn.ReLU)])
 def test_norm_layer_where_it_brings_its_activation(name: str, act_layer: type[nn.Module]) -> None:
@@ -101,9 +102,6 @@ def test_norm_layer_where_it_brings_its_activation(name: str, act_layer: type[nn
     assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert list(model.state_dict()) == list(twin.state_dict())
     x = images(2)[0]
-    for each in (model, twin):
-        torch.manual_seed(4)
-        assert_same_outputs(each(x), each(x))
     torch.manual_seed(4)
     expected = twin(x)
     torch.manual_seed(4)
@@ -149,12 +147,12 @@ def test_frozen_layers_are_converted_when_asked_for(name: str) -> None:
     from timm.layers.norm_act import FrozenBatchNormAct2d
     from torchvision.ops import FrozenBatchNorm2d
 
-    model, x = freeze_batch_norm_2d(pretrained(name)), images(3)[0]
+    model, x = freeze_batch_norm_2d(pretrained(name)).eval(), images(3)[0]
     assert not layers(sn.convert(copy.deepcopy(model)))
     new = converted(model, also=(FrozenBatchNormAct2d, FrozenBatchNorm2d))
     assert_same_outputs(model(x), new(x))
     assert all(layer.weight is not None and layer.weight.requires_grad for layer in layers(new))
-    assert_learns(new, classification, in_batches(1, *images(4)), epochs=12)
+    assert_fine_tunes(new, images(4), batch_size=1, lr=3e-4)
 
 
 @pytest.mark.shows("ResNetV2 with GroupNormAct", "`sn.convert(model, also=(nn.GroupNorm,))`, then `sn.calibrate`")
@@ -172,9 +170,9 @@ def test_group_normalization_with_an_activation(batch_size: int) -> None:
     )
     new = converted(model, also=(nn.GroupNorm,))
     assert all(isinstance(layer, sn.StreamingNormAct2d) for layer in layers(new))
-    x, target = images(4)
-    sn.calibrate(new, [x])
-    assert_learns(new, classification, in_batches(batch_size, x, target), epochs=12)
+    data = images(4)
+    sn.calibrate(new, [data[0]])
+    assert_fine_tunes(new, data, batch_size)
 
 
 # Averages

@@ -19,11 +19,17 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 
 
 def with_statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> Any:
-    """The model in evaluation mode, after three mini-batches moved its running statistics away from 0 and 1."""
+    """The model in evaluation mode, with running statistics as training leaves them: averages over mini-batches."""
     model.train()
+    batch_norms: list[Any] = [module for module in model.modules() if hasattr(module, "running_mean")]
+    momenta = [layer.momentum for layer in batch_norms]
+    for layer in batch_norms:
+        layer.momentum = None
     with torch.no_grad():
         for _ in range(3):
             forward(model)
+    for layer, momentum in zip(batch_norms, momenta):
+        layer.momentum = momentum
     return model.eval()
 
 
@@ -50,24 +56,38 @@ def assert_same_outputs(first: Any, second: Any) -> None:
     torch.testing.assert_close(second / scale, first / scale, rtol=0, atol=2e-5)
 
 
-def assert_learns(model: nn.Module, loss: Loss, batches: Sequence[Any], epochs: int, lr: float = 0.01) -> None:
-    """The mean loss over a few mini-batches, seen again and again, falls to less than half."""
+def assert_learns(model: nn.Module, loss: Loss, batches: Sequence[Any], epochs: int = 10, lr: float = 1e-3) -> None:
+    """The loss on a few mini-batches, seen again and again, falls to less than half; every step is noticed."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     means = []
     for _ in range(epochs):
-        losses = []
+        total = 0.0
         for batch in batches:
             optimizer.zero_grad()
             value = loss(model, batch)
             value.backward()
             optimizer.step()
-            losses.append(float(value))
-        means.append(sum(losses) / len(losses))
+            total += float(value)
+        means.append(total / len(batches))
     assert means[-1] < means[0] / 2, means
-    moved = [not layer.long.equal(sn.StreamingNorm1d(layer.num_features).long) for layer in layers(model)]
-    assert all(moved)
-    assert all(not layer.samples for layer in layers(model)), "a step was not noticed"
+    for layer in layers(model):
+        assert layer.long_grad.any()
+        assert not layer.samples
+
+
+def assert_evaluates_better(model: nn.Module, before: nn.Module, loss: Loss, batch: Any) -> None:
+    """In evaluation too, by the statistics that were streamed, the loss fell to less than half."""
+    with torch.no_grad():
+        after, at_first = float(loss(model.eval(), batch)), float(loss(before.eval(), batch))
+    assert after < at_first / 2, (at_first, after)
+
+
+def assert_fine_tunes(model: nn.Module, data: tuple[Tensor, ...], batch_size: int, lr: float = 1e-3) -> None:
+    """A classifier learns a few images in training and in evaluation."""
+    before = copy.deepcopy(model)
+    assert_learns(model, classification, in_batches(batch_size, *data), lr=lr)
+    assert_evaluates_better(model, before, classification, data)
 
 
 def images(samples: int, size: int = 32, channels: int = 3) -> tuple[Tensor, Tensor]:
