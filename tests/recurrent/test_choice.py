@@ -98,8 +98,9 @@ def test_wrong_inputs() -> None:
     for lengths in ([6, 2], [5, 0]):
         with pytest.raises(ValueError, match="between 1 and 5"):
             gru(torch.randn(5, 2, 3), lengths=torch.tensor(lengths))
-    with pytest.raises(ValueError, match="7 rows of data, but its batch_sizes tell of 8"):
-        gru(PackedSequence(torch.randn(7, 3), torch.tensor([3, 2, 1, 1, 1])))
+    for sizes in ([3, 2, 1, 1, 1], [3, 4]):
+        with pytest.raises(ValueError, match="batch_sizes that never increase and add up"):
+            gru(PackedSequence(torch.randn(7, 3), torch.tensor(sizes)))
     with pytest.raises(ValueError, match="one tensor, got 2"):
         gru(torch.randn(5, 2, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
     lstm: Any = sn.LSTM(3, 4)

@@ -212,7 +212,7 @@ class _BatchNormFunction(nn.BatchNorm1d):
 
 
 class _PlainLSTM(nn.LSTM):
-    """nn.LSTM on PyTorch's own operations. (The public ``mkldnn.flags`` warns of a setting that we do not touch.)"""
+    """nn.LSTM on PyTorch's own operations. The public ``mkldnn.flags`` would warn of a setting that is not touched."""
 
     def forward(self, *args: Any) -> Any:
         before = torch.backends.mkldnn.enabled

@@ -155,11 +155,13 @@ class _Layer(Normalized, nn.RNNBase):
         lengths = torch.as_tensor(lengths).cpu()
         if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (rows,):
             raise ValueError(
-                f"lengths are {rows} integers, one for each sequence, got {lengths.dtype} of shape {tuple(lengths.shape)}"
+                f"lengths are {rows} integers, one for each sequence, got {lengths.dtype} of shape "
+                f"{tuple(lengths.shape)}"
             )
         if rows and not 1 <= int(lengths.min()) <= int(lengths.max()) <= steps:
             raise ValueError(
-                f"lengths lie between 1 and {steps}, the padded length, got {lengths.tolist()}; leave empty sequences out"
+                f"lengths lie between 1 and {steps}, the padded length, got {lengths.tolist()}; leave empty sequences "
+                "out"
             )
         packed = pack_padded_sequence(input, lengths.long(), self.batch_first, enforce_sorted=False)
         output, final = self(packed, hx)
@@ -185,13 +187,14 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _run_packed(self, input: PackedSequence, hx: Any) -> Any:
         data, batch_sizes, order, back = input
-        if int(batch_sizes.sum()) != len(data):
+        sizes = batch_sizes.tolist()
+        if sum(sizes) != len(data) or sizes != sorted(sizes, reverse=True):
             raise ValueError(
-                f"this PackedSequence has {len(data)} rows of data, but its batch_sizes tell of {int(batch_sizes.sum())}; "
-                "were lengths greater than the padded length when it was packed?"
+                f"a PackedSequence has batch_sizes that never increase and add up to its rows of data, got {sizes} for "
+                f"{len(data)} rows; were lengths greater than the padded length when it was packed?"
             )
         hidden = self._start(data, batch_sizes, hx, order)
-        data, finals = self._run(data, batch_sizes.tolist(), hidden)
+        data, finals = self._run(data, sizes, hidden)
         if back is not None:
             finals = tuple(h.index_select(1, back) for h in finals)
         return PackedSequence(data, batch_sizes, order, back), self._pack_hidden(finals)
