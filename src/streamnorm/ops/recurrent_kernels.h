@@ -150,7 +150,6 @@ template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F
       UNROLL for (int r = 0; r < R; r++) x[r] = part.load(h + r * H + k);
       UNROLL for (int q = 0; q < Q; q++) {
         Vector<F> y = part.load(rows[q] + k);
-        __builtin_prefetch(from_end ? rows[q] - Q * H + k : rows[q] + Q * H + k);
         UNROLL for (int r = 0; r < R; r++) sums[r * Q + q] += x[r] * y;
       }
     });
@@ -248,7 +247,7 @@ template <class F, class Fn> INLINE void by_few_rows(int64_t rows, const Fn& fn)
 // out = a·b, or out += a·b, for M rows of a, all of it, with b in panels: blocks of K so long that a few rows of a and a
 // panel stay in the cache together.
 template <class F> void multiply(const void* a, int64_t a_row, int64_t a_term, const void* panels, void* out, int64_t M, int64_t N, int64_t K, bool add) {
-  constexpr int64_t width = 2 * Lanes<F>::n, block = 256, strip = 96;
+  constexpr int64_t width = 2 * Lanes<F>::n, block = 256, strip = 240;
   for (int64_t first = 0; first < K; first += block) {
     int64_t terms = first + block < K ? block : K - first;
     for (int64_t m = 0; m < M; m += strip)
@@ -342,7 +341,7 @@ template <int P, class F> INLINE Vector<F> inverse_of(const Path& path, Vector<F
 }
 
 // The columns of one register from g on, `rows` rows that are G apart: deviations from mu in the place of x, and the inverse
-// of s, which is negative where a statistic is not finite.
+// of s, which is negative where a statistic is not finite. `block` is the block of steps that begins here, or -1.
 template <int P, class F, class W> OUTLINE void normalize_features(const Use<F>& use, int64_t block, F* x, F* inverse, int64_t g, const W& part) {
   const Path& path = use.path;
   x += g;
