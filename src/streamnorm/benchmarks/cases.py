@@ -215,7 +215,7 @@ class _PlainLSTM(nn.LSTM):
     """nn.LSTM on PyTorch's own operations. The public ``mkldnn.flags`` would warn of a setting that is not touched."""
 
     def forward(self, *args: Any) -> Any:
-        before = torch.backends.mkldnn.enabled
+        before = torch._C._get_mkldnn_enabled()
         torch._C._set_mkldnn_enabled(False)
         try:
             return super().forward(*args)
