@@ -162,7 +162,7 @@ def test_one_sequence(network: str, norm: str) -> None:
 def test_many_steps_of_few_sequences(p: int, norm: str) -> None:
     """What is not kept of the statistics is found again in the backward: 2 whole blocks of steps, and some more."""
     options: dict[str, Any] = {"p": p, "gain": 0.2, "dtype": torch.float64, **NORMS[norm]}
-    batches: list[list[Any]] = [[torch.randn(37, 4, 3, dtype=torch.float64)] for _ in range(2)]
+    batches: list[list[Any]] = [[torch.randn(37, 4, 3, dtype=torch.float64) for _ in range(2)]]
     for model in (sn.GRU(3, 9, **options), sn.RNN(3, 9, **options)):
         assert_same(model, batches)
     lengths = (37, 37, 37, 20) if norm == "batch" else (37, 36, 33, 20)
