@@ -206,11 +206,8 @@ class _Run:
 
     def _inverses(self) -> list[Tensor]:
         """Room for the inverse of s of both paths: of each row, or of each feature in a block of steps."""
-        sizes = (
-            len(self.x) if norm is not None and _kind(norm) == _SEQUENCES else self.block * self.features
-            for norm in self.norms[:2]
-        )
-        return [self.x.new_empty(size) for size in sizes]
+        kinds = self.path_x.kind, self.path_h.kind
+        return [self.x.new_empty(len(self.x) if kind == _SEQUENCES else self.block * self.features) for kind in kinds]
 
     def _multiplies(self, w_hh: Tensor) -> bool:
         """Whether the kernel multiplies with the hidden states too; else PyTorch does, with a call for each step."""
