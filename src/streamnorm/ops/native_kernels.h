@@ -102,6 +102,35 @@ template <class F> INLINE Pack<F> load(const F* p) {
   return r;
 }
 template <class F> INLINE void store(F* p, const Pack<F>& a) { __builtin_memcpy(p, a.v, 64); }
+// Ask for the cache line of what is read later; p need not lie in the tensor.
+template <class F> INLINE void fetch(const F* p) { __builtin_prefetch(p); }
+
+// Two ways to write. Past the cache saves reading what is overwritten; for whole and aligned packs only.
+struct Plainly {
+  template <class F> INLINE void operator()(F* p, const Pack<F>& a) const { store(p, a); }
+};
+struct PastCache {
+  template <class F> INLINE void operator()(F* p, const Pack<F>& a) const {
+#if ISA_BYTES == 64
+    EACH_PART(_mm512_stream_si512((__m512i*)p + i, (__m512i)a.v[i]));
+#elif ISA_BYTES == 32
+    EACH_PART(_mm256_stream_si256((__m256i*)p + i, (__m256i)a.v[i]));
+#else
+    store(p, a);
+#endif
+  }
+};
+// fn(one of these)
+template <class F, class Fn> INLINE void writing(const Block& block, const F* to, Fn fn) {
+#if ISA_BYTES > 16
+  constexpr int L = Pack<F>::lanes;
+  if (block.past_cache && (uintptr_t)to % 64 == 0 && block.length % L == 0 && (block.rows == 1 || block.to % L == 0)) {
+    fn(PastCache{});
+    return _mm_sfence();
+  }
+#endif
+  fn(Plainly{});
+}
 
 typedef Register<float>::V F32;
 typedef uint32_t U32 __attribute__((vector_size(ISA_BYTES)));
@@ -276,20 +305,28 @@ template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pac
 // --- loops over a block: `rows` stretches of `length` contiguous elements -------------------------------------------------
 
 template <class F> double sum(const Block& block, const void* x_) {
+  const int64_t next = block.next;
   Sum<F> sum;
   const F* x = (const F*)x_;
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
-    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
+    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + next);
+      q[0] = load(x + i);
+    });
   return total(sum);
 }
 
 // Σ |x − centre|^p
 template <class F, int P> double powers(const Block& block, const void* x_, double centre, double p) {
+  const int64_t next = block.next;
   Sum<F> sum;
   const F* x = (const F*)x_;
   Pack<F> c = all((F)centre);
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
-    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = power<P>(load(x + i) - c, (F)p); });
+    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + next);
+      q[0] = power<P>(load(x + i) - c, (F)p);
+    });
   return total(sum);
 }
 
@@ -298,17 +335,25 @@ template <class F> void output(const Block& block, const void* x_, void* y_, dou
   const F* x = (const F*)x_;
   F* y = (F*)y_;
   Pack<F> m = all((F)mu), a = all((F)scale), b = all((F)shift);
-  for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
-    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(y + i, (load(x + i) - m) * a + b); });
+  writing(block, y, [=](auto put) mutable INLINE_LAMBDA {
+    for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
+      map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
+        fetch(x + i + block.next);
+        put(y + i, (load(x + i) - m) * a + b);
+      });
+  });
 }
 
 // out = Σ dy, Σ dy·(x − mu), Σ u
 template <class F, int P> void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   Pack<F> m = all((F)mu), c = all((F)centre);
+  const int64_t next = block.next;
   Sum<F> sums[3];
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from)
     reduce<3>(block.length, sums, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + next);
+      fetch(dy + i + next);
       Pack<F> value = load(x + i);
       q[0] = load(dy + i);
       q[1] = q[0] * (value - m);
@@ -323,10 +368,14 @@ void input(const Block& block, const void* x_, const void* dy_, void* dx_, doubl
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   F* dx = (F*)dx_;
   Pack<F> c = all((F)centre), a = all((F)scale), b = all((F)constant), k = all((F)along);
-  for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
-    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
-      store(dx + i, load(dy + i) * a + (b + slope_times<P>(k, load(x + i) - c, (F)p)));
-    });
+  writing(block, dx, [=](auto put) mutable INLINE_LAMBDA {
+    for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
+      map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
+        fetch(x + i + block.next);
+        fetch(dy + i + block.next);
+        put(dx + i, load(dy + i) * a + (b + slope_times<P>(k, load(x + i) - c, (F)p)));
+      });
+  });
 }
 
 // --- the same with a gain and a bias for each element of a stretch --------------------------------------------------------
@@ -413,8 +462,11 @@ INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double*
 
 template <class F> void sum_columns(const Block& block, const void* x_, double* out) {
   const F* x = (const F*)x_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
-    add_rows<1, decltype(count)::packs, F>(block, lanes, c, out + c, 0, [=](int, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
+  tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    add_rows<1, decltype(count)::packs, F>(block, lanes, c, out + c, 0, [=, &block](int, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + block.next);
+      q[0] = load(x + i);
+    });
   });
 }
 
@@ -424,11 +476,12 @@ template <class F> INLINE Pack<F> load_or(const F* p, int64_t i, F otherwise) { 
 template <class F, int P> void powers_columns(const Block& block, const void* x_, const void* centre_, double p, double* out) {
   const F* x = (const F*)x_;
   const F* centre = (const F*)centre_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+  tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> from[W];
     EACH(w, W, from[w] = load_or(centre, c + w * L, (F)0));
     add_rows<1, W, F>(block, lanes, c, out + c, 0, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + block.next);
       q[0] = power<P>(load(x + i) - from[w], (F)p);
     });
   });
@@ -438,17 +491,22 @@ template <class F> void output_columns(const Block& block, const void* x_, void*
   const F* x = (const F*)x_;
   F* y = (F*)y_;
   const F *mu = (const F*)mu_, *scale = (const F*)scale_, *shift = (const F*)shift_;
-  tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
-    Pack<F> m[W], a[W], b[W];
-    EACH(w, W, {
-      m[w] = load(mu + c + w * L);
-      a[w] = load(scale + c + w * L);
-      b[w] = load_or(shift, c + w * L, (F)0);
+  writing(block, y, [=, &block](auto put) INLINE_LAMBDA {
+    tiles<F>(block.length, [=, &block](auto, auto count, int64_t c) INLINE_LAMBDA {
+      constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+      Pack<F> m[W], a[W], b[W];
+      EACH(w, W, {
+        m[w] = load(mu + c + w * L);
+        a[w] = load(scale + c + w * L);
+        b[w] = load_or(shift, c + w * L, (F)0);
+      });
+      int64_t i = c, o = c;
+      for (int64_t r = 0; r < block.rows; r++, i += block.from, o += block.to)
+        EACH(w, W, {
+          fetch(x + i + w * L + block.next);
+          put(y + o + w * L, (load(x + i + w * L) - m[w]) * a[w] + b[w]);
+        });
     });
-    int64_t i = c, o = c;
-    for (int64_t r = 0; r < block.rows; r++, i += block.from, o += block.to)
-      EACH(w, W, store(y + o + w * L, (load(x + i + w * L) - m[w]) * a[w] + b[w]));
   });
 }
 
@@ -456,7 +514,7 @@ template <class F, int P>
 void gradients_columns(const Block& block, const void* x_, const void* dy_, const void* mu_, bool centered, double p, double* out, int64_t stride) {
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   const F* mu = (const F*)mu_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+  tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> m[W], from[W];
     EACH(w, W, {
@@ -464,6 +522,8 @@ void gradients_columns(const Block& block, const void* x_, const void* dy_, cons
       from[w] = centered ? m[w] : all((F)0);
     });
     add_rows<3, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + block.next);
+      fetch(dy + i + block.next);
       Pack<F> value = load(x + i);
       q[0] = load(dy + i);
       q[1] = q[0] * (value - m[w]);
@@ -478,21 +538,25 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   F* dx = (F*)dx_;
   const F *centre = (const F*)centre_, *scale = (const F*)scale_, *constant = (const F*)constant_, *along = (const F*)along_;
-  tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
-    Pack<F> from[W], a[W], b[W], k[W];
-    EACH(w, W, {
-      from[w] = load_or(centre, c + w * L, (F)0);
-      a[w] = load(scale + c + w * L);
-      b[w] = load(constant + c + w * L);
-      k[w] = load(along + c + w * L);
-    });
-    int64_t i = c;
-    for (int64_t r = 0; r < block.rows; r++, i += block.from)
+  writing(block, dx, [=, &block](auto put) INLINE_LAMBDA {
+    tiles<F>(block.length, [=, &block](auto, auto count, int64_t c) INLINE_LAMBDA {
+      constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+      Pack<F> from[W], a[W], b[W], k[W];
       EACH(w, W, {
-        Pack<F> d = load(x + i + w * L) - from[w];
-        store(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
+        from[w] = load_or(centre, c + w * L, (F)0);
+        a[w] = load(scale + c + w * L);
+        b[w] = load(constant + c + w * L);
+        k[w] = load(along + c + w * L);
       });
+      int64_t i = c;
+      for (int64_t r = 0; r < block.rows; r++, i += block.from)
+        EACH(w, W, {
+          Pack<F> d = load(x + i + w * L) - from[w];
+          fetch(x + i + w * L + block.next);
+          fetch(dy + i + w * L + block.next);
+          put(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
+        });
+    });
   });
 }
 
