@@ -1086,7 +1086,7 @@ const Layout* find_layout(Plan& plan, const DLTensor& x) {
 const DLPackExchangeAPI* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *empty_like = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
-PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr;
+PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr, *is_neg = nullptr;
 PyObject* names[8] = {};  // of the state's buffers
 PyObject *unsupported = nullptr, *backward_in_python = nullptr;
 PyObject *name_kept, *name_to_save, *name_saved_tensors, *name_needs;
@@ -1130,6 +1130,14 @@ bool is_contiguous(const DLTensor& t) {
 }
 // A contiguous tensor of `count` elements, such as a gain or a buffer of the state.
 bool borrow_flat(PyObject* object, int64_t count, DLTensor& t) { return borrow(object, t) && size_of(t) == count && is_contiguous(t); }
+
+// Whether memory holds the values with the other sign, as it does for the imaginary part of a conjugate.
+bool negated(PyObject* tensor) {
+  PyObject* answer = PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr);
+  if (!answer) PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer != Py_False;
+}
 
 // --- the Python functions --------------------------------------------------------------------------------------------------
 
@@ -1203,7 +1211,7 @@ PyObject* make_plan(PyObject*, PyObject* args) {
 
 // x, if it is of the plan's shape and of a type that the kernels take.
 bool has_shape(const Plan& plan, PyObject* object, DLTensor& x) {
-  if (!borrow(object, x) || type_of(x) == Type::other || x.ndim != plan.dims) return false;
+  if (!borrow(object, x) || type_of(x) == Type::other || x.ndim != plan.dims || negated(object)) return false;
   for (int i = 0, a = 0; i < x.ndim; i++) {
     int64_t size = 1;
     for (; a < plan.axes && plan.origin[a] == i; a++) size *= plan.size[a];
@@ -1244,7 +1252,7 @@ PyObject* accepts(PyObject*, PyObject* const* args, Py_ssize_t count) {
 bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type) {
   if (object == Py_None) return true;
   DLTensor t;
-  if (!borrow_flat(object, channels, t)) return false;
+  if (!borrow_flat(object, channels, t) || negated(object)) return false;
   data = t.data;
   type = type_of(t);
   return type != Type::other;
@@ -1426,7 +1434,7 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   if (!call.saved) return nullptr;
   if (!borrow(dy_object, dy) || type_of(dy) != call.type || size_of(dy) != plan->numel) return refuse("this output gradient");
   Reference copy;
-  if (!same_strides(x, dy)) {
+  if (!same_strides(x, dy) || negated(dy_object)) {
     copy.object = PyObject_CallFunctionObjArgs(copy_like, x_object, dy_object, nullptr);
     if (!copy) return nullptr;
     if (!borrow(copy, dy) || type_of(dy) != call.type || !same_strides(x, dy)) return refuse("this output gradient");
@@ -1549,12 +1557,12 @@ PyObject* commit(PyObject*, PyObject* uses) {
 }
 
 // setup(Tensor, Parameter, exchange, (empty_like, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,
-//       is_grad_enabled), names, library, instructions or None) -> (instructions, whether there are threads)
+//       is_grad_enabled, is_neg), names, library, instructions or None) -> (instructions, whether there are threads)
 PyObject* setup(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *capsule, *functions[7], *buffers;
+  PyObject *tensor, *parameter, *capsule, *functions[8], *buffers;
   const char *library, *wanted;
-  if (!PyArg_ParseTuple(args, "OOO(OOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
-                        &functions[4], &functions[5], &functions[6], &PyTuple_Type, &buffers, &library, &wanted))
+  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
+                        &functions[4], &functions[5], &functions[6], &functions[7], &PyTuple_Type, &buffers, &library, &wanted))
     return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
@@ -1582,9 +1590,9 @@ PyObject* setup(PyObject*, PyObject* args) {
   if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   registered = true;
 #endif
-  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled};
-  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6]};
-  for (int i = 0; i < 9; i++) {
+  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg};
+  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7]};
+  for (int i = 0; i < 10; i++) {
     Py_IncRef(values[i]);
     Py_XDECREF(*places[i]);
     *places[i] = values[i];
