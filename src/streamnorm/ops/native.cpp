@@ -103,6 +103,7 @@ struct Kernels {
   void (*narrow_bfloat16)(const float*, void*, int64_t count);
   void (*narrow_float16)(const float*, void*, int64_t count);
 
+  void (*gather)(const Block&, const void* from, void* to);
   double (*sum)(const Block&, const void* x);
   double (*powers)(const Block&, const void* x, double centre, double p);
   void (*output)(const Block&, const void* x, void* y, double mu, double scale, double shift);
@@ -520,10 +521,17 @@ struct Runs : Walk {
     return Parameter(data, type, wide, affine == Affine::elements ? at.C : 0, spread, at.B < lanes, otherwise);
   }
 
-  // Ask for the runs of a statistic, which are copied together next. Inline, or GCC drops the call: it sees no effect.
+  // Copy the runs of a statistic together.
+  void gather(const void* from, int64_t g, void* to) const {
+    if (copied) copy_in(move(from, start(g)), at.sa, to, at.B, at.A, at.B);
+    else loops.gather({at.A, at.B, at.sa, at.B, 0, false}, move(from, start(g)), to);
+  }
+  // Ask for the runs that are copied together next. Inline, or GCC drops the call: it sees no effect.
   __attribute__((always_inline)) inline void fetch(const void* from, int64_t g) const {
-    for (int64_t a = 0; g < at.G && a < at.A; a++)
-      for (int64_t i = 0; i < at.B * width; i += 64) __builtin_prefetch((const char*)move(from, start(g) + a * at.sa) + i);
+    if (g >= at.G) return;
+    const char* run = (const char*)move(from, start(g));
+    for (int64_t a = 0; a < at.A; a++, run += at.sa * width)
+      for (int64_t i = 0; i < at.B * width; i += 64) __builtin_prefetch(run + i);
   }
 
   template <class Fn> void each_chunk(const Fn& fn) const {
@@ -584,7 +592,7 @@ struct Runs : Walk {
         const int64_t size = (call.n + lanes) * wide_width;
         Scratch scratch(2 * size);
         char *x = scratch.data, *y = x + size;
-        copy_in(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
+        gather(call.x, g, x);
         fetch(call.x, g + 1);
         Block together = {1, call.n, 0, 0, 0, false};
         sums[g] = loops.sum(together, x);
@@ -707,8 +715,8 @@ struct Runs : Walk {
         const int64_t size = (call.n + lanes) * wide_width;
         Scratch scratch(3 * size);
         char *x = scratch.data, *dy = x + size, *dx = dy + size;
-        copy_in(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
-        copy_in(move(call.dy, start(g)), at.sa, dy, at.B, at.A, at.B);
+        gather(call.x, g, x);
+        gather(call.dy, g, dy);
         fetch(call.x, g + 1);
         double mu = saved(0, g), centre = centered ? mu : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
         Block together = {1, call.n, 0, 0, 0, false};

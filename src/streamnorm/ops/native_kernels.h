@@ -304,6 +304,13 @@ template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pac
 
 // --- loops over a block: `rows` stretches of `length` contiguous elements -------------------------------------------------
 
+template <class F> void gather(const Block& block, const void* from_, void* to_) {
+  const F* from = (const F*)from_;
+  F* to = (F*)to_;
+  for (int64_t r = 0; r < block.rows; r++, from += block.from, to += block.to)
+    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(to + i, load(from + i)); });
+}
+
 template <class F> double sum(const Block& block, const void* x_) {
   const int64_t next = block.next;
   Sum<F> sum;
@@ -767,6 +774,7 @@ template <class F, int P> const Kernels* table() {
       widen<Float16>,
       narrow<BFloat16>,
       narrow<Float16>,
+      gather<F>,
       sum<F>,
       powers<F, P>,
       output<F>,
