@@ -1149,7 +1149,8 @@ bool negated(PyObject* tensor) {
 
 // --- the Python functions --------------------------------------------------------------------------------------------------
 
-constexpr int64_t alone = 32768;  // elements below which a second thread, or giving up the GIL, does not pay
+constexpr int64_t alone = 32768;   // elements below which giving up the GIL does not pay
+constexpr int64_t grain = 131072;  // elements of a thread: to wake one takes as long as it needs for tens of thousands
 
 // An owned reference, or null with a Python error set.
 struct Reference {
@@ -1328,7 +1329,7 @@ bool execute(Call& call, int64_t numel, bool forward) {
   } else {
     Reference threads(PyObject_CallFunctionObjArgs(get_num_threads, nullptr));
     if (!threads) return false;
-    call.threads = (int)smaller(larger(1, PyLong_AsLong(threads)), (numel + alone - 1) / alone);
+    call.threads = (int)smaller(larger(1, PyLong_AsLong(threads)), (numel + grain - 1) / grain);
     Py_BEGIN_ALLOW_THREADS
     guarded();
     Py_END_ALLOW_THREADS
