@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from collections.abc import Iterator
@@ -200,6 +201,28 @@ def test_outputs_too_large_for_the_cache(layout: str, width: int) -> None:
     theirs = sequence("torch", sn.StreamingNorm2d(width), [x], [dy])
     assert x.numel() * 4 >= 1 << 24
     assert all(near(mine, expected, 8e-6) for mine, expected in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 64, 32, 32), (3, 100, 50, 41), (9000, 33)], ids=str)
+def test_rows_too_many_for_the_cache(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """They are walked a few columns at a time, of which some make whole cache lines and some do not."""
+    keep = {"memory_format": torch.channels_last} if len(shape) == 4 else {}
+    xs, dys = ([torch.randn(shape, dtype=dtype).contiguous(**keep) for _ in range(2)] for _ in range(2))
+    layer = sn.Norm(shape[1], sn.NormRef.batch("channel"), sn.LpMoment(p=1), sn.Stream())
+    layer = layer.double() if dtype == torch.float64 else layer
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    outcomes = []
+    for threads in (1, 3, 8):
+        torch.set_num_threads(threads)
+        outcomes.append(sequence("native", copy.deepcopy(layer), xs, dys))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other))
+    tolerance = {torch.float32: 8e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    theirs = sequence("torch", layer, xs, dys)
+    assert all(near(mine, expected, tolerance) for mine, expected in zip(outcomes[0], theirs))
 
 
 def test_more_axes_than_cpp_knows_go_to_pytorch() -> None:

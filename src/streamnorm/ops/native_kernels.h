@@ -3,7 +3,7 @@
 // there is therefore no include guard.
 //
 // Every loop works on packs of 64 bytes, whatever the register width, and every sum is folded in the same order
-// (packs in fours, then in double precision, then over chunks of fixed size). So neither the instruction set nor the
+// (packs in fours or eights, then in double precision, then over chunks of fixed size). So neither the instruction set nor the
 // number of threads changes a single bit of a result.
 //
 // A stretch that is no whole number of packs ends with a pack that overlaps the one before: sums mask out what was
@@ -453,16 +453,16 @@ template <int K, int W, class F, class M, class Body>
 INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double* sums, int64_t stride, const Body& body) {
   constexpr int L = Pack<F>::lanes;
   Sum<F> sum[W][K];
-  for (int64_t r = 0; r < block.rows; r += 4) {
-    Pack<F> four[W][K] = {};
-    int64_t end = smaller(4, block.rows - r);
+  for (int64_t r = 0; r < block.rows; r += 8) {
+    Pack<F> few[W][K] = {};
+    int64_t end = smaller(8, block.rows - r);
     _Pragma("GCC unroll 1") for (int64_t j = 0; j < end; j++, offset += block.from)
       EACH(w, W, {
         Pack<F> q[K];
         body(w, offset + w * L, q);
-        EACH(k, K, four[w][k] = four[w][k] + q[k]);
+        EACH(k, K, few[w][k] = few[w][k] + q[k]);
       });
-    EACH(w, W, EACH(k, K, sum[w][k].add(lanes(four[w][k]))));
+    EACH(w, W, EACH(k, K, sum[w][k].add(lanes(few[w][k]))));
   }
   EACH(w, W, EACH(k, K, sum[w][k].add_to(sums + k * stride + w * L)));
 }
