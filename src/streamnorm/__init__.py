@@ -3,7 +3,7 @@
 from .accumulation import accumulate
 from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
-from .lifecycle import calibrate, freeze, frozen, reset_stats, unfreeze
+from .lifecycle import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from .normref import NormRef
@@ -15,6 +15,7 @@ from .updates import bind, commit
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptation",
     "GRU",
     "LSTM",
     "RNN",
@@ -31,6 +32,7 @@ __all__ = [
     "StreamingNorm2d",
     "StreamingNorm3d",
     "accumulate",
+    "adapt",
     "bind",
     "calibrate",
     "checkpoint_context_fn",

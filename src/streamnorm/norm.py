@@ -20,6 +20,7 @@ from .ops.tracing import as_constant
 from .stream import Stream
 
 _state_buffers = itemgetter(*State._fields)
+_GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
 _REDUCED = (torch.float16, torch.bfloat16)
 _UNPICKLED = {"_accepted": None, "_watched": False, "_optimizer": None, "_owner": None, "_grad_scale": None}
 
@@ -61,6 +62,7 @@ class Norm(nn.Module):
     _optimizer: weakref.ref[torch.optim.Optimizer] | None = None
     _owner: weakref.ref[torch.optim.Optimizer] | None = None
     _grad_scale: Tensor | None = None
+    _adapting: Formula | None = None
 
     # The kind of input that was looked at last, and its view: the same kind is not looked at again.
     _accepted: tuple[torch.Size, torch.dtype, bool] | None = None
@@ -223,8 +225,23 @@ class Norm(nn.Module):
     def _evaluate(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if self.stream is None:
             return self._normalize_alone(x, mask, view)
+        if self._adapting is not None and not self.frozen:
+            return self._adapt(x, mask, view, self._adapting)
         mu, variance = self.eval_stats()
         return _affine_map(x, mu, variance, self, mask, view)
+
+    def _adapt(self, x: Tensor, mask: Tensor | None, view: View, formula: Formula) -> Tensor:
+        """Evaluate by the statistics with this input among them, and let them become the long-term ones."""
+        if is_compiling():
+            raise RuntimeError("streamnorm.adapt changes statistics in evaluation, in eager mode: call the model itself")
+        state = self.state
+        with torch.no_grad():
+            used = state.long.new_empty(2, view.num_stats)
+            ops.normalize(x.detach(), None, None, mask, view, formula, state, stats=used)
+            nothing = {name: torch.zeros_like(getattr(state, name)) for name in _GRADIENT_STATE}
+            ops.commit([(state._replace(**nothing), formula)])
+            variance = formula.k**2 * used[1] ** (2 / formula.p)
+        return _affine_map(x, used[0], variance, self, mask, view)
 
     @torch.no_grad()
     def eval_stats(self) -> tuple[Tensor, Tensor]:
@@ -304,7 +321,8 @@ class Norm(nn.Module):
         parts += [f"p={self.moment.p:g}", f"center={self.moment.center!r}", f"scale={self.moment.scale!r}"]
         if self.stream is not None:
             parts.append(self.stream.describe())
-        return ", ".join([*parts, f"eps={self.eps}", f"affine={self.affine}"] + ["frozen"] * self.frozen)
+        modes = ["frozen"] * self.frozen + ["adapting"] * (self._adapting is not None)
+        return ", ".join([*parts, f"eps={self.eps}", f"affine={self.affine}", *modes])
 
 
 class SampleNorm(Norm):
