@@ -37,25 +37,31 @@ def data() -> list[tuple[Tensor, Tensor]]:
     return [(centres[t] + 0.7 * torch.randn(4, 8, generator=generator), t) for t in targets]
 
 
-def curve(model: nn.Module, dtype: torch.dtype | None, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-    """The losses of all updates."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def curve(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    scaler: torch.amp.GradScaler | None = None,
+    skipped: list[int] | None = None,
+) -> Tensor:
+    """The losses, ten to a number; with a scaler the updates that it skips are noted, without one they are skipped."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     sn.bind(model, optimizer, scaler=scaler)
+    skipped = [] if skipped is None else skipped
     losses: list[float] = []
     for number, (x, target) in enumerate(data()):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             loss = F.cross_entropy(model(x).float(), target) / 2
         losses.append(loss.item())
-        if scaler is None:
-            loss.backward()
-        else:
-            scaler.scale(loss).backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
         if number % 2:
-            if scaler is None:
-                optimizer.step()
-            else:
+            if scaler is not None:
+                before = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
+                if scaler.get_scale() < before:
+                    skipped.append(number)
+            elif number not in skipped:
+                optimizer.step()
             optimizer.zero_grad()
     return torch.tensor(losses).view(-1, 10).sum(1) / 5
 
@@ -67,30 +73,22 @@ def test_the_curve_is_that_of_float32(make: Callable[[], nn.Module], dtype: torc
     half = copy.deepcopy(model)
     expected, seen = curve(model, None), curve(half, dtype)
     assert expected[-1] < 0.5 * expected[0]  # it learns
-    torch.testing.assert_close(seen, expected, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(seen, expected, rtol=0.02, atol=0.005)
     kept = {buffer.dtype for buffer in half.buffers() if buffer.is_floating_point()}
     assert kept == {torch.float32}
 
 
 @pytest.mark.parametrize("make", [dense, convolutional])
-def test_a_scale_that_overflows_and_grows_changes_the_curve_by_rounding_only(make: Callable[[], nn.Module]) -> None:
-    """The steps that overflow are skipped, so the same number of updates is made by a later one."""
+def test_a_scale_that_overflows_and_grows_changes_rounding_only(make: Callable[[], nn.Module]) -> None:
+    """Beside float32 that leaves out the same updates."""
     model = make()
     half = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
-    scales: list[float] = []
-    scaler_update = scaler.update
-
-    def update() -> None:
-        scaler_update()
-        scales.append(scaler.get_scale())
-
-    scaler.update = update  # type: ignore[method-assign]
-    expected, seen = curve(model, None), curve(half, torch.float16, scaler)
-    changes = [b / a for a, b in zip(scales, scales[1:])]
-    assert min(scales) < 2.0**24  # some steps overflowed
-    assert max(changes) == 2  # and the scale grew again
-    assert abs(seen[-3:].mean() - expected[-3:].mean()) < 0.15 * expected[0]
+    skipped: list[int] = []
+    seen = curve(half, torch.float16, scaler, skipped)
+    assert len(skipped) > 4
+    assert skipped != list(range(1, 2 * len(skipped), 2))  # the scale grew again, and overflowed again
+    torch.testing.assert_close(seen, curve(model, None, skipped=skipped), rtol=0.05, atol=0.01)
     assert all(torch.isfinite(buffer).all() for buffer in half.buffers())
 
 
