@@ -15,10 +15,10 @@ from .updates import bind, commit
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adaptation",
     "GRU",
     "LSTM",
     "RNN",
+    "Adaptation",
     "GRUCell",
     "GeneralBatchNorm",
     "LSTMCell",

@@ -124,7 +124,9 @@ def adapt(model: nn.Module, window: float | None = None) -> Adaptation:
         raise ValueError(
             f"{type(model).__name__} holds no streaming layer to adapt; call streamnorm.convert(model) first"
         )
-    streams = [Stream(window if window is not None or layer.stream is None else layer.stream.window) for layer in layers]
+    streams = [
+        Stream(window if window is not None or layer.stream is None else layer.stream.window) for layer in layers
+    ]
     adaptation = Adaptation(layers, [layer._adapting for layer in layers])
     for layer, stream in zip(layers, streams):
         layer._adapting = layer.formula._replace(alpha=None, beta=None, kappa=None, window=stream.window)

@@ -149,7 +149,7 @@ class Norm(nn.Module):
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
         if is_compiling():
-            return State(*[self._buffers[name] for name in State._fields])  # type: ignore[list-item]
+            return State(*[getattr(self, name) for name in State._fields])
         return State._make(_state_buffers(self._buffers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -233,7 +233,9 @@ class Norm(nn.Module):
     def _adapt(self, x: Tensor, mask: Tensor | None, view: View, formula: Formula) -> Tensor:
         """Evaluate by the statistics with this input among them, and let them become the long-term ones."""
         if is_compiling():
-            raise RuntimeError("streamnorm.adapt changes statistics in evaluation, in eager mode: call the model itself")
+            raise RuntimeError(
+                "streamnorm.adapt changes statistics in evaluation, in eager mode: call the model itself"
+            )
         state = self.state
         with torch.no_grad():
             used = state.long.new_empty(2, view.num_stats)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from . import eager
@@ -26,11 +25,6 @@ NAME = "traced"
 def status() -> str:
     """What this engine is, for ``streamnorm.engines()``."""
     return "available: PyTorch operations without a graph break, under torch.compile and torch.export"
-
-
-def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
-    """Only what is being compiled."""
-    return is_compiling()
 
 
 REPEATED = (
