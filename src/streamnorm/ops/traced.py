@@ -33,7 +33,7 @@ REPEATED = (
     "calls torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=sn.checkpoint_context_fn)"
 )
 
-_library = torch.library.Library("streamnorm", "DEF")
+_library = torch.library.Library("streamnorm", "FRAGMENT")
 _library.define("hold(Tensor values) -> Tensor")
 
 
