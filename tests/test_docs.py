@@ -29,6 +29,7 @@ def examples(page: Path) -> list[tuple[list[str], str]]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning:torch.*")  # torch.compile's own
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if examples(page)], ids=lambda page: str(page.relative_to(ROOT))
 )

@@ -714,20 +714,3 @@ def test_general_batch_norm_exchanges_state_dicts_with_batch_norm() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 4)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised and caught inside the compiler
-def test_a_compiled_model_trains_as_an_eager_one() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4), nn.ReLU())
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="eager")
-    for samples in (3, 2):
-        x = torch.randn(samples, 3)
-        for each in (compiled, twin):
-            each(x).square().sum().backward()
-    for name, value in twin.state_dict().items():
-        assert model.state_dict()[name].equal(value), name
-    for ours, theirs in zip(model.parameters(), twin.parameters()):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad)

@@ -4,7 +4,7 @@ from .accumulation import accumulate
 from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
 from .distributed import joinable, synchronize
-from .lifecycle import calibrate, freeze, frozen, reset_stats, unfreeze
+from .lifecycle import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from .norm_act import StreamingNormAct2d
@@ -20,6 +20,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Adaptation",
     "GRUCell",
     "GeneralBatchNorm",
     "LSTMCell",
@@ -34,6 +35,7 @@ __all__ = [
     "StreamingNorm3d",
     "StreamingNormAct2d",
     "accumulate",
+    "adapt",
     "bind",
     "calibrate",
     "checkpoint_context_fn",

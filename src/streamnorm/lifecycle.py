@@ -1,4 +1,4 @@
-"""The life of statistics: freeze them, calibrate them, start over."""
+"""The life of statistics: freeze them, calibrate them, let them adapt, start over."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import agreement, updates
 from .norm import GeneralBatchNorm, Norm, streaming_layers
+from .ops.spec import Formula
 from .stream import Stream
 
 _AVERAGE_ALL = Stream(alpha=(0, 1), beta=(0, 0), kappa=(0, 1, 1, 0))
@@ -70,6 +71,66 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in thawed:
             layer.frozen = False
+
+
+class Adaptation:
+    """What :func:`adapt` began; ``stop`` ends it, and so does the end of a ``with`` block."""
+
+    def __init__(self, layers: list[Norm], before: list[Formula | None]) -> None:
+        self._layers, self._before = layers, before
+
+    def stop(self) -> None:
+        """Let evaluation leave the statistics alone again; what they have become stays."""
+        for layer, before in zip(self._layers, self._before):
+            layer._adapting = before
+        self._layers = []
+
+    def __enter__(self) -> Adaptation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def adapt(model: nn.Module, window: float | None = None) -> Adaptation:
+    """Let forward passes in evaluation update the statistics: learning without labels, for data that drift.
+
+    Each forward pass of a streaming layer takes its input into the statistics, normalizes by them, and commits.
+    Weights, gain, bias and the streams of gradients stay as they are, and gradients go through the layer as in
+    evaluation. Frozen layers do not adapt, nor do layers in training mode. To go back, keep a ``state_dict``.
+
+    Args:
+        model: a layer, or any module that holds some.
+        window: memory in samples while it adapts. Default: each layer's own, or 200 for one with the paper's
+            constants, which forget within a few single samples.
+
+    Returns:
+        What ends it: a context manager with a method ``stop``.
+
+    Raises:
+        ValueError: if the model holds no streaming layer, or ``window`` is not above 0.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> model = sn.StreamingNorm1d(2).eval()
+        >>> with sn.adapt(model, window=10):
+        ...     for x in torch.randn(100, 1, 2) + 5:
+        ...         _ = model(x)
+        >>> bool((model.long[0] > 4).all())
+        True
+    """
+    layers = streaming_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no streaming layer to adapt; call streamnorm.convert(model) first"
+        )
+    streams = [
+        Stream(window if window is not None or layer.stream is None else layer.stream.window) for layer in layers
+    ]
+    adaptation = Adaptation(layers, [layer._adapting for layer in layers])
+    for layer, stream in zip(layers, streams):
+        layer._adapting = layer.formula._replace(alpha=None, beta=None, kappa=None, window=stream.window)
+    return adaptation
 
 
 def reset_stats(model: nn.Module) -> None:

@@ -23,6 +23,8 @@ from .ops.tracing import as_constant
 from .stream import Stream
 
 _state_buffers = itemgetter(*State._fields)
+_passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id
+_GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
 _REDUCED = (torch.float16, torch.bfloat16)
 _UNPICKLED = {
     "_accepted": None,
@@ -76,6 +78,7 @@ class Norm(nn.Module):
     _sync = Sync()
     _per_batch = False
     _name = ""
+    _adapting: Formula | None = None
 
     # The kind of input that was looked at last, and its view: the same kind is not looked at again.
     _accepted: tuple[torch.Size, torch.dtype, bool] | None = None
@@ -163,7 +166,7 @@ class Norm(nn.Module):
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
         if is_compiling():
-            return State(*[self._buffers[name] for name in State._fields])  # type: ignore[arg-type]
+            return State(*[getattr(self, name) for name in State._fields])
         return State._make(_state_buffers(self._buffers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -179,7 +182,7 @@ class Norm(nn.Module):
         if mask is not None:
             mask = _full_mask(mask, x)
         if self.training and not self.frozen:
-            if checkpoint.concerns():
+            if _passes() or _backward_pass() != -1:  # as checkpoint.concerns, without a call of its own
                 with checkpoint.use((self,)):
                     return self._train(x, mask, self._accepted_view)
             return self._train(x, mask, self._accepted_view)
@@ -267,8 +270,25 @@ class Norm(nn.Module):
     def _evaluate(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if self.stream is None:
             return self._normalize_alone(x, mask, view)
+        if self._adapting is not None and not self.frozen:
+            return self._adapt(x, mask, view, self._adapting)
         mu, variance = self.eval_stats()
         return _affine_map(x, mu, variance, self, mask, view)
+
+    def _adapt(self, x: Tensor, mask: Tensor | None, view: View, formula: Formula) -> Tensor:
+        """Evaluate by the statistics with this input among them, and let them become the long-term ones."""
+        if is_compiling():
+            raise RuntimeError(
+                "streamnorm.adapt changes statistics in evaluation, in eager mode: call the model itself"
+            )
+        state = self.state
+        with torch.no_grad():
+            used = state.long.new_empty(2, view.num_stats)
+            ops.normalize(x.detach(), None, None, mask, view, formula, state, stats=used)
+            nothing = {name: torch.zeros_like(getattr(state, name)) for name in _GRADIENT_STATE}
+            ops.commit([(state._replace(**nothing), formula)])
+            variance = formula.k**2 * used[1] ** (2 / formula.p)
+        return _affine_map(x, used[0], variance, self, mask, view)
 
     @torch.no_grad()
     def eval_stats(self) -> tuple[Tensor, Tensor]:
@@ -348,7 +368,8 @@ class Norm(nn.Module):
         parts += [f"p={self.moment.p:g}", f"center={self.moment.center!r}", f"scale={self.moment.scale!r}"]
         if self.stream is not None:
             parts.append(self.stream.describe())
-        return ", ".join([*parts, f"eps={self.eps}", f"affine={self.affine}"] + ["frozen"] * self.frozen)
+        modes = ["frozen"] * self.frozen + ["adapting"] * (self._adapting is not None)
+        return ", ".join([*parts, f"eps={self.eps}", f"affine={self.affine}", *modes])
 
 
 class SampleNorm(Norm):

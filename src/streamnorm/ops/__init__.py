@@ -20,7 +20,7 @@ from . import eager, native, plain, traced
 from .spec import Formula, State, View
 
 ENGINES: tuple[ModuleType, ...] = (native, eager, plain)
-"""From the fastest to the reference."""
+"""From the fastest to the reference. Where a graph is being made, ``traced`` runs in their place."""
 
 _active = ENGINES
 
@@ -81,7 +81,8 @@ def engines() -> dict[str, str]:
         >>> "torch" in engines()
         True
     """
-    return {e.NAME: e.status() if e in _active else f"switched off: {_active[0].NAME} is forced" for e in ENGINES}
+    eager_mode = {e.NAME: e.status() if e in _active else f"switched off: {_active[0].NAME} is forced" for e in ENGINES}
+    return {**eager_mode, traced.NAME: traced.status()}
 
 
 @contextmanager

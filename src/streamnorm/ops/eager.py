@@ -130,23 +130,33 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     from_mu = hide(v - mu.view(view.stats_shape), keep)
     g = hide(dy.reshape(x.shape).view(view.split), keep).to(from_mu.dtype)
 
+    wide_weight = None if weight is None else weight.to(g.dtype).view(view.channel_shape)
+    sums: tuple[Tensor, Tensor] | None = None
+    if view.stats_shape == view.channel_shape:  # one statistic per channel: gain, bias and statistics share their sums
+        sums = (g * from_mu).sum(view.reduced, keepdim=True), g.sum(view.reduced, keepdim=True)
     over_channels = tuple(i for i, size in enumerate(view.channel_shape) if size == 1 and view.axes[i] != 1)
     dweight = dbias = dx = None
     if weight is not None and ctx.needs_input_grad[1]:
-        dweight = (g * from_mu * inverse_wide).sum(over_channels).flatten().to(weight.dtype)
+        total = (g * from_mu * inverse_wide).sum(over_channels) if sums is None else sums[0] * inverse_wide
+        dweight = total.flatten().to(weight.dtype)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        dbias = g.sum(over_channels).flatten()
+        dbias = (g.sum(over_channels) if sums is None else sums[1]).flatten()
     if ctx.needs_input_grad[0]:
-        if weight is not None:
-            g = g * weight.to(g.dtype).view(view.channel_shape)
+        if wide_weight is not None:
+            g = g * wide_weight
+            sums = None if sums is None else (sums[0] * wide_weight, sums[1] * wide_weight)
+        if sums is None:
+            sums = (g * from_mu).sum(view.reduced, keepdim=True), g.sum(view.reduced, keepdim=True)
         d = from_mu if formula.centered else v.to(g.dtype)
-        dx = _input_gradient(ctx, g, from_mu, d, inverse, slope)
+        dx = _input_gradient(ctx, g, sums, d, inverse, slope)
         dx = hide(dx, keep).view(x.shape).to(x.dtype)
     return dx, dweight, dbias
 
 
-def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Tensor, slope: Tensor) -> Tensor:
-    """dx = dx̂/s + ĝ_mu + ĝ_m·p·u, with the gradients of the statistics streamed."""
+def _input_gradient(
+    ctx: Any, g: Tensor, sums: tuple[Tensor, Tensor], d: Tensor, inverse: Tensor, slope: Tensor
+) -> Tensor:
+    """dx = dx̂/s + ĝ_mu + ĝ_m·p·u, with the gradients of the statistics streamed; sums are of dx̂·(x − mu) and dx̂."""
     view, formula, state, p = ctx.view, ctx.formula, ctx.state, ctx.formula.p
     divisor = at_least_one(ctx.n)
     per_index = ctx.n if isinstance(ctx.n, int) else ctx.n.flatten()
@@ -155,8 +165,8 @@ def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Te
     if p > 2:  # where the moment overflowed, u may have done so too
         u = u.masked_fill(cut.view(view.stats_shape), 0)
 
-    g_m = -((g * from_mu).sum(view.reduced, keepdim=True) / divisor).flatten() * slope
-    g_mu = -(g.sum(view.reduced, keepdim=True) / divisor).flatten() * inverse
+    g_m = -(sums[0] / divisor).flatten() * slope
+    g_mu = -(sums[1] / divisor).flatten() * inverse
     if ctx.grad_scale is not None:
         unscale = ctx.grad_scale.to(g.dtype)
         g_m, g_mu = g_m / unscale, g_mu / unscale

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from . import eager
@@ -28,18 +27,13 @@ def status() -> str:
     return "available: PyTorch operations without a graph break, under torch.compile and torch.export"
 
 
-def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
-    """Only what is being compiled."""
-    return is_compiling()
-
-
 REPEATED = (
     "a streamnorm layer that trains stands in a part that is both compiled and checkpointed: its samples would count "
     "twice. Leave the checkpointed part out of the graph: torch.compiler.disable(region), with region a function that "
     "calls torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=sn.checkpoint_context_fn)"
 )
 
-_library = torch.library.Library("streamnorm", "DEF")
+_library = torch.library.Library("streamnorm", "FRAGMENT")
 _library.define("hold(Tensor values) -> Tensor")
 
 

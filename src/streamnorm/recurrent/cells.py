@@ -69,7 +69,7 @@ class _Cell(Normalized, nn.RNNCellBase):
             hidden = None if hidden is None else tuple(h.unsqueeze(0) for h in hidden)
         if x.shape[1] != self.input_size:
             raise ValueError(f"{name}: expected {self.input_size} features, got input of shape {tuple(x.shape)}")
-        expected = (len(x), self.hidden_size)
+        expected = (x.shape[0], self.hidden_size)  # len(x) would be a constant of an exported graph
         if hidden is None:
             hidden = (x.new_zeros(expected),) * (2 if self.kind == "LSTM" else 1)
         for h in hidden:

@@ -35,7 +35,8 @@ def is_affine(norm: nn.Module) -> bool:
         return False
     assert isinstance(norm, Norm)
     keeps_statistics = norm.stream is not None or isinstance(norm, GeneralBatchNorm)
-    return keeps_statistics and (norm.frozen or not norm.training) and len(norm.eval_stats()[0]) == norm.num_features
+    fixed = norm.frozen or (not norm.training and norm._adapting is None)
+    return keeps_statistics and fixed and len(norm.eval_stats()[0]) == norm.num_features
 
 
 def fold(weights: Weights, norms: Norms) -> Weights:

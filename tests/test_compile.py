@@ -1,0 +1,263 @@
+"""torch.compile: one graph for a training step, and what it computes is what eager mode computes, state included."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import streamnorm as sn
+
+pytestmark = [
+    # Raised inside the compiler: of gradients that are no leaves', and of functions that it inlines.
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+class Twice(nn.Module):
+    """A layer used twice, in order."""
+
+    def __init__(self, norm: nn.Module, linear: nn.Module | None = None) -> None:
+        super().__init__()
+        self.linear, self.norm = linear or nn.Linear(6, 6), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + torch.relu(self.norm(self.linear(x)))
+        return x
+
+
+class Masked(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x), x[:, 0] > 0.5)
+        return y
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = sn.GRUCell(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.gru(x, self.gru(x))
+        return y
+
+
+def convolutional(norm: nn.Module) -> nn.Module:
+    return Twice(norm, nn.Conv2d(6, 6, 3, padding=1))
+
+
+VECTORS: list[tuple[int, ...]] = [(5, 6), (7, 6), (2, 6), (9, 6)]
+IMAGES: list[tuple[int, ...]] = [(3, 6, 5, 5), (4, 6, 5, 5), (6, 6, 5, 5)]
+Model = Callable[[], nn.Module]
+MODELS: dict[str, tuple[Model, list[tuple[int, ...]]]] = {
+    "streaming": (lambda: Twice(sn.StreamingNorm1d(6)), VECTORS),
+    "paper": (
+        lambda: Twice(
+            sn.StreamingNorm1d(6, alpha=(0.5, 0.3, 0.2), beta=(0.5, 0.3, 0.2), p=2, center="zero", affine=False)
+        ),
+        VECTORS,
+    ),
+    "p=3": (lambda: Twice(sn.StreamingNorm1d(6, p=3, scale="gaussian", bias=False)), VECTORS[:2]),
+    "masked": (lambda: Masked(sn.StreamingNorm1d(6)), VECTORS),
+    "convolutional": (lambda: convolutional(sn.StreamingNorm2d(6)), IMAGES),
+    "own reference": (
+        lambda: convolutional(sn.Norm(6, sn.NormRef.of("n c h w -> c h", h=5), sn.LpMoment(1), sn.Stream())),
+        IMAGES[:2],
+    ),
+    "sample": (lambda: convolutional(sn.SampleNorm(6)), IMAGES[:2]),
+    "batch": (lambda: convolutional(sn.GeneralBatchNorm(6)), IMAGES[:2]),
+    "ghosts": (lambda: Twice(sn.GeneralBatchNorm(6, ghosts=2, momentum=None)), [(4, 6), (6, 6)]),
+    "cells": (Cells, VECTORS[:2]),
+}
+
+
+class Side:
+    """A model with its optimizer, in eager mode or compiled."""
+
+    def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+        self.model, self.run = model, run
+        self.optimizer = torch.optim.SGD([*model.parameters()], lr=0.1)
+        if any(isinstance(module, sn.Norm) and module.stream is not None for module in model.modules()):
+            sn.bind(model, self.optimizer)
+
+    def accumulate(self, inputs: list[Tensor], number: int) -> list[Tensor]:
+        """Two forward passes and one backward; now and then a commit between them; every other time a step."""
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        outputs = [self.run(x) for x in leaves]
+        if number == 2:
+            sn.commit(self.model)
+        torch.manual_seed(number)
+        sum((y * torch.randn_like(y)).sum() for y in outputs).backward()  # type: ignore[union-attr]
+        results = [*outputs, *(x.grad for x in leaves if x.grad is not None)]
+        results += [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+        if number % 2:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return [result.detach() for result in results] + [buffer.clone() for buffer in self.model.buffers()]
+
+
+def assert_same(model: nn.Module, compiled: Any, shapes: list[tuple[int, ...]], near: float = 1e-10) -> None:
+    twin = copy.deepcopy(model)
+    ours, theirs = Side(model, compiled), Side(twin, twin)
+    dtype = next(model.parameters()).dtype
+    for number, shape in enumerate(shapes):
+        torch.manual_seed(number)
+        inputs = [torch.randn(shape, dtype=dtype) * 2 + 1 for _ in range(2)]
+        for a, b in zip(ours.accumulate(inputs, number), theirs.accumulate(inputs, number), strict=True):
+            torch.testing.assert_close(a, b, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_training_is_as_in_eager_mode(name: str) -> None:
+    """In one graph, for all batch sizes: one of the first size, and one for all others (0 and 1 are special)."""
+    make, shapes = MODELS[name]
+    model = make().double()
+    assert_same(model, torch.compile(model, backend="aot_eager", fullgraph=True), [shapes[0], *shapes])
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler, g++")
+@pytest.mark.parametrize("name", ["streaming", "convolutional"])
+def test_training_with_the_default_backend(name: str) -> None:
+    make, shapes = MODELS[name]
+    model = make()
+    assert_same(model, torch.compile(model, fullgraph=True), shapes, near=2e-4)
+
+
+def test_reduced_precision_and_a_scaler() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), sn.StreamingNorm1d(6))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    sn.bind(model, optimizer, scaler=scaler)
+    sn.bind(twin, twin_optimizer)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(5, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = compiled(x), twin(x)
+        assert y.dtype == expected.dtype
+        scaler.scale(y.float().square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        expected.float().square().mean().backward()
+        twin_optimizer.step()
+        for each in (optimizer, twin_optimizer):
+            each.zero_grad()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1  # the scale is no constant of the graph
+
+
+def test_evaluation_freezing_and_calibration() -> None:
+    model = convolutional(sn.StreamingNorm2d(6)).double()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 6, 5, 5, dtype=torch.float64)
+    sn.calibrate(model, [x], forward=compiled)
+    before = [buffer.clone() for buffer in model.buffers()]
+    assert int(before[4].sum()) == 0
+    for prepared in (model.eval(), sn.freeze(model.train())):
+        torch.testing.assert_close(compiled(x), prepared(x), rtol=1e-10, atol=1e-10)
+    assert all(a.equal(b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_a_copy_notices_its_own_updates() -> None:
+    """A graph that was made for one model serves another, which has not been used before."""
+    model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4))
+    for each in (model, copy.deepcopy(model)):
+        compiled = torch.compile(each, backend="aot_eager", fullgraph=True)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        compiled(torch.randn(5, 3)).square().mean().backward()
+        layer: Any = each[1]
+        assert int(layer.samples) == 5
+        optimizer.step()
+        assert int(layer.samples) == 0
+
+
+def test_a_recurrent_layer_is_a_boundary() -> None:
+    """As torch.nn's own are: the graph breaks there, and the engine of eager mode runs."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.head = sn.GRU(4, 5, bidirectional=True), nn.Linear(10, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.gru(x.sin())[0])
+            return y
+
+    model = Model()
+    assert_same(model, torch.compile(model, backend="aot_eager"), [(3, 2, 4), (3, 4, 4)], near=1e-4)
+
+
+@pytest.mark.parametrize("announced", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.filterwarnings("ignore:.*context_fn is passed")
+def test_a_compiled_checkpoint_is_refused(announced: bool, inside: bool) -> None:
+    """A checkpoint in a graph, and a graph in a checkpoint: both would compute the forward pass twice unseen."""
+    model = Twice(sn.StreamingNorm1d(6))
+    options: dict[str, Any] = {"context_fn": sn.checkpoint_context_fn} if announced else {}
+
+    def region(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(run, x, use_reentrant=False, **options)
+        return y
+
+    def train() -> None:
+        x = torch.randn(4, 6, requires_grad=True)
+        if inside:
+            y = torch.compile(lambda x: region(model, x), backend="aot_eager", fullgraph=True)(x)
+        else:
+            y = region(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+        y.sum().backward()
+
+    with pytest.raises(Exception, match=r"both compiled and checkpointed.*torch\.compiler\.disable"):
+        train()
+    assert int(model.norm.samples) == (0 if inside else 8)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_outside_of_the_graph() -> None:
+    """What that error says to write."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block, self.norm = nn.Linear(6, 6), Twice(sn.StreamingNorm1d(6)), sn.StreamingNorm1d(6)
+
+        @torch.compiler.disable
+        def region(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(self.block, x, use_reentrant=False, context_fn=sn.checkpoint_context_fn)
+            return y
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.region(self.first(x)))
+            return y
+
+    model = Model().double()
+    assert_same(model, torch.compile(model, backend="aot_eager"), VECTORS[:2])
+
+
+def test_importing_does_not_import_the_compiler() -> None:
+    """It takes seconds."""
+    code = "import sys, streamnorm; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
