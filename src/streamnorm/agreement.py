@@ -228,6 +228,7 @@ class _Agreement:
         """Wait as long as the group does, and say soon what for."""
         try:
             work.wait(FIRST_WORD)
+            return
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
