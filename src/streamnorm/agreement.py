@@ -9,6 +9,7 @@ weighted by element counts. Then every process makes the same commit, and their 
 from __future__ import annotations
 
 import gc
+import json
 import time
 import warnings
 import weakref
@@ -164,34 +165,19 @@ class _Agreement:
     the same length, room for the largest set, and begins with a header that shows whether all mean the same set: so
     processes that differ find out together, in place of waiting for each other.
 
-    On a CPU the collectives run in a group of their own. In one that DDP uses too, a process that skips a weight
-    update would have its next all-reduce of gradients matched with this one; gloo ends the program then, or worse.
+    On a CPU the collectives run over connections of their own. Over those that DDP uses too, a process that skips a
+    weight update would have its next all-reduce of gradients matched with this one; gloo ends the program then, or
+    worse.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group = weakref.ref(group)
-        self._own: dist.ProcessGroup | None = None
         self.device = device
+        self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
+        self.store = dist.PrefixStore(f"streamnorm {device.type}", group.get_group_store())
+        self.group = _gloo_beside(group, self) if device.type == "cpu" else weakref.proxy(group)
         self.numbers: dict[tuple[weakref.ref[Norm], ...], int] = {}
         self.room = self.updates = 0
         self.unread: tuple[Tensor, torch.Event] | None = None
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """Where the collectives run."""
-        group = self._group()
-        assert group is not None
-        if self.device.type != "cpu":
-            return group
-        if self._own is None:
-            options = getattr(group._get_backend(self.device), "options", None)
-            self._own = dist.new_group(
-                dist.get_process_group_ranks(group),
-                timeout=getattr(options, "_timeout", None),
-                backend="gloo",
-                use_local_synchronization=True,
-            )
-        return self._own
 
     def knows(self, layers: Sequence[Norm]) -> bool:
         """Whether all processes have agreed on this set."""
@@ -214,10 +200,7 @@ class _Agreement:
         """The sum over all processes, once it is known that all of them mean the set of this number."""
         header = own.new_tensor([1.0, number, number**2])
         buffer = torch.cat((header, own, own.new_zeros(self.room - len(own))))
-        if self.device.type == "cpu":
-            self._wait(dist.all_reduce(buffer, group=self.group, async_op=True))
-        else:
-            dist.all_reduce(buffer, group=self.group)
+        self._wait(self.group.allreduce([buffer]))
         if number == 0 or self.device.type == "cpu":
             self._check(buffer[:3].tolist(), layers)
         else:
@@ -225,7 +208,10 @@ class _Agreement:
         return buffer[3:]
 
     def _wait(self, work: dist.Work) -> None:
-        """Wait as long as the group does, and say soon what for."""
+        """Wait as long as the group does, and say soon what for. An accelerator's own stream waits for its work."""
+        if self.device.type != "cpu":
+            work.wait()
+            return
         try:
             work.wait(FIRST_WORD)
             return
@@ -241,16 +227,15 @@ class _Agreement:
 
     def _missing(self) -> str:
         """The processes that are not waiting too. Who waits for so long leaves a note."""
-        group, store = self.group, self.group.get_group_store()
-        notes = [f"streamnorm/{self.updates}/{rank}" for rank in range(dist.get_world_size(group))]
-        store.set(notes[dist.get_rank(group)], "waits")
+        notes = [f"{self.updates}/{rank} waits" for rank in range(self.processes)]
+        self.store.set(notes[self.rank], "")
         time.sleep(FIRST_WORD.total_seconds() / 10)  # the others may have come a little later
-        return "process " + ", ".join(str(rank) for rank, note in enumerate(notes) if not store.check([note]))
+        return "process " + ", ".join(str(rank) for rank, note in enumerate(notes) if not self.store.check([note]))
 
     def _check(self, header: list[float], layers: Sequence[Norm] | None) -> None:
         """Numbers are all the same where the square of their sum is n times the sum of their squares."""
         processes, total, squares = header
-        if processes != dist.get_world_size(self.group):
+        if processes != self.processes:
             raise RuntimeError(self._describe("met another collective of one of the processes"))
         if processes * squares != total**2:
             if layers is not None:
@@ -271,8 +256,9 @@ class _Agreement:
     def _compare(self, layers: Sequence[Norm]) -> None:
         """Refuse, in every process, sets of layers that are not the same in all."""
         ours = [f"{layer._name or 'a layer'} ({_kind(layer)})" for layer in layers]
-        theirs: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(theirs, ours, group=self.group)
+        notes = [f"{self.updates}/{rank} layers" for rank in range(self.processes)]
+        self.store.set(notes[self.rank], json.dumps(ours))
+        theirs = [json.loads(self.store.get(note)) for note in notes]
         for rank, others in enumerate(theirs):
             pairs = list(zip_longest(theirs[0], others, fillvalue="missing"))
             if others != theirs[0]:
@@ -288,15 +274,14 @@ class _Agreement:
         """The long-term statistics of the first process become everyone's, as DDP does it with parameters."""
         kept = [tensor for state in states for tensor in (state.long, state.long_grad)]
         flat = torch.cat([tensor.flatten() for tensor in kept])
-        dist.broadcast(flat, group=self.group, group_src=0)
+        self.group.broadcast(flat, 0).wait()
         for tensor, values in zip(kept, flat.split([tensor.numel() for tensor in kept])):
             tensor.copy_(values.view_as(tensor))
 
     def _describe(self, what: str) -> str:
-        group = self.group
         return (
             f"weight update {self.updates}: the all-reduce that joins the statistics of streaming layers {what} "
-            f"(this is process {dist.get_rank(group)} of {dist.get_world_size(group)}). Every process has to make "
+            f"(this is process {self.rank} of {self.processes}). Every process has to make "
             "every weight update. Does one of them skip an optimizer step, have fewer mini-batches, or call "
             "streamnorm.commit or calibrate alone? docs/distributed.md says what to do; "
             "streamnorm.synchronize(model, 'never') is for processes that train different models"
@@ -308,6 +293,13 @@ _agreements = weakref.WeakKeyDictionary()
 
 joinables: weakref.WeakKeyDictionary[DistributedDataParallel, Any] = weakref.WeakKeyDictionary()
 """For a model under torch's Join, what answers our collectives there; :func:`streamnorm.joinable` makes it."""
+
+
+def _gloo_beside(group: dist.ProcessGroup, agreement: _Agreement) -> dist.ProcessGroupGloo:
+    """The same processes, connected once more; with the group's own patience."""
+    options = getattr(group._get_backend(agreement.device), "options", None)
+    timeout = getattr(options, "_timeout", dist.default_pg_timeout)
+    return dist.ProcessGroupGloo(agreement.store, agreement.rank, agreement.processes, timeout)
 
 
 def _key(layers: Sequence[Norm]) -> tuple[weakref.ref[Norm], ...]:

@@ -59,18 +59,18 @@ def collectives(rank: int, kind: str) -> dict[str, int]:
         train(ddp, optimizer, torch.randn(3, 4))
     with profile(activities=[ProfilerActivity.CPU]) as measured:
         train(ddp, optimizer, torch.randn(3, 4))
-    return dict(Counter(event.name for event in measured.events() if event.name.startswith("c10d::")))
+    return dict(Counter(event.name for event in measured.events() if event.name.startswith("gloo:")))
 
 
 def test_one_collective_for_all_layers(processes: Processes) -> None:
     """SyncBatchNorm makes two for each layer: its statistics in the forward pass, their gradients in the backward."""
     counts = {kind: processes(collectives, kind)[0] for kind in ("none", "streaming", "batch", "per batch")}
-    gradients = counts["none"]["c10d::allreduce_"]
+    gradients = counts["none"]["gloo:all_reduce"]
     assert gradients >= 1
-    assert counts["none"] == {"c10d::allreduce_": gradients}
-    assert counts["streaming"] == {"c10d::allreduce_": gradients + 1}
-    assert counts["batch"]["c10d::broadcast_"] > 0  # DDP, for the running statistics
-    assert counts["per batch"] == {"c10d::allreduce_": gradients + 30}
+    assert counts["none"] == {"gloo:all_reduce": gradients}
+    assert counts["streaming"] == {"gloo:all_reduce": gradients + 1}
+    assert counts["batch"]["gloo:broadcast"] > 0  # DDP, for the running statistics
+    assert counts["per batch"] == {"gloo:all_reduce": gradients + 30}
 
 
 # Buffers
