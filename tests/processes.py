@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from streamnorm import updates
+
 class Processes:
     """Up to three processes. Each call has a process group of its own, so that no failure outlives its test."""
 
@@ -76,6 +78,7 @@ def _serve(connection: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            updates._layers.clear()  # models that PyTorch keeps alive would commit in the next call
         connection.send_bytes(pickle.dumps(answer))
 
 

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -116,13 +117,12 @@ def merged(select: Callable[[], list[Norm]]) -> list[Norm]:
     layers = select()
     if not (dist.is_available() and dist.is_initialized()):
         return layers
-    teams = _teams(layers)
-    if any(not agreement.knows(members) for agreement, members in teams):
-        del layers, teams
+    if _key(layers) not in _settled:
+        del layers
         gc.collect()
         layers = select()
-        teams = _teams(layers)
-    for agreement, members in teams:
+        _settled.add(_key(layers))
+    for agreement, members in _teams(layers):
         agreement.merge(members)
     return layers
 
@@ -174,20 +174,27 @@ class _Agreement:
         self.device = device
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
         self.store = dist.PrefixStore(f"streamnorm {device.type}", group.get_group_store())
-        self.group = _gloo_beside(group, self) if device.type == "cpu" else weakref.proxy(group)
+        self._beside = weakref.ref(group)
         self.numbers: dict[tuple[weakref.ref[Norm], ...], int] = {}
         self.room = self.updates = 0
         self.unread: tuple[Tensor, torch.Event] | None = None
 
-    def knows(self, layers: Sequence[Norm]) -> bool:
-        """Whether all processes have agreed on this set."""
-        return _key(layers) in self.numbers
+    @cached_property
+    def group(self) -> Any:
+        """What the collectives run over, made when the first one is due, which all processes come to."""
+        group = self._beside()
+        assert group is not None
+        if self.device.type != "cpu":
+            return weakref.proxy(group)
+        options = getattr(group._get_backend(self.device), "options", None)
+        timeout = getattr(options, "_timeout", dist.default_pg_timeout)
+        return dist.ProcessGroupGloo(self.store, self.rank, self.processes, timeout)
 
     def merge(self, layers: Sequence[Norm]) -> None:
         """Replace the short-term statistics of these layers by those of all processes together."""
         states = [layer.state for layer in layers]
         self.updates += 1
-        if not self.knows(layers):
+        if _key(layers) not in self.numbers:
             self._all_reduce(states[0].long.new_empty(0, dtype=torch.float64), 0, layers)
             self._compare(layers)
             self._same_start(states)
@@ -288,18 +295,14 @@ class _Agreement:
         )
 
 
+_settled: set[tuple[weakref.ref[Norm], ...]] = set()
+"""The sets of layers that were selected before."""
+
 _agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, _Agreement]]
 _agreements = weakref.WeakKeyDictionary()
 
 joinables: weakref.WeakKeyDictionary[DistributedDataParallel, Any] = weakref.WeakKeyDictionary()
 """For a model under torch's Join, what answers our collectives there; :func:`streamnorm.joinable` makes it."""
-
-
-def _gloo_beside(group: dist.ProcessGroup, agreement: _Agreement) -> dist.ProcessGroupGloo:
-    """The same processes, connected once more; with the group's own patience."""
-    options = getattr(group._get_backend(agreement.device), "options", None)
-    timeout = getattr(options, "_timeout", dist.default_pg_timeout)
-    return dist.ProcessGroupGloo(agreement.store, agreement.rank, agreement.processes, timeout)
 
 
 def _key(layers: Sequence[Norm]) -> tuple[weakref.ref[Norm], ...]:

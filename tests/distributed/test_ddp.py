@@ -120,6 +120,21 @@ def test_a_model_that_is_wrapped_again(processes: Processes) -> None:
     assert processes(wrapped_again) == [[[], []]] * 2
 
 
+def two_models(rank: int) -> list[int]:
+    """Layers without gains belong to the optimizer that trains something else of their model."""
+    models = [network(lambda c: sn.StreamingNorm1d(c, affine=False), depth) for depth in (1, 2)]
+    ddps = [DistributedDataParallel(model) for model in models]
+    optimizers = [SGD(model.parameters(), lr=0.01) for model in models]
+    for ddp in ddps:
+        ddp(torch.randn(3, 4)).sum().backward()
+    optimizers[1].step()
+    return [int(model[1].samples) for model in models]
+
+
+def test_layers_without_gains(processes: Processes) -> None:
+    assert processes(two_models) == [[3, 0], [3, 0]]
+
+
 def general_batch_norm(rank: int) -> tuple[State, State]:
     results = []
     for norm in (nn.BatchNorm1d, sn.GeneralBatchNorm):
