@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from streamnorm import updates
+
 
 class Processes:
     """Up to three processes. Each call has a process group of its own, so that no failure outlives its test."""
 
     def __init__(self, most: int = 3) -> None:
         context = multiprocessing.get_context("spawn")
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.calls = 0
         self.connections: list[Connection] = []
         self.processes = []
@@ -69,7 +71,7 @@ def _serve(connection: Connection) -> None:
             return
         try:
             function = getattr(_module(place[0], modules), place[1])
-            store = dist.PrefixStore(call, dist.TCPStore("127.0.0.1", port, is_master=False))
+            store = PrefixStore(call, TCPStore("127.0.0.1", port, is_master=False))
             limit = datetime.timedelta(seconds=patience)
             dist.init_process_group("gloo", timeout=limit, world_size=world, rank=rank, store=store)
             answer = (False, function(rank, *args))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
 from .ops.spec import State
@@ -173,7 +174,7 @@ class _Agreement:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.device = device
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
-        self.store = dist.PrefixStore(f"streamnorm {device.type}", group.get_group_store())
+        self.store = PrefixStore(f"streamnorm {device.type}", group.get_group_store())
         self._beside = weakref.ref(group)
         self.numbers: dict[tuple[weakref.ref[Norm], ...], int] = {}
         self.room = self.updates = 0
@@ -184,7 +185,7 @@ class _Agreement:
         """What the collectives run over, made when the first one is due, which all processes come to."""
         group = self._beside()
         assert group is not None
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or not dist.is_gloo_available():
             return weakref.proxy(group)
         options = getattr(group._get_backend(self.device), "options", None)
         timeout = getattr(options, "_timeout", dist.default_pg_timeout)

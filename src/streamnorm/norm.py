@@ -17,12 +17,20 @@ from . import agreement, ops, updates
 from .agreement import Sync
 from .moments import LpMoment
 from .normref import NormRef, RefName
+from .ops import joined
 from .ops.spec import Formula, State, View
 from .stream import Stream
 
 _state_buffers = itemgetter(*State._fields)
 _REDUCED = (torch.float16, torch.bfloat16)
-_UNPICKLED = {"_accepted": None, "_watched": False, "_optimizer": None, "_owner": None, "_grad_scale": None, "_ddp": None}
+_UNPICKLED = {
+    "_accepted": None,
+    "_watched": False,
+    "_optimizer": None,
+    "_owner": None,
+    "_grad_scale": None,
+    "_ddp": None,
+}
 
 
 class Norm(nn.Module):
@@ -220,7 +228,7 @@ class Norm(nn.Module):
             updates.notice(self)
         state = None if self.stream is None else self.state
         group = agreement.group_of(self)
-        return ops.joined.normalize(
+        return joined.normalize(
             x, self.weight, self.bias, mask, view, self.formula, state, self._grad_scale, stats, group
         )
 

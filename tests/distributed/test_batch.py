@@ -39,8 +39,8 @@ def network(kind: str) -> nn.Sequential:
 def data(sizes: list[list[int]], channels: int = 2) -> list[list[Tensor]]:
     """For each mini-batch, what each process gets of it."""
     generator = torch.Generator().manual_seed(1)
-    make = {"generator": generator, "dtype": torch.float64}
-    return [[torch.randn(n, channels, 5, 5, **make) for n in parts] for parts in sizes]
+    dtype = torch.float64
+    return [[torch.randn(n, channels, 5, 5, generator=generator, dtype=dtype) for n in parts] for parts in sizes]
 
 
 def masks(sizes: list[list[int]]) -> list[list[Tensor]]:
@@ -86,7 +86,7 @@ def test_as_one_process(processes: Processes, kind: str, case: str) -> None:
         torch.testing.assert_close(parts, expected, rtol=1e-9, atol=1e-10)
     for _, own in results:
         for name, tensor in state.items():
-            torch.testing.assert_close(own[name], tensor, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(own[name], tensor, rtol=1e-10, atol=1e-12, msg=name)
         assert all(tensor.equal(results[0][1][name]) for name, tensor in own.items())
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from processes import Processes
 from torch import Tensor, nn
-from torch.distributed.algorithms import Join
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
@@ -128,7 +128,7 @@ def two_models(rank: int) -> list[int]:
     for ddp in ddps:
         ddp(torch.randn(3, 4)).sum().backward()
     optimizers[1].step()
-    return [int(model[1].samples) for model in models]
+    return [int(model.get_buffer("1.samples")) for model in models]
 
 
 def test_layers_without_gains(processes: Processes) -> None:
@@ -258,7 +258,7 @@ def uneven(rank: int, how: str, numbers: list[int]) -> tuple[str, State, list[in
                         with ddp.no_sync():
                             ddp(torch.randn(2, 4)).square().sum().backward()
                     train(ddp, optimizer, torch.randn(3, 4))
-                    samples.append(int(model[1].samples))
+                    samples.append(int(model.get_buffer("1.samples")))
     except RuntimeError as error:
         return str(error), {}, []
     return "", snapshot(model), samples

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import eager, joined, native, plain
+from . import eager, native, plain
 from .spec import Formula, State, View
 
 ENGINES: tuple[ModuleType, ...] = (native, eager, plain)
