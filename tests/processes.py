@@ -7,16 +7,18 @@ import importlib.util
 import multiprocessing
 import pickle
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from streamnorm import updates
+
 
 
 class Processes:
@@ -24,7 +26,7 @@ class Processes:
 
     def __init__(self, most: int = 3) -> None:
         context = multiprocessing.get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory()
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.calls = 0
         self.connections: list[Connection] = []
         self.processes = []
@@ -45,10 +47,10 @@ class Processes:
             patience: the seconds that a collective waits for a process that does not come.
         """
         self.calls += 1
-        store = str(Path(self.folder.name) / str(self.calls))
         place = (function.__code__.co_filename, function.__name__)
         for rank, connection in enumerate(self.connections[:world]):
-            connection.send_bytes(pickle.dumps((place, args, rank, world, store, patience)))
+            call = (place, args, rank, world, (self.store.port, str(self.calls)), patience)
+            connection.send_bytes(pickle.dumps(call))
         answers = [pickle.loads(connection.recv_bytes()) for connection in self.connections[:world]]
         failures = [f"process {rank}:\n{result}" for rank, (failed, result) in enumerate(answers) if failed]
         assert not failures, "\n".join(failures)
@@ -58,7 +60,6 @@ class Processes:
         for connection, process in zip(self.connections, self.processes):
             connection.close()
             process.kill()  # it has nothing to put in order
-        self.folder.cleanup()
 
 
 def _serve(connection: Connection) -> None:
@@ -66,18 +67,21 @@ def _serve(connection: Connection) -> None:
     modules: dict[str, ModuleType] = {}
     while True:
         try:
-            place, args, rank, world, store, patience = pickle.loads(connection.recv_bytes())
+            place, args, rank, world, (port, call), patience = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
             function = getattr(_module(place[0], modules), place[1])
-            dist.init_process_group("gloo", f"file://{store}", datetime.timedelta(seconds=patience), world, rank)
+            store = PrefixStore(call, TCPStore("127.0.0.1", port, is_master=False))
+            limit = datetime.timedelta(seconds=patience)
+            dist.init_process_group("gloo", timeout=limit, world_size=world, rank=rank, store=store)
             answer = (False, function(rank, *args))
         except BaseException:
             answer = (True, traceback.format_exc())
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            updates._layers.clear()  # models that PyTorch keeps alive would commit in the next call
         connection.send_bytes(pickle.dumps(answer))
 
 

@@ -9,18 +9,21 @@ weighted by element counts. Then every process makes the same commit, and their 
 from __future__ import annotations
 
 import gc
+import json
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
 from .ops.spec import State
@@ -115,13 +118,12 @@ def merged(select: Callable[[], list[Norm]]) -> list[Norm]:
     layers = select()
     if not (dist.is_available() and dist.is_initialized()):
         return layers
-    teams = _teams(layers)
-    if any(not agreement.knows(members) for agreement, members in teams):
-        del layers, teams
+    if _key(layers) not in _settled:
+        del layers
         gc.collect()
         layers = select()
-        teams = _teams(layers)
-    for agreement, members in teams:
+        _settled.add(_key(layers))
+    for agreement, members in _teams(layers):
         agreement.merge(members)
     return layers
 
@@ -164,44 +166,36 @@ class _Agreement:
     the same length, room for the largest set, and begins with a header that shows whether all mean the same set: so
     processes that differ find out together, in place of waiting for each other.
 
-    On a CPU the collectives run in a group of their own. In one that DDP uses too, a process that skips a weight
-    update would have its next all-reduce of gradients matched with this one; gloo ends the program then, or worse.
+    On a CPU the collectives run over connections of their own. Over those that DDP uses too, a process that skips a
+    weight update would have its next all-reduce of gradients matched with this one; gloo ends the program then, or
+    worse.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group = weakref.ref(group)
-        self._own: dist.ProcessGroup | None = None
         self.device = device
+        self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
+        self.store = PrefixStore(f"streamnorm {device.type}", group.get_group_store())
+        self._beside = weakref.ref(group)
         self.numbers: dict[tuple[weakref.ref[Norm], ...], int] = {}
         self.room = self.updates = 0
         self.unread: tuple[Tensor, torch.Event] | None = None
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """Where the collectives run."""
-        group = self._group()
+    @cached_property
+    def group(self) -> Any:
+        """What the collectives run over, made when the first one is due, which all processes come to."""
+        group = self._beside()
         assert group is not None
-        if self.device.type != "cpu":
-            return group
-        if self._own is None:
-            options = getattr(group._get_backend(self.device), "options", None)
-            self._own = dist.new_group(
-                dist.get_process_group_ranks(group),
-                timeout=getattr(options, "_timeout", None),
-                backend="gloo",
-                use_local_synchronization=True,
-            )
-        return self._own
-
-    def knows(self, layers: Sequence[Norm]) -> bool:
-        """Whether all processes have agreed on this set."""
-        return _key(layers) in self.numbers
+        if self.device.type != "cpu" or not dist.is_gloo_available():
+            return weakref.proxy(group)
+        options = getattr(group._get_backend(self.device), "options", None)
+        timeout = getattr(options, "_timeout", dist.default_pg_timeout)
+        return dist.ProcessGroupGloo(self.store, self.rank, self.processes, timeout)
 
     def merge(self, layers: Sequence[Norm]) -> None:
         """Replace the short-term statistics of these layers by those of all processes together."""
         states = [layer.state for layer in layers]
         self.updates += 1
-        if not self.knows(layers):
+        if _key(layers) not in self.numbers:
             self._all_reduce(states[0].long.new_empty(0, dtype=torch.float64), 0, layers)
             self._compare(layers)
             self._same_start(states)
@@ -214,10 +208,7 @@ class _Agreement:
         """The sum over all processes, once it is known that all of them mean the set of this number."""
         header = own.new_tensor([1.0, number, number**2])
         buffer = torch.cat((header, own, own.new_zeros(self.room - len(own))))
-        if self.device.type == "cpu":
-            self._wait(dist.all_reduce(buffer, group=self.group, async_op=True))
-        else:
-            dist.all_reduce(buffer, group=self.group)
+        self._wait(self.group.allreduce([buffer]))
         if number == 0 or self.device.type == "cpu":
             self._check(buffer[:3].tolist(), layers)
         else:
@@ -225,9 +216,13 @@ class _Agreement:
         return buffer[3:]
 
     def _wait(self, work: dist.Work) -> None:
-        """Wait as long as the group does, and say soon what for."""
+        """Wait as long as the group does, and say soon what for. An accelerator's own stream waits for its work."""
+        if self.device.type != "cpu":
+            work.wait()
+            return
         try:
             work.wait(FIRST_WORD)
+            return
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
@@ -240,16 +235,15 @@ class _Agreement:
 
     def _missing(self) -> str:
         """The processes that are not waiting too. Who waits for so long leaves a note."""
-        group, store = self.group, self.group.get_group_store()
-        notes = [f"streamnorm/{self.updates}/{rank}" for rank in range(dist.get_world_size(group))]
-        store.set(notes[dist.get_rank(group)], "waits")
+        notes = [f"{self.updates}/{rank} waits" for rank in range(self.processes)]
+        self.store.set(notes[self.rank], "")
         time.sleep(FIRST_WORD.total_seconds() / 10)  # the others may have come a little later
-        return "process " + ", ".join(str(rank) for rank, note in enumerate(notes) if not store.check([note]))
+        return "process " + ", ".join(str(rank) for rank, note in enumerate(notes) if not self.store.check([note]))
 
     def _check(self, header: list[float], layers: Sequence[Norm] | None) -> None:
         """Numbers are all the same where the square of their sum is n times the sum of their squares."""
         processes, total, squares = header
-        if processes != dist.get_world_size(self.group):
+        if processes != self.processes:
             raise RuntimeError(self._describe("met another collective of one of the processes"))
         if processes * squares != total**2:
             if layers is not None:
@@ -270,8 +264,9 @@ class _Agreement:
     def _compare(self, layers: Sequence[Norm]) -> None:
         """Refuse, in every process, sets of layers that are not the same in all."""
         ours = [f"{layer._name or 'a layer'} ({_kind(layer)})" for layer in layers]
-        theirs: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(theirs, ours, group=self.group)
+        notes = [f"{self.updates}/{rank} layers" for rank in range(self.processes)]
+        self.store.set(notes[self.rank], json.dumps(ours))
+        theirs = [json.loads(self.store.get(note)) for note in notes]
         for rank, others in enumerate(theirs):
             pairs = list(zip_longest(theirs[0], others, fillvalue="missing"))
             if others != theirs[0]:
@@ -287,20 +282,22 @@ class _Agreement:
         """The long-term statistics of the first process become everyone's, as DDP does it with parameters."""
         kept = [tensor for state in states for tensor in (state.long, state.long_grad)]
         flat = torch.cat([tensor.flatten() for tensor in kept])
-        dist.broadcast(flat, group=self.group, group_src=0)
+        self.group.broadcast(flat, 0).wait()
         for tensor, values in zip(kept, flat.split([tensor.numel() for tensor in kept])):
             tensor.copy_(values.view_as(tensor))
 
     def _describe(self, what: str) -> str:
-        group = self.group
         return (
             f"weight update {self.updates}: the all-reduce that joins the statistics of streaming layers {what} "
-            f"(this is process {dist.get_rank(group)} of {dist.get_world_size(group)}). Every process has to make "
+            f"(this is process {self.rank} of {self.processes}). Every process has to make "
             "every weight update. Does one of them skip an optimizer step, have fewer mini-batches, or call "
             "streamnorm.commit or calibrate alone? docs/distributed.md says what to do; "
             "streamnorm.synchronize(model, 'never') is for processes that train different models"
         )
 
+
+_settled: set[tuple[weakref.ref[Norm], ...]] = set()
+"""The sets of layers that were selected before."""
 
 _agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, _Agreement]]
 _agreements = weakref.WeakKeyDictionary()

@@ -155,7 +155,10 @@ def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
     if id(layer.weight) in trained or id(layer.bias) in trained:
         layer._owner = weakref.ref(optimizer)
         return True
-    return layer._owner is None or layer._owner() is None
+    if layer._owner is not None and layer._owner() is not None:
+        return False
+    ddp = None if layer._ddp is None else layer._ddp()
+    return ddp is None or any(id(parameter) in trained for parameter in ddp.parameters())
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def with_ddp(rank: int, sizes: list[list[list[int]]], no_sync: bool, options: di
 
 def assert_close(ours: State, theirs: State, rtol: float = 1e-12) -> None:
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=rtol, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(ours[name], tensor, rtol=rtol, atol=1e-14, msg=name)
 
 
 def assert_same(results: list[list[State]]) -> None:
