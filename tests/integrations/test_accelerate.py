@@ -14,6 +14,14 @@ from torch import nn
 pytestmark = pytest.mark.integration("accelerate")
 
 
+@pytest.fixture(autouse=True)
+def _new_runtime() -> None:
+    """accelerate keeps its settings for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def accelerated(
     accumulate: int, clip: float | None = None, folder: Path | None = None, stop: int | None = None, **options: Any
 ) -> nn.Module:
@@ -41,9 +49,7 @@ def accelerated(
                 accelerator.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
-    unwrapped: nn.Module = accelerator.unwrap_model(model)
-    accelerator.free_memory()
-    return unwrapped
+    return plain
 
 
 @pytest.mark.shows("`accumulate`", "as it is")
@@ -57,7 +63,7 @@ def test_gradient_clipping() -> None:
     assert_same_state(accelerated(3, clip=0.1), loops.by_hand(accumulate=3, clip=0.1))
 
 
-@pytest.mark.shows("`mixed_precision=\"bf16\"`", "as it is")
+@pytest.mark.shows('`mixed_precision="bf16"`', "as it is")
 def test_mixed_precision() -> None:
     model = accelerated(3, mixed_precision="bf16")
     assert_same_state(model, loops.by_hand(accumulate=3, autocast=torch.bfloat16))

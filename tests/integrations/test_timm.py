@@ -44,7 +44,7 @@ def pretrained(name: str) -> nn.Module:
 @CONVERTED
 @pytest.mark.parametrize("name", NETWORKS)
 def test_converted_it_evaluates_as_before(name: str) -> None:
-    model = pretrained(name)
+    model = pretrained(name).double()
     assert_evaluates_as_before(model, converted(model), images(3)[0])
 
 
@@ -58,8 +58,8 @@ def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
 @pytest.mark.shows("ResNet, EfficientNet, RegNet, MobileNetV3, back to timm's own layers", "`sn.to_batchnorm(model)`")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_way_back_gives_a_checkpoint_that_timm_loads(name: str) -> None:
-    model = converted(pretrained(name))
-    plain = network(name)
+    model = converted(pretrained(name).double())
+    plain = network(name).double()
     plain.load_state_dict(sn.to_batchnorm(copy.deepcopy(model)).state_dict())
     assert_evaluates_as_before(model, plain, images(3)[0])
 
@@ -67,7 +67,7 @@ def test_the_way_back_gives_a_checkpoint_that_timm_loads(name: str) -> None:
 @pytest.mark.shows("ResNet, EfficientNet, RegNet, MobileNetV3, for inference", "`sn.fold(model)`")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_layer_folds_away(name: str) -> None:
-    model = converted(pretrained(name)).double()
+    model = converted(pretrained(name).double())
     folded = sn.fold(model)
     assert not layers(folded)
     assert_evaluates_as_before(model, folded, images(3)[0])
@@ -81,7 +81,7 @@ def test_every_layer_folds_away(name: str) -> None:
 def test_norm_layer_of_a_resnet(batch_size: int) -> None:
     model = network("resnet10t", norm_layer=sn.StreamingNorm2d)
     assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert_fine_tunes(model, images(4), batch_size)
+    assert_fine_tunes(model, images(4), batch_size, lr=1e-3)
 
 
 def norm_act(channels: int, apply_act: bool = True, act_layer: Any = nn.ReLU, **_: Any) -> nn.Module:
@@ -113,12 +113,12 @@ def test_dropout_and_activation_stay(act: type[nn.Module] | None) -> None:
     from timm.layers import BatchNormAct2d
 
     old = BatchNormAct2d(8, act_layer=act, drop_layer=partial(nn.Dropout, 0.5))
-    old = with_statistics(old, lambda layer: layer(torch.randn(4, 8, 3, 3)))
+    old = with_statistics(old, lambda layer: layer(torch.randn(4, 8, 3, 3))).double()
     new = converted(old)
     assert isinstance(new, sn.StreamingNormAct2d)
-    x = torch.randn(4, 8, 3, 3)
+    x = torch.randn(4, 8, 3, 3, dtype=torch.float64)
     assert_evaluates_as_before(old, new, x)
-    alone = sn.StreamingNorm2d(8, scale="gaussian")
+    alone = sn.StreamingNorm2d(8, scale="gaussian").double()
     alone.load_state_dict(new.state_dict())
     torch.manual_seed(1)
     expected = alone(x)
@@ -131,7 +131,7 @@ def test_dropout_and_activation_stay(act: type[nn.Module] | None) -> None:
 def test_synchronized_layers_keep_their_activation() -> None:
     from timm.layers import convert_sync_batchnorm
 
-    model = pretrained("regnety_002")
+    model = pretrained("regnety_002").double()
     new = converted(convert_sync_batchnorm(copy.deepcopy(model)))
     assert_evaluates_as_before(model, new, images(3)[0])
 
@@ -143,12 +143,12 @@ def test_frozen_layers_are_converted_when_asked_for(name: str) -> None:
     from timm.layers.norm_act import FrozenBatchNormAct2d
     from torchvision.ops import FrozenBatchNorm2d
 
-    model = freeze_batch_norm_2d(pretrained(name))
+    model = freeze_batch_norm_2d(pretrained(name)).double()
     assert not layers(sn.convert(copy.deepcopy(model)))
     new = converted(model, also=(FrozenBatchNormAct2d, FrozenBatchNorm2d))
     assert_evaluates_as_before(model, new, images(3)[0])
     assert all(layer.weight is not None and layer.weight.requires_grad for layer in layers(new))
-    assert_fine_tunes(new, images(4), batch_size=1)
+    assert_fine_tunes(new.float(), images(4), batch_size=1)
 
 
 @pytest.mark.shows("ResNetV2 with GroupNormAct", "`sn.convert(model, also=(nn.GroupNorm,))`, then `sn.calibrate`")
@@ -168,7 +168,7 @@ def test_group_normalization_with_an_activation(batch_size: int) -> None:
     assert all(isinstance(layer, sn.StreamingNormAct2d) for layer in layers(new))
     data = images(4)
     sn.calibrate(new, [data[0]])
-    assert_fine_tunes(new, data, batch_size)
+    assert_fine_tunes(new, data, batch_size, lr=1e-3)
 
 
 # Averages
