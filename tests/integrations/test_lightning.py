@@ -21,7 +21,7 @@ def module(automatic: bool = True) -> Any:
     """A LightningModule around the network; with manual optimization it steps after every third mini-batch."""
     import lightning
 
-    class Classifier(lightning.LightningModule):
+    class Classifier(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = loops.network()

@@ -81,7 +81,7 @@ def test_every_layer_folds_away(name: str) -> None:
 def test_norm_layer_of_a_resnet(batch_size: int) -> None:
     model = network("resnet10t", norm_layer=sn.StreamingNorm2d)
     assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert_fine_tunes(model, images(4), batch_size, lr=1e-3)
+    assert_fine_tunes(model, images(4), batch_size, epochs=16, lr=1e-3)
 
 
 def norm_act(channels: int, apply_act: bool = True, act_layer: Any = nn.ReLU, **_: Any) -> nn.Module:

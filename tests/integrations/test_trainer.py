@@ -41,7 +41,7 @@ class Examples(Dataset[Any]):
 def trained(folder: Path, resume: bool = False, **options: Any) -> nn.Module:
     import transformers
 
-    class InOrder(transformers.Trainer):
+    class InOrder(transformers.Trainer):  # type: ignore[misc]
         """The examples in their order, as the loop by hand has them."""
 
         def get_train_dataloader(self) -> Any:
