@@ -24,7 +24,7 @@ SIZE = 32
 def network(name: str) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    return smp.create_model(name, encoder_name="resnet18", encoder_weights=None, classes=2)
+    return smp.create_model(name, encoder_name="mobilenet_v2", encoder_weights=None, classes=2)
 
 
 def images() -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def segmentation(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(x), target)
 
 
-@pytest.mark.shows("Unet, DeepLabV3Plus, FPN with a ResNet", "`sn.convert(model)`; FPN holds GroupNorm: `also=`")
+@pytest.mark.shows("Unet, DeepLabV3Plus with a MobileNetV2", "`sn.convert(model)`")
 @pytest.mark.parametrize("name", ["unet", "deeplabv3plus"])
 def test_converted_it_evaluates_as_before(name: str) -> None:
     x, _ = images()
@@ -49,14 +49,11 @@ def test_converted_it_evaluates_as_before(name: str) -> None:
     assert_evaluates_as_before(model, sn.to_batchnorm(new), x)
 
 
-@pytest.mark.shows("Unet, DeepLabV3Plus, FPN with a ResNet", "`sn.convert(model)`; FPN holds GroupNorm: `also=`")
-@pytest.mark.parametrize(("name", "batch_size"), [("unet", 1), ("unet", 2), ("deeplabv3plus", 1), ("fpn", 1)])
+@pytest.mark.shows("Unet, DeepLabV3Plus with a MobileNetV2", "`sn.convert(model)`")
+@pytest.mark.parametrize(("name", "batch_size"), [("unet", 1), ("unet", 2), ("deeplabv3plus", 1)])
 def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
     data = images()
     model = with_statistics(network(name), lambda model: model(data[0]))
-    new = converted(model, also=(nn.GroupNorm,))
-    sn.calibrate(new, [data[0]])
-    before = converted(model, also=(nn.GroupNorm,))
-    sn.calibrate(before, [data[0]])
-    assert_learns(new, segmentation, in_batches(batch_size, *data), epochs=24, lr=1e-4)
+    new, before = converted(model), converted(model)
+    assert_learns(new, segmentation, in_batches(batch_size, *data), epochs=16)
     assert_evaluates_better(new, before, segmentation, data)
