@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from integrations.training import layers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -70,6 +71,7 @@ def by_hand(
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
+            assert not any(layer.samples for layer in layers(model)), "a step was not noticed"
             if after_step is not None:
                 after_step(model)
     return model
