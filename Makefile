@@ -8,15 +8,20 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 DOCS_INSTALLED := .venv/docs-installed
+# An environment of its own, so that `make test` is the same with and without the libraries of others.
+INTEGRATIONS := .venv-integrations
+INTEGRATION_TESTS := tests/integrations tests/test_docs.py
 # What an installation depends on; Python sources are read where they lie.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/ops/*.cpp src/streamnorm/ops/*.h)
 
-.PHONY: help install demo test lint types pytest sanitize format bench docs clean
+.PHONY: help install demo test lint types pytest sanitize test-integrations compatibility format bench docs clean
 
 help:
 	@echo "make demo    train one sample at a time on scikit-learn's digits; writes demo/"
 	@echo "make test    lint, types and tests"
 	@echo "make sanitize  tests of the C++ engine under AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Linux)"
+	@echo "make test-integrations  tests beside other libraries (timm, Lightning, …), in .venv-integrations"
+	@echo "make compatibility      the same, and the table in docs/compatibility.md anew"
 	@echo "make format  put the code in the form that 'make test' asks for"
 	@echo "make bench   measure the layers against torch.nn's own"
 	@echo "make docs    build the documentation into docs/_build/html"
@@ -54,6 +59,19 @@ sanitize: install
 	  PYTHONMALLOC=malloc PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -q -p no:xdist tests/ops tests/recurrent/test_engines.py
 
+test-integrations: $(INTEGRATIONS)/installed
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n $(JOBS) $(INTEGRATION_TESTS) --require-libraries
+
+compatibility: $(INTEGRATIONS)/installed
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n $(JOBS) $(INTEGRATION_TESTS) --require-libraries \
+		--record results/compatibility.json
+	PYTHONPATH=tests $(INTEGRATIONS)/bin/python -m integrations.table
+
+$(INTEGRATIONS)/installed: $(SOURCES)
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[integrations]"
+	@touch $@
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -70,6 +88,6 @@ $(DOCS_INSTALLED): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf .venv build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(INTEGRATIONS) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/streamnorm.egg-info src/streamnorm/ops/_native*.so
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -385,6 +387,144 @@ def test_a_registered_converter_is_used_for_its_type_alone() -> None:
 def test_a_converter_may_return_an_empty_module() -> None:
     sn.register_converter(Activated, lambda module, **options: nn.Sequential())
     assert type(silent(nn.Sequential(Activated(4)))[0]) is nn.Sequential
+
+
+# Layers of other libraries, known by name. tests/integrations has the libraries themselves.
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm has it."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, **options: Any) -> None:
+        super().__init__(num_features, eps, **options)
+        self.drop: nn.Module = nn.Dropout(0.5)
+        self.act: nn.Module = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+class GroupNormAct(nn.GroupNorm):
+    """As timm has it."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 4)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+BatchNormAct2d.__module__ = GroupNormAct.__module__ = "timm.layers.norm_act"
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision has it."""
+
+    def __init__(self, num_features: int, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, start in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance, weight, bias = map(self.get_buffer, ("running_mean", "running_var", "weight", "bias"))
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+
+
+def test_dropout_and_activation_of_a_layer_stay() -> None:
+    old = with_statistics(BatchNormAct2d(4, eps=1e-3)).eval()
+    x = torch.randn(5, 4, 3, 2)
+    expected = old(x)
+    new = silent(nn.Sequential(old))[0]
+    assert type(new) is sn.StreamingNormAct2d
+    assert new.drop is old.drop
+    assert new.act is old.act
+    torch.testing.assert_close(new(x), expected, rtol=2e-6, atol=2e-6)
+    alone = sn.StreamingNorm2d(4, eps=1e-3, scale="gaussian")
+    alone.load_state_dict(new.state_dict())
+    torch.manual_seed(1)
+    streamed = nn.functional.silu(nn.functional.dropout(alone(x), 0.5))
+    torch.manual_seed(1)
+    assert new.train()(x).equal(streamed)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_a_compiled_layer_activates_once() -> None:
+    """The layer leaves the graph for its training step; its activation comes after it, once."""
+    layer = sn.StreamingNormAct2d(4, act=nn.SiLU())
+    twin = copy.deepcopy(layer)
+    x = torch.randn(5, 4, 3, 2)
+    torch.testing.assert_close(torch.compile(layer, backend="eager")(x), twin(x))
+
+
+def test_a_layer_with_an_activation_goes_back_to_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("timm.layers")
+    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.layers", library)
+    model = silent(nn.Sequential(with_statistics(BatchNormAct2d(4, eps=1e-3)))).eval()
+    monkeypatch.setattr(library, "BatchNormAct2d", BatchNormAct2d, raising=False)
+    x = torch.randn(5, 4, 3, 2)
+    expected, act = model(x), model[0].act
+    plain = sn.to_batchnorm(model)[0]  # type: ignore[index]
+    assert type(plain) is BatchNormAct2d
+    assert plain.act is act
+    torch.testing.assert_close(plain(x), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_without_that_library_the_way_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
+    with pytest.raises(ValueError, match="timm is not installed: pip install timm"):
+        sn.to_batchnorm(sn.StreamingNormAct2d(4, act=nn.ReLU()))
+
+
+def test_a_fold_leaves_dropout_and_activation() -> None:
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), sn.StreamingNormAct2d(4, act=nn.SiLU())), 5, 3, 3, 2)
+    x = torch.randn(5, 3, 3, 2)
+    folded = sn.fold(model)
+    assert not norms(folded)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_group_normalization_with_an_activation_keeps_it() -> None:
+    new = silent(GroupNormAct(), also=(nn.GroupNorm,))
+    assert type(new) is sn.StreamingNormAct2d
+    assert type(new.act) is nn.SiLU
+
+
+def test_group_normalization_with_its_own_forward_is_kept_and_named() -> None:
+    class Own(nn.GroupNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    model = nn.Sequential(Own(2, 4))
+    with pytest.warns(UserWarning, match=r"0 is a Own and was not converted: it has a forward of its own"):
+        sn.convert(model, also=(nn.GroupNorm,))
+    assert type(model[0]) is Own
+
+
+def test_frozen_normalization_is_converted_when_asked_for() -> None:
+    old: Any = FrozenBatchNorm2d(4)
+    old.running_mean.normal_()
+    old.running_var.uniform_(0.5, 2)
+    old.weight.normal_()
+    old.bias.normal_()
+    model = nn.Sequential(old).eval()
+    x = torch.randn(5, 4, 3, 2)
+    expected = old(x)
+    assert silent(model)[0] is old
+    new = silent(model, also=(FrozenBatchNorm2d,))[0]
+    assert type(new) is sn.StreamingNorm2d
+    assert new.eps == 1e-3
+    torch.testing.assert_close(new(x), expected, rtol=2e-6, atol=2e-6)
+    assert [name for name, _ in new.named_parameters()] == ["weight", "bias"]
+
+
+def test_a_lazy_instance_norm_is_named() -> None:
+    with pytest.warns(UserWarning, match="LazyInstanceNorm1d and was not converted: it has no channels"):
+        sn.convert(nn.Sequential(nn.LazyInstanceNorm1d()), also=(nn.LazyInstanceNorm1d,))
 
 
 # All or nothing

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from integrations import libraries, table
 
 import streamnorm
 
@@ -39,7 +42,11 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names: dict[str, object] = {"__name__": "__main__"}
     for needs, code in examples(page):
         if all(find_spec(library) for library in needs):
-            exec(compile(code, page, "exec"), names)
+            with warnings.catch_warnings():
+                if needs:  # the warnings of other libraries are not ours to mend
+                    warnings.simplefilter("ignore")
+                    libraries.prepare()
+                exec(compile(code, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -54,3 +61,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_public_name_is_documented() -> None:
     documented = set(re.findall(r"\b\w+\b", (ROOT / "docs" / "api.md").read_text(encoding="utf-8")))
     assert not {name for name in streamnorm.__all__ if not name.startswith("_")} - documented
+
+
+def test_the_compatibility_table_is_that_of_the_record() -> None:
+    page = table.PAGE.read_text(encoding="utf-8")
+    record = json.loads(table.RECORD.read_text(encoding="utf-8"))
+    assert table.page_with(table.text(record), page) == page, "write it with: make compatibility"

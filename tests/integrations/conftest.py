@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integrations import libraries, table
@@ -39,7 +40,8 @@ def _beside_its_library(request: pytest.FixtureRequest, record_property: Callabl
     library = _library(request.node)
     shown = request.node.get_closest_marker("shows")
     if shown is not None:
-        record_property(table.ROW, [library or "torch", *shown.args])
+        what, how = shown.args
+        record_property(table.ROW, [library or "torch", what, how])
     if library is None:
         return
     if find_spec(library) is None:
@@ -64,7 +66,7 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A row holds while none of its tests has failed or been skipped."""
-        row = dict(report.user_properties).get(table.ROW)
+        row: Any = dict(report.user_properties).get(table.ROW)
         if row is not None:
             key = table.Row(*row)
             self.passed[key] = self.passed.get(key, True) and report.passed

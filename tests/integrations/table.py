@@ -31,16 +31,14 @@ class Row(NamedTuple):
 
 
 def save(path: Path, passed: Mapping[Row, bool]) -> None:
-    """Write the rows that hold, and the versions that they hold with; nothing if a row does not."""
-    failed = [row for row, holds in passed.items() if not holds]
-    if failed:
-        print(f"\n{path} is not written, since these do not hold: {failed}", file=sys.stderr)
-        return
+    """Write the rows that hold, and the versions that they hold with; name those that do not."""
+    for row in (row for row, holds in passed.items() if not holds):
+        print(f"\nleft out of {path}, since a test failed or was skipped: {row}", file=sys.stderr)
     libraries = sorted({row.library for row in passed} | {"torch"})
     record = {
         "python": platform.python_version(),
         "versions": {library: version(library).split("+")[0] for library in libraries},
-        "rows": sorted(passed),
+        "rows": sorted(row for row, holds in passed.items() if holds),
     }
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from integrations.training import (
+    assert_evaluates_as_before,
     assert_evaluates_better,
     assert_fine_tunes,
     assert_learns,
-    assert_same_outputs,
+    assert_trains_alike,
     converted,
     images,
     in_batches,
@@ -45,31 +46,30 @@ def test_norm_layer(name: str) -> None:
     torch.manual_seed(3)
     twin = converted(network(name), scale="raw")
     assert [type(layer) for layer in layers(model)] == [type(layer) for layer in layers(twin)]
-    x = images(2)[0]
-    torch.manual_seed(4)
-    expected = twin(x)
-    torch.manual_seed(4)
-    assert_same_outputs(expected, model(x))
+    assert_trains_alike(model, twin)
 
 
 @pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet", "`norm_layer=sn.StreamingNorm2d`")
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_norm_layer_trains(batch_size: int) -> None:
-    assert_fine_tunes(network("resnet18", norm_layer=sn.StreamingNorm2d), images(4), batch_size)
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4, norm_layer=sn.StreamingNorm2d)
+    assert_fine_tunes(model, images(4), batch_size)
 
 
 @pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet, DenseNet", "`sn.convert(model)`")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_converted_it_evaluates_as_before(name: str) -> None:
-    model, x = pretrained(name), images(3)[0]
+    model, x = pretrained(name).double(), images(3)[0]
     new = converted(model)
-    assert_same_outputs(model(x), new(x))
-    assert_same_outputs(model(x), sn.to_batchnorm(new)(x))
+    assert_evaluates_as_before(model, new, x)
+    assert_evaluates_as_before(model, sn.to_batchnorm(new), x)
 
 
 @pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet, DenseNet", "`sn.convert(model)`")
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "regnet_y_400mf"])
 def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
     assert_fine_tunes(converted(pretrained(name)), images(4), batch_size)
 
@@ -77,17 +77,18 @@ def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
 # Video
 
 
-@pytest.mark.shows("3-D: video ResNet (r3d_18)", "`sn.convert(model)`")
+@pytest.mark.shows("3-D: video ResNet", "`sn.convert(model)`")
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_network_in_three_dimensions(batch_size: int) -> None:
-    from torchvision.models.video import r3d_18
+    from torchvision.models.video.resnet import BasicBlock, BasicStem, Conv3DSimple, VideoResNet
 
-    clips, target = torch.randn(4, 3, 4, 16, 16), torch.arange(4)
-    model = with_statistics(r3d_18(weights=None, num_classes=4), lambda model: model(clips))
+    clips, target = torch.randn(4, 3, 2, 8, 8), torch.arange(4)
+    shallow = VideoResNet(BasicBlock, [Conv3DSimple] * 4, [1, 1, 1, 1], BasicStem, num_classes=4)
+    model = with_statistics(shallow, lambda model: model(clips)).double()
     new = converted(model)
     assert {type(layer) for layer in layers(new)} == {sn.StreamingNorm3d}
-    assert_same_outputs(model(clips), new(clips))
-    assert_fine_tunes(new, (clips, target), batch_size)
+    assert_evaluates_as_before(model, new, clips)
+    assert_fine_tunes(new.float(), (clips, target), batch_size)
 
 
 # Segmentation and detection
@@ -103,15 +104,15 @@ def test_a_segmentation_network() -> None:
     """With a global pooling branch, whose one value per channel Batch Normalization cannot train on alone."""
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     data = x, (x[:, 0] > 0).long()
     model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2)
     model = with_statistics(model, lambda model: model(x))
     new, before = converted(model), converted(model)
-    assert_same_outputs(model(x)["out"], new(x)["out"])
+    assert_evaluates_as_before(model.double(), converted(model), x)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        segmentation(model.train(), in_batches(1, *data)[0])
-    assert_learns(new, segmentation, in_batches(1, *data), epochs=15)
+        segmentation(model.float().train(), in_batches(1, *data)[0])
+    assert_learns(new, segmentation, in_batches(1, *data))
     assert_evaluates_better(new, before, segmentation, data)
 
 
@@ -134,12 +135,11 @@ def test_a_detector_with_frozen_normalization() -> None:
         if isinstance(module, FrozenBatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
-    new = converted(model, also=(FrozenBatchNorm2d,))
+    new = converted(model.double(), also=(FrozenBatchNorm2d,))
     x = torch.randn(2, 3, 64, 64)
-    for name, feature in model.backbone(x).items():
-        assert_same_outputs(feature, new.backbone(x)[name])
+    assert_evaluates_as_before(model.backbone, new.backbone, x)
     box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
-    sn.calibrate(new, [x], forward=lambda images: new.backbone(images))
+    sn.calibrate(new.float(), [x], forward=new.backbone)  # the statistics above were made up
     assert_learns(new, detection, [([image], [box]) for image in x])
 
 
@@ -147,4 +147,5 @@ def test_frozen_normalization_stays_unless_asked_for() -> None:
     from torchvision.ops import FrozenBatchNorm2d
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.BatchNorm2d(4))
-    assert [type(module) for module in sn.convert(model)] == [nn.Conv2d, FrozenBatchNorm2d, sn.StreamingNorm2d]  # type: ignore[arg-type]
+    sn.convert(model)
+    assert [type(module) for module in model] == [nn.Conv2d, FrozenBatchNorm2d, sn.StreamingNorm2d]

@@ -48,17 +48,27 @@ def layers(model: nn.Module) -> list[sn.Norm]:
     return [module for module in model.modules() if isinstance(module, sn.Norm)]
 
 
-def assert_same_outputs(first: Any, second: Any) -> None:
-    """Equal to the rounding of a deep network, relative to the largest value."""
-    assert first.shape == second.shape
-    scale = float(first.abs().max())
-    assert scale > 0
-    torch.testing.assert_close(second / scale, first / scale, rtol=0, atol=2e-5)
+def assert_evaluates_as_before(before: nn.Module, after: nn.Module, *inputs: Any) -> None:
+    """Equal outputs in evaluation; in double precision, since a deep network multiplies the rounding of single."""
+    doubles = [x.double() if x.is_floating_point() else x for x in inputs]
+    pair = [copy.deepcopy(model).double().eval() for model in (before, after)]
+    with torch.no_grad():
+        expected, actual = (tensor_of(model(*doubles)) for model in pair)
+    assert expected.std() > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
-def assert_learns(model: nn.Module, loss: Loss, batches: Sequence[Any], epochs: int = 10, lr: float = 1e-3) -> None:
+def tensor_of(output: Any) -> Tensor:
+    """What a network gives: a tensor, or the main one of an output object or a dict."""
+    if isinstance(output, Tensor):
+        return output
+    return tensor_of(next(iter(output.values() if hasattr(output, "values") else output)))
+
+
+def assert_learns(model: nn.Module, loss: Loss, batches: Sequence[Any], epochs: int = 10, lr: float = 3e-4) -> None:
     """The loss on a few mini-batches, seen again and again, falls to less than half; every step is noticed."""
     model.train()
+    starts = [layer.long.clone() for layer in layers(model)]
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     means = []
     for _ in range(epochs):
@@ -71,8 +81,8 @@ def assert_learns(model: nn.Module, loss: Loss, batches: Sequence[Any], epochs: 
             total += float(value)
         means.append(total / len(batches))
     assert means[-1] < means[0] / 2, means
-    for layer in layers(model):
-        assert layer.long_grad.any()
+    for layer, start in zip(layers(model), starts):
+        assert not layer.long.equal(start)
         assert not layer.samples
 
 
@@ -83,11 +93,23 @@ def assert_evaluates_better(model: nn.Module, before: nn.Module, loss: Loss, bat
     assert after < at_first / 2, (at_first, after)
 
 
-def assert_fine_tunes(model: nn.Module, data: tuple[Tensor, ...], batch_size: int, lr: float = 1e-3) -> None:
+def assert_fine_tunes(
+    model: nn.Module, data: tuple[Tensor, ...], batch_size: int, epochs: int = 10, lr: float = 3e-4
+) -> None:
     """A classifier learns a few images in training and in evaluation."""
     before = copy.deepcopy(model)
-    assert_learns(model, classification, in_batches(batch_size, *data), lr=lr)
+    assert_learns(model, classification, in_batches(batch_size, *data), epochs, lr)
     assert_evaluates_better(model, before, classification, data)
+
+
+def assert_trains_alike(first: nn.Module, second: nn.Module) -> None:
+    """The same outputs and the same state after a step of training, random numbers included."""
+    batch = images(2)
+    for model in (first, second):
+        torch.manual_seed(4)
+        classification(model.train(), batch).backward()
+        torch.optim.SGD(model.parameters(), lr=0.01).step()
+    assert_same_state(first, second)
 
 
 def images(samples: int, size: int = 32, channels: int = 3) -> tuple[Tensor, Tensor]:
@@ -95,7 +117,7 @@ def images(samples: int, size: int = 32, channels: int = 3) -> tuple[Tensor, Ten
     return torch.randn(samples, channels, size, size), torch.arange(samples) % 4
 
 
-def in_batches(batch_size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def in_batches(batch_size: int, *tensors: Tensor) -> list[Any]:
     return list(zip(*(tensor.split(batch_size) for tensor in tensors)))
 
 

@@ -1,0 +1,133 @@
+"""Lightning: the state after its loops is that of the same loop written by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations import loops
+from integrations.training import assert_same_state
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.integration("lightning")
+
+AS_IT_IS = "as it is"
+
+
+def module(automatic: bool = True) -> Any:
+    """A LightningModule around the network; with manual optimization it steps after every third mini-batch."""
+    import lightning
+
+    class Classifier(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = loops.network()
+            self.automatic_optimization = automatic
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            loss = loops.loss(self.model, batch)
+            if not automatic:
+                self.manual_backward(loss / 3)
+                if (index + 1) % 3 == 0:
+                    self.optimizers().step()
+                    self.optimizers().zero_grad()
+            return loss
+
+        def validation_step(self, batch: Any, index: int) -> Tensor:
+            return loops.loss(self.model, batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return loops.make_optimizer(self.model)
+
+    return Classifier()
+
+
+def trainer(folder: Path, **options: Any) -> Any:
+    import lightning
+
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "max_epochs": 1,
+    }
+    return lightning.Trainer(**{**quiet, **options})
+
+
+def fitted(folder: Path, **options: Any) -> nn.Module:
+    classifier = module()
+    trainer(folder, **options).fit(classifier, loops.loader())
+    return classifier.model
+
+
+@pytest.mark.shows("Trainer, `accumulate_grad_batches`", AS_IT_IS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_accumulation(tmp_path: Path, accumulate: int) -> None:
+    model = fitted(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate)
+    assert_same_state(model, loops.by_hand(epochs=2, accumulate=accumulate))
+
+
+@pytest.mark.shows("Trainer, `gradient_clip_val`", AS_IT_IS)
+def test_gradient_clipping(tmp_path: Path) -> None:
+    model = fitted(tmp_path, accumulate_grad_batches=3, gradient_clip_val=0.1)
+    expected = loops.by_hand(accumulate=3, clip=0.1)
+    assert_same_state(model, expected)
+    unclipped = loops.by_hand(accumulate=3)
+    assert not model.get_parameter("0.weight").equal(unclipped.get_parameter("0.weight"))
+
+
+@pytest.mark.shows('Trainer, `precision="bf16-mixed"`', AS_IT_IS)
+def test_mixed_precision(tmp_path: Path) -> None:
+    model = fitted(tmp_path, accumulate_grad_batches=3, precision="bf16-mixed")
+    assert_same_state(model, loops.by_hand(accumulate=3, autocast=torch.bfloat16))
+    assert model.get_buffer("1.long").dtype == torch.float32
+
+
+@pytest.mark.shows("Trainer, validation between updates", AS_IT_IS)
+def test_validation_leaves_the_state_alone(tmp_path: Path) -> None:
+    classifier = module()
+    fit = trainer(tmp_path, accumulate_grad_batches=3, val_check_interval=2)
+    fit.fit(classifier, loops.loader(), loops.loader(6))
+    assert_same_state(classifier.model, loops.by_hand(accumulate=3))
+
+
+@pytest.mark.shows("checkpoint and resume between epochs", "`fit(…, ckpt_path=…)`")
+def test_checkpoint_and_resume(tmp_path: Path) -> None:
+    """Within an epoch Lightning starts the loader anew, so there the loops differ, and not by our doing."""
+    first = trainer(tmp_path, accumulate_grad_batches=3)
+    first.fit(module(), loops.loader())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = module()
+    second = trainer(tmp_path, accumulate_grad_batches=3, max_epochs=2)
+    second.fit(resumed, loops.loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert_same_state(resumed.model, loops.by_hand(epochs=2, accumulate=3))
+
+
+@pytest.mark.shows("manual optimization", AS_IT_IS)
+def test_manual_optimization(tmp_path: Path) -> None:
+    classifier = module(automatic=False)
+    trainer(tmp_path).fit(classifier, loops.loader())
+    assert_same_state(classifier.model, loops.by_hand(accumulate=3))
+
+
+@pytest.mark.shows("`EMAWeightAveraging`", AS_IT_IS)
+def test_an_exponential_average(tmp_path: Path) -> None:
+    """Statistics are averaged with the weights; what ends up in the model is the average."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    states: list[dict[str, Tensor]] = []
+    loops.by_hand(after_step=lambda model: states.append(copy.deepcopy(model.state_dict())))
+    model = fitted(tmp_path, callbacks=[EMAWeightAveraging(decay=0.9)])
+    average = states[0]
+    for state in states[1:]:
+        average = {
+            name: torch.lerp(average[name], t, 1 - 0.9) if t.is_floating_point() else t for name, t in state.items()
+        }
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, average[name], msg=name)
