@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from streamnorm.experiments.adapt import Adapt
 from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.conv import Conv
 from streamnorm.experiments.errors import UserError
@@ -13,7 +14,7 @@ from streamnorm.experiments.online_fc import OnlineFC
 from streamnorm.experiments.recurrent_conv import RecurrentConv
 from streamnorm.experiments.resnet import ResNet
 
-_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, Conv, RecurrentConv, Lp, ResNet, CharRNN, CharGRU, CharLSTM)
+_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, Conv, RecurrentConv, Lp, ResNet, Adapt, CharRNN, CharGRU, CharLSTM)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 

@@ -41,6 +41,7 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
         "<h2>The numbers</h2>",
         _numbers(results),
         _pairs(results),
+        _section(results),
         "<h2>Along the way</h2>",
         _figure(drawings["curves"], *words.curves(results), wide=True),
         "<h2>Learning rates</h2>",
@@ -144,6 +145,19 @@ def _pairs(results: Results) -> str:
         "seed, mean ± 95% interval.</p>\n"
     )
     return words + _table(_head(results, "Pair"), rows) if rows else ""
+
+
+def _section(results: Results) -> str:
+    """The table that only this experiment has."""
+    section = results.experiment.section(results)
+    if section is None:
+        return ""
+    head = (f"<th>{escape(name)}</th>" for name in section.head)
+    rows = (
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in rest)}</tr>"
+        for first, *rest in section.rows
+    )
+    return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n" + _table(head, rows)
 
 
 def _rates(results: Results) -> str:
