@@ -67,7 +67,10 @@ def test_data_describes_what_there_is(capsys):
 MISTAKES = [
     (["fly"], "unknown command 'fly': choose from run"),
     (["run", "online"], "unknown experiment 'online': choose from online-fc"),
-    (["run", "online-fc", "--methods", "layer", "bach"], "unknown method 'bach': choose from none, batch, layer"),
+    (
+        ["run", "online-fc", "--methods", "layer", "bach"],
+        "unknown method 'bach': choose from none, batch, batch-renorm",
+    ),
     (["run", "online-fc", "--methods"], "--methods: name at least one"),
     (["run", "online-fc", "--methods", "layer", "layer"], "layer is named twice"),
     (["run", "online-fc", "--settings", "2by16"], "setting '2by16' is not of the form SxU"),

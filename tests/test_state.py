@@ -716,15 +716,6 @@ def test_general_batch_norm_exchanges_state_dicts_with_batch_norm() -> None:
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
-    layer = sn.StreamingNorm1d(3)
-    y = torch.utils.checkpoint.checkpoint(layer, torch.randn(4, 3, requires_grad=True), use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="Leave this layer out of the checkpointed part"):
-        y.sum().backward()
-    assert int(layer.samples) == 4
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised and caught inside the compiler
 def test_a_compiled_model_trains_as_an_eager_one() -> None:
     model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4), nn.ReLU())

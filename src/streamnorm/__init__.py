@@ -1,7 +1,9 @@
 """Normalization for PyTorch that works where Batch Normalization does not: one sample at a time, tiny mini-batches."""
 
 from .accumulation import accumulate
+from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
+from .distributed import joinable, synchronize
 from .lifecycle import calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
@@ -32,14 +34,17 @@ __all__ = [
     "accumulate",
     "bind",
     "calibrate",
+    "checkpoint_context_fn",
     "commit",
     "convert",
     "engines",
     "fold",
     "freeze",
     "frozen",
+    "joinable",
     "register_converter",
     "reset_stats",
+    "synchronize",
     "to_batchnorm",
     "unfreeze",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import updates
+from . import agreement, updates
 from .norm import GeneralBatchNorm, Norm, streaming_layers
 from .stream import Stream
 
@@ -94,6 +94,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     While it runs, a layer normalizes by what it has collected so far, and the rest of the model is in evaluation
     mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of
     training. The streamed gradients start over. A layer that the mini-batches do not reach keeps what it had.
+    With several processes, all of them have to call it, each with mini-batches of its own: the average is over all.
 
     "Exact" means that every element weighs the same, however the data fall into mini-batches. Deviations about the
     mean (``center="mean"``) are those about the location known when their mini-batch was seen, so the first few
@@ -142,8 +143,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     try:
         for batch in chain((first,), iterator):
             forward(batch) if forward is not None else _run(model, batch)
+        layers = agreement.merged(lambda: streaming)
         unused = [(layer, values) for layer, values in backup if not _has_collected(layer)]
-        updates.commit(model)
+        updates.commit_merged(layers)
         _restore(unused)
     except BaseException:
         _restore(backup)

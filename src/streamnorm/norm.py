@@ -11,16 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.parallel import DistributedDataParallel
 
-from . import ops, updates
+from . import agreement, checkpoint, ops, updates
+from .agreement import Sync
 from .moments import LpMoment
 from .normref import NormRef, RefName
 from .ops.spec import Formula, State, View
+from .ops.tracing import as_constant
 from .stream import Stream
 
 _state_buffers = itemgetter(*State._fields)
 _REDUCED = (torch.float16, torch.bfloat16)
-_UNPICKLED = {"_accepted": None, "_watched": False, "_optimizer": None, "_owner": None, "_grad_scale": None}
+_UNPICKLED = {
+    "_accepted": None,
+    "_watched": False,
+    "_optimizer": None,
+    "_owner": None,
+    "_grad_scale": None,
+    "_ddp": None,
+}
 
 
 class Norm(nn.Module):
@@ -60,6 +70,10 @@ class Norm(nn.Module):
     _optimizer: weakref.ref[torch.optim.Optimizer] | None = None
     _owner: weakref.ref[torch.optim.Optimizer] | None = None
     _grad_scale: Tensor | None = None
+    _ddp: weakref.ref[DistributedDataParallel] | None = None
+    _sync = Sync()
+    _per_batch = False
+    _name = ""
 
     # The kind of input that was looked at last, and its view: the same kind is not looked at again.
     _accepted: tuple[torch.Size, torch.dtype, bool] | None = None
@@ -145,26 +159,55 @@ class Norm(nn.Module):
     @property
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
+        if is_compiling():
+            return State(*[self._buffers[name] for name in State._fields])  # type: ignore[list-item]
         return State._make(_state_buffers(self._buffers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
-        if self.training and is_compiling():
-            return _outside_the_graph(self, x, mask)
+        if is_compiling():
+            return self._forward_traced(x, mask)
         kind = (x.shape, x.dtype, self.training)
         if kind != self._accepted:
             self._check_input(x)
-            if x.numel() == 0:
+            if x.numel() == 0 and not self._joins_batches:
                 return self._pass_empty(x)
             self._accepted, self._accepted_view = kind, self._view(x)
         if mask is not None:
             mask = _full_mask(mask, x)
         if self.training and not self.frozen:
+            if checkpoint.concerns():
+                with checkpoint.use((self,)):
+                    return self._train(x, mask, self._accepted_view)
             return self._train(x, mask, self._accepted_view)
         return self._evaluate(x, mask, self._accepted_view)
 
+    def _forward_traced(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """As forward, in a graph that is being compiled: nothing is kept from call to call but the state."""
+        self._check_input(x)
+        if x.numel() == 0:
+            return self._pass_empty(x)
+        mask = None if mask is None else _full_mask(mask, x)
+        view = self._view(x)
+        if not self.training or self.frozen:
+            return self._evaluate(x, mask, view)
+        if self.stream is None:
+            return self._train(x, mask, view)
+        self._watch_while_tracing()
+        if not self._watched:
+            raise AssertionError("a layer that trains notices weight updates")
+        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
+
+    @as_constant
+    def _watch_while_tracing(self) -> bool:
+        """Runs when a graph is made; a guard on ``_watched`` lets it run for the next layer that takes the graph."""
+        self._watch()
+        return True
+
     def _pass_empty(self, x: Tensor) -> Tensor:
         """An empty output that still leads back to gain and bias, so that their gradients are zero and not missing."""
+        if self.training and self.stream is not None:
+            updates.notice(self)  # a process without data takes part in the weight updates of the others
         for parameter in self.parameters(recurse=False):
             x = x * parameter.sum().to(x.dtype)
         return x * 1
@@ -173,15 +216,12 @@ class Norm(nn.Module):
         return self.ref.view(x.shape)
 
     def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
+        if self._per_batch and self._joins_batches:
+            return self._normalize_jointly(x, mask, view)[0]
         if self.stream is None:
             return self._normalize_alone(x, mask, view)
-        if not self._watched:
-            self._watch()
-        if torch._C._current_graph_task_id() != -1:  # only while autograd runs a backward pass
-            raise RuntimeError(
-                f"{type(self).__name__} runs inside a backward pass: activation checkpointing computes its forward "
-                "pass a second time, and its samples would count twice. Leave this layer out of the checkpointed part"
-            )
+        if not self._watched or (DistributedDataParallel._active_ddp_module is not None and agreement.is_new(self)):
+            updates.notice(self)
         try:  # a step of a small layer feels the search of nn.Module.__getattr__
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # parametrized: computed when it is asked for
@@ -196,6 +236,23 @@ class Norm(nn.Module):
                 "value less its own mean is 0. Use StreamingNorm, which remembers earlier samples, or a wider reference"
             )
         return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, stats=stats)
+
+    @property
+    def _joins_batches(self) -> bool:
+        """Whether this training step sees the mini-batches of several processes as one."""
+        return self._per_batch and self.training and not self.frozen and agreement.group_of(self) is not None
+
+    def _normalize_jointly(
+        self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalize by the statistics of all processes' mini-batches; also their number of elements per statistic."""
+        if self.stream is not None:
+            updates.notice(self)
+        state = None if self.stream is None else self.state
+        group = agreement.group_of(self)
+        return ops.joined.normalize(
+            x, self.weight, self.bias, mask, view, self.formula, state, self._grad_scale, stats, group
+        )
 
     def _evaluate(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if self.stream is None:
@@ -438,8 +495,13 @@ class GeneralBatchNorm(Norm):
 
     def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         stats = self.running_mean.new_empty(2, view.num_stats)
-        y = self._normalize_alone(x, mask, view, stats)
-        self._track(stats, ops.plain.elements(view, None if mask is None else mask.view(view.mask_shape)))
+        n: int | Tensor
+        if self._joins_batches:
+            y, n = self._normalize_jointly(x, mask, view, stats)
+        else:
+            y = self._normalize_alone(x, mask, view, stats)
+            n = ops.plain.elements(view, None if mask is None else mask.view(view.mask_shape))
+        self._track(stats, n)
         return y
 
     @torch.no_grad()
@@ -568,12 +630,6 @@ class StreamingNorm2d(_StreamingNorm):  # noqa: D101
 class StreamingNorm3d(_StreamingNorm):  # noqa: D101
     __doc__ = _STREAMING_DOC.format(d=3, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
     _ranks = (5,)
-
-
-@torch.compiler.disable
-def _outside_the_graph(layer: Norm, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A training step in a model that ``torch.compile`` compiles: with a graph break, on the engine of eager mode."""
-    return layer.forward(x, mask)
 
 
 def streaming_layers(model: nn.Module) -> list[Norm]:

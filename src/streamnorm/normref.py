@@ -7,7 +7,10 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from torch.compiler import is_compiling
+
 from .ops.spec import View
+from .ops.tracing import as_constant
 
 RefName = str | tuple[str, int]
 """``"channel"``, ``"layer"``, ``"position"`` or ``("group", g)``."""
@@ -53,7 +56,7 @@ class NormRef:
     sizes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        axes, kept = _parse(self.pattern)
+        axes, kept = _parsed(self.pattern)
         names = [name for axis in axes for name in axis]
         if len(axes) < 2 or "..." in axes[0] + axes[1]:
             raise ValueError(
@@ -129,7 +132,7 @@ class NormRef:
     @property
     def spans_samples(self) -> bool:
         """Whether every statistic is collected over all samples, so that a stream can carry it from call to call."""
-        axes, kept = _parse(self.pattern)
+        axes, kept = _parsed(self.pattern)
         return not set(axes[0]) & set(kept)
 
     def num_stats(self, num_features: int) -> int:
@@ -142,7 +145,7 @@ class NormRef:
             >>> NormRef.batch(("group", 4)).num_stats(64)
             4
         """
-        axes, kept = _parse(self.pattern)
+        axes, kept = _parsed(self.pattern)
         sizes = dict(self.sizes)
         if not self.spans_samples or any(name not in sizes and name not in axes[1] for name in kept):
             raise ValueError(
@@ -163,7 +166,7 @@ class NormRef:
             >>> NormRef.of("n (g k) h w -> g h", g=2, h=5).least_view(6).split
             (1, 2, 3, 5, 1)
         """
-        axes, _ = _parse(self.pattern)
+        axes, _ = _parsed(self.pattern)
         sizes = dict(self.sizes)
         shape = [math.prod(sizes.get(name, 1) for name in names) for names in axes if "..." not in names]
         return self.view((shape[0], num_features, *shape[2:]))
@@ -174,12 +177,13 @@ class NormRef:
         Raises:
             ValueError: if the rank does not fit the pattern, or an axis does not divide as the pattern asks.
         """
+        if is_compiling():
+            return _make_view(self, tuple(shape))
         return _view(self, tuple(shape))
 
 
-@lru_cache(maxsize=4096)
-def _view(ref: NormRef, shape: tuple[int, ...]) -> View:
-    axes, kept_names = _parse(ref.pattern)
+def _make_view(ref: NormRef, shape: tuple[int, ...]) -> View:
+    axes, kept_names = _parsed(ref.pattern)
     if "..." in axes[-1]:
         spatial = tuple((f"...{i}",) for i in range(len(shape) - len(axes) + 1))
         axes = (*axes[:-1], *spatial)
@@ -199,6 +203,9 @@ def _view(ref: NormRef, shape: tuple[int, ...]) -> View:
     return View(tuple(split), tuple(kept), tuple(origin))
 
 
+_view = lru_cache(maxsize=4096)(_make_view)
+
+
 def _split_axis(names: tuple[str, ...], size: int, sizes: dict[str, int], pattern: str) -> list[int]:
     """The sizes of the parts of an axis; at most one of them is not given and follows from the others."""
     known = 1
@@ -211,6 +218,11 @@ def _split_axis(names: tuple[str, ...], size: int, sizes: dict[str, int], patter
         parts = ", ".join(f"{name}={sizes[name]}" for name in names if name in sizes)
         raise ValueError(f"{parts} does not divide an axis of size {size} (NormRef {pattern!r})")
     return [sizes.get(name, size // known) for name in names]
+
+
+@as_constant
+def _parsed(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    return _parse(pattern)
 
 
 @lru_cache(maxsize=256)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from . import ops
+from . import agreement, ops
 
 if TYPE_CHECKING:
     from .norm import Norm
@@ -33,11 +34,38 @@ def watch(layer: Norm) -> None:
     layer._watched = True
 
 
+def enroll(model: nn.Module) -> None:
+    """Let the streaming layers of a model commit in the order in which they stand in it, and know them by name."""
+    from .norm import Norm
+
+    for name, module in model.named_modules():
+        if isinstance(module, Norm) and module.stream is not None:
+            _layers.pop(id(module), None)
+            watch(module)
+            module._name = name
+
+
+def notice(layer: Norm) -> None:
+    """A layer is used in training for the first time, or by a DistributedDataParallel for the first time."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is not None:
+        adopt(ddp)
+        layer._ddp = weakref.ref(ddp)  # also where the model does not register it
+    if not layer._watched:
+        watch(layer)
+
+
+def adopt(ddp: DistributedDataParallel) -> None:
+    """Take the layers of a DistributedDataParallel model as they stand in it, in every process alike."""
+    agreement.adopt(ddp)
+    enroll(ddp.module)
+
+
 def commit(model: nn.Module) -> None:
     """Say that the weights of ``model`` changed: short-term statistics move into the long-term ones.
 
     Needed only where no ``torch.optim`` optimizer makes the update. A second call changes nothing, since nothing was
-    collected in between.
+    collected in between. With several processes, all of them have to call it: their statistics are joined first.
 
     Args:
         model: a layer, or any module that holds some.
@@ -52,7 +80,7 @@ def commit(model: nn.Module) -> None:
     """
     from .norm import streaming_layers
 
-    _commit(streaming_layers(model))
+    _commit(lambda: streaming_layers(model))
 
 
 def bind(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -62,6 +90,9 @@ def bind(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | 
     several optimizers, say which one is theirs. And a GradScaler multiplies the loss by a number that changes, while
     streamed gradients have a memory: given the scaler, layers stream unscaled gradients, and a change of scale
     changes nothing.
+
+    With several processes it also names the layers, whose order must be the same in all of them
+    (:func:`streamnorm.synchronize`).
 
     Args:
         model: a layer, or any module that holds some.
@@ -83,6 +114,10 @@ def bind(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | 
         raise ValueError(
             f"{type(model).__name__} holds no streaming layer to bind; call streamnorm.convert(model) first"
         )
+    if isinstance(model, DistributedDataParallel):
+        adopt(model)
+    else:
+        enroll(model)
     for layer in layers:
         layer._optimizer = weakref.ref(optimizer)
         layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)
@@ -105,8 +140,12 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if found_inf is not None and found_inf.item():
         return  # fused optimizers are called on a step that the GradScaler skips: no weight changed
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = (reference() for reference in list(_layers.values()))
-    _commit(layer for layer in layers if layer is not None and _follows(layer, optimizer, trained))
+
+    def following() -> list[Norm]:
+        layers = (reference() for reference in list(_layers.values()))
+        return [layer for layer in layers if layer is not None and _follows(layer, optimizer, trained)]
+
+    _commit(following)
 
 
 def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
@@ -120,7 +159,11 @@ def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
 
 
 @torch.no_grad()
-def _commit(layers: Iterable[Norm]) -> None:
-    uses = [(layer.state, layer.formula) for layer in layers]
-    if uses:
-        ops.commit(uses)
+def _commit(select: Callable[[], list[Norm]]) -> None:
+    commit_merged(agreement.merged(select))
+
+
+def commit_merged(layers: list[Norm]) -> None:
+    """Move the short-term statistics of these layers, which are those of all processes by now, into the long-term."""
+    if layers:
+        ops.commit([(layer.state, layer.formula) for layer in layers])

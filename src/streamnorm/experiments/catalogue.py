@@ -6,15 +6,31 @@ from typing import Any
 
 from streamnorm.experiments.adapt import Adapt
 from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
+from streamnorm.experiments.coefficients import Coefficients
 from streamnorm.experiments.conv import Conv
+from streamnorm.experiments.dau import DAU
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
 from streamnorm.experiments.lp import Lp
 from streamnorm.experiments.online_fc import OnlineFC
 from streamnorm.experiments.recurrent_conv import RecurrentConv
 from streamnorm.experiments.resnet import ResNet
+from streamnorm.experiments.variants import Variants
 
-_ALL: tuple[type[Experiment[Any]], ...] = (OnlineFC, Conv, RecurrentConv, Lp, ResNet, Adapt, CharRNN, CharGRU, CharLSTM)
+_ALL: tuple[type[Experiment[Any]], ...] = (
+    OnlineFC,
+    Lp,
+    DAU,
+    Conv,
+    RecurrentConv,
+    Variants,
+    Coefficients,
+    CharRNN,
+    CharGRU,
+    CharLSTM,
+    ResNet,
+    Adapt,
+)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,8 @@ class Experiment(ABC, Generic[DataT]):
         ("streaming-l1", "streaming-l2"),
     )
     """The pairs of methods that the verdict speaks of, ours first."""
+    setting_pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """The pairs of settings at which each method is compared with itself, for experiments that ask about settings."""
     catalogue: ClassVar[Mapping[str, Method]]
     """The methods that can be named."""
     score: ClassVar[Score]
@@ -186,7 +188,16 @@ class Experiment(ABC, Generic[DataT]):
     """Points of each curve."""
 
     jobs: Number = None
-    """Worker processes, one thread each. Default: one per processor core."""
+    """Worker processes, one thread each. Default: one per processor core, or 100 jobs of a cluster."""
+
+    launcher: Literal["local", "slurm"] = "local"
+    """Where runs go: to processes of this machine, or to a SLURM cluster as jobs, with submitit (extra "slurm")."""
+
+    slurm_partition: Annotated[str | None, conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """Partition of the cluster. Default: the cluster's own."""
+
+    slurm_minutes: int = 240
+    """Minutes after which the cluster ends a job; each is one run."""
 
     checkpoint_every: float = 5.0
     """Seconds between the checkpoints from which a killed run continues."""
@@ -274,7 +285,7 @@ class Experiment(ABC, Generic[DataT]):
         for rate in self.rates:
             if not rate > 0:
                 raise UserError(f"--rates {rate:g}: a learning rate must be above 0")
-        for name in ("seeds", "tune_seeds", "points", *self._counts()):
+        for name in ("seeds", "tune_seeds", "points", "slurm_minutes", *self._counts()):
             _check_at_least_one(name, getattr(self, name))
         if self.jobs is not None:
             _check_at_least_one("jobs", self.jobs)
@@ -286,8 +297,9 @@ class Experiment(ABC, Generic[DataT]):
     def identity(self) -> dict[str, Any]:
         """The options that, with the data, decide a run's numbers: an output folder holds runs of one identity."""
         found = ("data", "limit", "validation", "tune_limit")  # the data's fingerprint stands for these
+        place = ("launcher", "slurm_partition", "slurm_minutes")
         sweep = ("methods", "settings", "rates", "seeds", "tune_seeds")
-        free = (*found, *sweep, "out", "jobs", "checkpoint_every")
+        free = (*found, *sweep, *place, "out", "jobs", "checkpoint_every")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def tune_runs(self) -> list[Run]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -14,6 +15,7 @@ from streamnorm.experiments.peers.batch_renorm import BatchRenorm
 from streamnorm.experiments.peers.mabn import MABN, centre_weights
 from streamnorm.experiments.peers.online import OnlineNorm
 from streamnorm.experiments.peers.sample import InstanceNorm, RMSNorm, group_norm
+from streamnorm.experiments.streaming_sigma import StreamingSigma
 
 NormFactory = Callable[[int, int], nn.Module]
 """Makes a layer from the number of features and the number of spatial axes (0, or 2 for images)."""
@@ -92,9 +94,10 @@ class LayerMethod(Method):
     options: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[nn.Module], nn.Module] = lambda model: model
 
-    def make(self, features: int, axes: int) -> nn.Module:
-        """A layer for so many features; a ``NormFactory``."""
-        return self.factory(features, axes, **self.options)
+    @property
+    def make(self) -> NormFactory:
+        """Makes a layer; it is ``factory`` itself where there are no options, and so keeps a mark that it carries."""
+        return partial(self.factory, **self.options) if self.options else self.factory
 
     def variant(self, options: Mapping[str, Any]) -> LayerMethod:
         """The same layer with more options; a small one is made to see whether it has them."""
@@ -145,13 +148,17 @@ _ALL = (
     LayerMethod("rms", "RMS", "#17becf", "h", "rms", _any_rank(RMSNorm)),
     LayerMethod("layer", "Layer", "#0072b2", "^", "layer", _layer),
     LayerMethod("online", "Online", "#ee3377", "P", "online", _any_rank(OnlineNorm)),
+    LayerMethod("streaming-sigma", "Streaming sigma, L2", "#a08aa8", "d", "streaming-sigma", _any_rank(StreamingSigma)),
     LayerMethod("streaming-l2", "Streaming L2", "#cc79a7", "v", "streaming-l2", _streaming, {"p": 2}),
     LayerMethod("streaming-l1", "Streaming L1", "#009e73", "o", "streaming-l1", _streaming, {"p": 1}),
 )
 METHODS = Methods({method.name: method for method in _ALL})
 
 # For methods that a user put together: colours and markers in the order in which they come.
-_SPARE = (("#56b4e9", "P"), ("#882255", "<"), ("#117733", ">"), ("#332288", "p"), ("#999933", "h"), ("#000000", "*"))
+_SPARE = (
+    *(("#56b4e9", "P"), ("#882255", "<"), ("#117733", ">"), ("#332288", "p"), ("#999933", "h"), ("#000000", "*")),
+    *(("#aa4499", "d"), ("#44aa99", "H"), ("#661100", "8"), ("#6699cc", "s"), ("#ddaa33", "D"), ("#bb5566", "^")),
+)
 
 
 def trainable(names: Iterable[str], methods: Mapping[str, Method] = METHODS) -> list[Method]:

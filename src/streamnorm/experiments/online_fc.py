@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
+from tyro import conf
 
 from streamnorm.experiments.images import ImageExperiment
 from streamnorm.experiments.methods import NormFactory
@@ -15,7 +16,7 @@ from streamnorm.experiments.models import fully_connected
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineFC(ImageExperiment):
-    """Compare normalizations in a fully connected network, from mini-batches of 32 down to one sample at a time.
+    """Compare normalizations in a fully connected network, down to one sample at a time.
 
     Each method gets its best learning rate, chosen on validation images; then several seeds are run at that rate and
     evaluated on the test images.
@@ -30,6 +31,16 @@ class OnlineFC(ImageExperiment):
         "samples, or one, and does Streaming Normalization, which collects its statistics from all samples seen, train "
         "as well there as with large mini-batches?"
     )
+
+    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = (
+        "none",
+        "batch",
+        "layer",
+        "streaming-l2",
+        "streaming-l1",
+    )
+    """Normalizations to compare. There are also batch-renorm, mabn, group, rms, online and streaming-sigma; options
+    make variants of any, for example streaming-l1,window=1000 or online,guard=clamp."""
 
     width: int = 256
     """Neurons per hidden layer."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from streamnorm.experiments.figures import save_figures
 from streamnorm.experiments.files import write_text
 from streamnorm.experiments.results import Cell, Results, load_results
+from streamnorm.experiments.runlog import LoggedRun
 from streamnorm.experiments.stats import Interval
 from streamnorm.experiments.style import CSS
 from streamnorm.experiments.tables import difference_text, save_tables, score_text
@@ -37,29 +38,35 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
     sections = (
         _opening(results),
         _verdict(results),
-        _figure(drawings["summary"], *words.summary(results)),
+        figure(drawings["summary"], *words.summary(results)),
         "<h2>The numbers</h2>",
         _numbers(results),
         _pairs(results),
         _section(results),
+        _changes(results),
         "<h2>Along the way</h2>",
-        _figure(drawings["curves"], *words.curves(results), wide=True),
+        figure(drawings["curves"], *words.curves(results), wide=True),
         "<h2>Learning rates</h2>",
         _rates(results),
-        _figure(drawings["rates"], *words.rates(), wide=True),
+        figure(drawings["rates"], *words.rates(), wide=True),
         _samples(results),
         "<h2>How it was done</h2>",
         _protocol(results),
         "<h2>Where it ran</h2>",
-        _environments(results),
+        environments(results.logs),
         "<h2>Do it again</h2>",
         _commands(results),
     )
+    return document(experiment.title, filter(None, sections))
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A page that needs no other file."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(experiment.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(filter(None, sections))
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
 
@@ -80,7 +87,8 @@ def _verdict(results: Results) -> str:
     return f'<section class="verdict"><h2>What came out</h2>\n<ul>\n{items}\n</ul></section>\n{notes}'
 
 
-def _figure(svg: str, description: str, caption: str, wide: bool = False) -> str:
+def figure(svg: str, description: str, caption: str, wide: bool = False) -> str:
+    """A drawing with its caption."""
     image = base64.b64encode(svg.encode()).decode()
     kind = ' class="wide"' if wide else ""
     return (
@@ -90,7 +98,8 @@ def _figure(svg: str, description: str, caption: str, wide: bool = False) -> str
     )
 
 
-def _table(head: Iterable[str], rows: Iterable[str]) -> str:
+def html_table(head: Iterable[str], rows: Iterable[str]) -> str:
+    """Rows of a table, below a head."""
     header = "".join(head)
     body = "\n".join(rows)
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
@@ -112,7 +121,7 @@ def _numbers(results: Results) -> str:
         _row(results, method.name, (_number(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
-    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + _table(_head(results), rows)
+    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + html_table(_head(results), rows)
 
 
 def _number(results: Results, cell: Cell) -> str:
@@ -144,7 +153,24 @@ def _pairs(results: Results) -> str:
         f"<p>The pairs that the verdict speaks of: difference in {results.experiment.words.difference_unit}, paired by "
         "seed, mean ± 95% interval.</p>\n"
     )
-    return words + _table(_head(results, "Pair"), rows) if rows else ""
+    return words + html_table(_head(results, "Pair"), rows) if rows else ""
+
+
+def _changes(results: Results) -> str:
+    """The same method at two settings."""
+    if not results.setting_pairs:
+        return ""
+    head = [f'<th class="number">{left.label} − {right.label}</th>' for left, right in results.setting_pairs]
+    rows = []
+    for method in results.methods:
+        found = (results.change(method.name, *pair) for pair in results.setting_pairs)
+        cells = [f'<td class="number">{_difference(results, change)}</td>' for change in found]
+        rows.append(_row(results, method.name, cells))
+    words = (
+        f"<p>Each method at one setting less itself at another, in {results.experiment.words.difference_unit}, paired "
+        "by seed, mean ± 95% interval.</p>\n"
+    )
+    return words + html_table(["<th>Method</th>", *head], rows)
 
 
 def _section(results: Results) -> str:
@@ -157,7 +183,7 @@ def _section(results: Results) -> str:
         f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in rest)}</tr>"
         for first, *rest in section.rows
     )
-    return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n" + _table(head, rows)
+    return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n" + html_table(head, rows)
 
 
 def _rates(results: Results) -> str:
@@ -169,7 +195,7 @@ def _rates(results: Results) -> str:
     return (
         f"<p>Grid: {', '.join(f'{rate:g}' for rate in grid)}. Each method got, at each setting, the rate with "
         f"{results.experiment.words.chosen_by}. An arrow marks a best rate at the edge of the grid.</p>\n"
-        + _table(_head(results), rows)
+        + html_table(_head(results), rows)
     )
 
 
@@ -213,11 +239,13 @@ def _sample(results: Results, cell: Cell) -> str:
     return f"<h3>{escape(cell.method.label)}</h3>\n<pre><small>{prompt}</small>{text}</pre>"
 
 
-def _environments(results: Results) -> str:
-    seen = {tuple(run.header["environment"].items()): None for run in results.logs}
+def environments(logs: Iterable[LoggedRun]) -> str:
+    """Where these runs ran, and how long it took."""
+    logs = list(logs)
+    seen = {tuple(run.header["environment"].items()): None for run in logs}
     lines = [", ".join(f"{escape(str(key))} {escape(str(value))}" for key, value in items) for items in seen]
-    seconds = sum(run.end["seconds"] for run in results.logs if run.end is not None)
-    started = sorted(run.header["started"] for run in results.logs)
+    seconds = sum(run.end["seconds"] for run in logs if run.end is not None)
+    started = sorted(run.header["started"] for run in logs)
     entries = "\n".join(f"<li>{line}</li>" for line in lines)
     total = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
     return f"<ul>\n{entries}\n</ul>\n<p>{total} of one core in all; first run begun {started[0]}.</p>"

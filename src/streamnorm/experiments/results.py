@@ -93,6 +93,16 @@ class Results:
         left, right = self.cells.get((ours, setting)), self.cells.get((theirs, setting))
         return paired(left.scores, right.scores) if left and right else None
 
+    @property
+    def setting_pairs(self) -> list[tuple[Setting, Setting]]:
+        """The pairs of settings that the experiment compares, of those that were run."""
+        pairs = [(Setting.parse(left), Setting.parse(right)) for left, right in self.experiment.setting_pairs]
+        return [pair for pair in pairs if set(pair) <= set(self.settings)]
+
+    def change(self, name: str, left: Setting, right: Setting) -> Interval | None:
+        """Mean paired difference of a method's test scores at two settings; None where one of them has no result."""
+        return paired(self.cells[name, left].scores, self.cells[name, right].scores)
+
 
 def load_results(folder: Path) -> Results:
     """Read a folder that ``streamnorm run`` wrote.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -13,11 +15,17 @@ from rich.table import Table
 
 from streamnorm.experiments.catalogue import EXPERIMENTS, find
 from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.overview import build_overview, print_overview
 from streamnorm.experiments.report import REPORT, build_report
-from streamnorm.experiments.results import Results
+from streamnorm.experiments.results import CONFIG, Results
 from streamnorm.experiments.sweep import run_sweep
+from streamnorm.experiments.table1 import CONFIG as TABLE1_CONFIG
+from streamnorm.experiments.table1 import Table1, run_table
+from streamnorm.experiments.table1_report import build_table, print_table
 from streamnorm.experiments.tables import print_tables
 from streamnorm.experiments.verdict import sentences, warnings
+
+ALL: tuple[Any, ...] = (*EXPERIMENTS.values(), Table1)
 
 RUN_HELP = """usage: streamnorm run EXPERIMENT [OPTIONS]
 
@@ -38,15 +46,18 @@ def run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(RUN_HELP.format(experiments=_lines()), end="")
         return 0
-    kind = find(words[0])
+    kind: Any = Table1 if words[0] == Table1.name else find(words[0])
     experiment = tyro.cli(kind, args=list(words[1:]), prog=f"streamnorm run {kind.name}")
     command = shlex.join(["streamnorm", "run", *words])
     try:
-        folder, failed = run_sweep(experiment, command)
+        if isinstance(experiment, Table1):
+            folder, failed = run_table(experiment, command)
+        else:
+            folder, failed = run_sweep(experiment, command)
     except KeyboardInterrupt:
         print(f"\nStopped. What is done is kept; continue with: {command}", file=sys.stderr)
         return 130
-    _show(build_report(folder), folder)
+    _report(folder)
     if failed:
         print(f"streamnorm: {failed} runs failed; run the same command to try them again", file=sys.stderr)
     return 1 if failed else 0
@@ -59,39 +70,59 @@ def list_experiments(words: Sequence[str]) -> int:
     table.add_column("experiment", style="bold", no_wrap=True)
     table.add_column("in the paper", no_wrap=True)
     table.add_column("asks")
-    for experiment in EXPERIMENTS.values():
-        table.add_row(experiment.name, (experiment.alias or "–").replace("figure", "figure "), experiment.summary)
+    for experiment in ALL:
+        table.add_row(experiment.name, _in_the_paper(experiment.alias), experiment.summary)
     console = Console()
     console.print(table)
     console.print("\nstreamnorm run EXPERIMENT --help shows the options of one.", highlight=False)
     return 0
 
 
+def _in_the_paper(alias: str | None) -> str:
+    """``figure5`` as one writes it."""
+    return re.sub(r"(?<=[a-z])(?=\d)", " ", alias) if alias else "–"
+
+
+REPORT_HELP = """usage: streamnorm report FOLDER
+
+Make table, figures and page anew from the logs of a finished or running experiment.
+FOLDER is what `streamnorm run` wrote, for example runs/online-fc-digits.
+
+A folder that holds several of these, such as runs, gets one page over all of them: what the paper and we claim, what
+was measured, and the verdict on each claim. The pages of the single experiments stay.
+"""
+
+
 def report(words: Sequence[str]) -> int:
     """``streamnorm report FOLDER``."""
-    usage = (
-        "usage: streamnorm report FOLDER\n\nMake table, figures and page anew from the logs of a finished or running "
-        "experiment.\nFOLDER is what `streamnorm run` wrote, for example runs/online-fc-digits."
-    )
     if len(words) != 1 or words[0] in ("-h", "--help"):
-        _no_options(words or ["--help"], usage)
-    folder = Path(words[0]).expanduser()
-    _show(build_report(folder), folder)
+        _no_options(words or ["--help"], REPORT_HELP)
+    _report(Path(words[0]).expanduser())
     return 0
 
 
-def _show(results: Results, folder: Path) -> None:
+def _report(folder: Path) -> None:
+    """Make a folder's report and show what it says."""
     console = Console()
+    if (folder / TABLE1_CONFIG).exists():
+        print_table(build_table(folder), console)
+    elif not (folder / CONFIG).exists() and any(folder.glob(f"*/**/{CONFIG}")):
+        print_overview(build_overview(folder), console)
+    else:
+        _show(build_report(folder), console)
+    console.print(f"\nReport: [bold]{folder / REPORT}[/]", highlight=False, soft_wrap=True)
+
+
+def _show(results: Results, console: Console) -> None:
     print_tables(results, console)
     for sentence in sentences(results):
         console.print(f"• {sentence}", highlight=False)
     for warning in warnings(results):
         console.print(f"[yellow]! {warning}", highlight=False)
-    console.print(f"\nReport: [bold]{folder / REPORT}[/]", highlight=False, soft_wrap=True)
 
 
 def _lines() -> str:
-    names = {experiment.name: experiment.summary for experiment in EXPERIMENTS.values()}
+    names = {experiment.name: experiment.summary for experiment in ALL}
     return "\n".join(f"  {name:<16}{summary}" for name, summary in names.items())
 
 

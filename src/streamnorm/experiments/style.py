@@ -29,6 +29,7 @@ figcaption { color: var(--soft); font-size: .92rem; margin-top: .5rem; max-width
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .96rem; }
 th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left; }
 thead th { font-weight: 600; border-bottom: 2px solid var(--line); }
+td.text { min-width: 15rem; max-width: 24rem; } td details { margin: .2rem 0; font-size: .9rem; }
 td.number, th.number { text-align: right; white-space: nowrap; padding: .45rem .6rem; }
 tbody th { font-weight: 600; white-space: nowrap; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }

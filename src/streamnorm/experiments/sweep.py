@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from streamnorm.experiments.cluster import Cluster
 from streamnorm.experiments.environment import environment, usable_cores
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment, Material, Run
@@ -24,6 +25,8 @@ from streamnorm.experiments.results import CONFIG, LOGS, rates_to_run, read_conf
 from streamnorm.experiments.runlog import LoggedRun, RunLog, read_log, read_logs
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.train import train
+
+CLUSTER_JOBS = 100
 
 
 def run_sweep(experiment: Experiment[Any], command: str) -> tuple[Path, int]:
@@ -102,8 +105,7 @@ class _Sweep:
         """Do both stages; return how many runs failed."""
         tune = self._experiment.tune_runs()
         most = self._experiment.final_runs({cell: [0.0] for cell in self._experiment.cells()})
-        jobs = self._experiment.jobs or usable_cores()
-        with self._display, Pool(min(jobs, len(tune)), self._work) as pool:
+        with self._display, self._workers(len(tune)) as pool:
             self._display.plan(sum(map(self._cost, tune + most)), len(tune + most))
             self._do(pool, tune)
             final = self._experiment.final_runs(rates_to_run(self._experiment, read_logs(self._folder / LOGS)))
@@ -111,7 +113,17 @@ class _Sweep:
             self._do(pool, final)
         return self._failed
 
-    def _do(self, pool: Pool, runs: list[Run]) -> None:
+    def _workers(self, tasks: int) -> Pool | Cluster:
+        options = self._experiment
+        if options.launcher == "local":
+            return Pool(min(options.jobs or usable_cores(), tasks), self._work)
+        jobs = options.jobs or CLUSTER_JOBS
+        cluster = Cluster(jobs, self._work, self._folder, options.slurm_partition, options.slurm_minutes)
+        if cluster.name == "local":
+            self._display.say("There is no SLURM here: its jobs run as processes of this machine.")
+        return cluster
+
+    def _do(self, pool: Pool | Cluster, runs: list[Run]) -> None:
         """Do what is left of ``runs``, the longest first, so that no core waits long for the last one."""
         left = []
         for run in sorted(runs, key=self._cost, reverse=True):
@@ -155,6 +167,8 @@ def _log_path(folder: Path, run: Run) -> Path:
 def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send: Send) -> None:
     """One run in a worker process."""
     path = _log_path(folder, run)
+    if path.exists() and (logged := read_log(path)) and logged.end:
+        return  # an earlier job of a cluster, which this one waited for, has done it
     path.with_suffix(".error.txt").unlink(missing_ok=True)
     header = {
         "experiment": experiment.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,21 @@ def print_tables(results: Results, console: Console) -> None:
             differences.add_row(pair, *(difference_text(score, difference) for difference in found))
     if differences.row_count:
         console.print(differences, "", highlight=False)
+    if results.setting_pairs:
+        console.print(_changes(results), "", highlight=False)
 
 
-def _table(results: Results, title: str, first: str) -> Table:
+def _changes(results: Results) -> Table:
+    """Each method at one setting, beside itself at another."""
+    columns = [f"{left.label}\n− {right.label}" for left, right in results.setting_pairs]
+    table = _table(results, results.experiment.words.difference_title, "method", columns)
+    for method in results.methods:
+        found = (results.change(method.name, *pair) for pair in results.setting_pairs)
+        table.add_row(method.label, *(difference_text(results.experiment.score, change) for change in found))
+    return table
+
+
+def _table(results: Results, title: str, first: str, columns: Iterable[str] | None = None) -> Table:
     table = Table(
         title=title,
         title_justify="left",
@@ -50,8 +62,8 @@ def _table(results: Results, title: str, first: str) -> Table:
         collapse_padding=True,
     )
     table.add_column(first)
-    for setting in results.settings:
-        table.add_column(setting.label, justify="right", no_wrap=True)
+    for column in columns or [setting.label for setting in results.settings]:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

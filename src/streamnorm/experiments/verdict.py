@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from streamnorm.experiments.results import Results
 from streamnorm.experiments.score import Score
+from streamnorm.experiments.stats import Interval
 
 
 def sentences(results: Results) -> list[str]:
     """The verdict, one statement per sentence."""
-    return [*_opening(results), *_failures(results), *_comparisons(results), *_divergences(results)]
+    return [*_opening(results), *_failures(results), *_comparisons(results), *_changes(results), *_divergences(results)]
 
 
 def _opening(results: Results) -> Iterator[str]:
@@ -28,16 +29,29 @@ def _opening(results: Results) -> Iterator[str]:
 def _comparisons(results: Results) -> Iterator[str]:
     score = results.experiment.score
     for ours, theirs in results.experiment.comparisons:
-        found = {setting: results.difference(ours, theirs, setting) for setting in results.settings}
-        known = {setting: difference for setting, difference in found.items() if difference is not None}
-        parts = []
-        for word in ("ahead of", "not told apart from", "behind"):
-            places = {setting.label: d.mean for setting, d in known.items() if score.outcome(d) == word}
-            if places:
-                where = f"at {_listed(list(places))} ({_range(score, places.values())} {score.unit})"
-                parts.append(f"{word} {results.method(theirs).label} {where}")
+        found = {setting.label: results.difference(ours, theirs, setting) for setting in results.settings}
+        parts = [f"{word} {results.method(theirs).label} at {places}" for word, places in _outcomes(score, found)]
         if parts:
             yield f"{results.method(ours).label} is {'; '.join(parts)}."
+
+
+def _changes(results: Results) -> Iterator[str]:
+    """How each method fares at one setting of a pair, beside itself at the other one."""
+    score = results.experiment.score
+    for method in results.methods:
+        found = {f"{a.label} against {b.label}": results.change(method.name, a, b) for a, b in results.setting_pairs}
+        words = {"ahead of": "better", "not told apart from": "not told apart", "behind": "worse"}
+        parts = [f"{words[word]} at {places}" for word, places in _outcomes(score, found)]
+        if parts:
+            yield f"{method.label} is {'; '.join(parts)}."
+
+
+def _outcomes(score: Score, found: Mapping[str, Interval | None]) -> Iterator[tuple[str, str]]:
+    """The differences by what their intervals say: places, and how large the differences are there."""
+    for word in ("ahead of", "not told apart from", "behind"):
+        places = {place: d.mean for place, d in found.items() if d is not None and score.outcome(d) == word}
+        if places:
+            yield word, f"{_listed(list(places))} ({_range(score, places.values())} {score.unit})"
 
 
 def _range(score: Score, values: Iterable[float]) -> str:

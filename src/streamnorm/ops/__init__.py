@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import eager, native, plain
+from . import eager, joined, native, plain, traced
 from .spec import Formula, State, View
 
 ENGINES: tuple[ModuleType, ...] = (native, eager, plain)
@@ -35,6 +36,9 @@ def normalize(
     stats: Tensor | None = None,
 ) -> Tensor:
     """Normalize, apply gain and bias, advance the stream; ``plain.normalize`` explains the arguments."""
+    if is_compiling():
+        traced_y: Tensor = traced.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+        return traced_y
     for engine in _active:
         if engine.supports(x, mask, view, formula, state):
             y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import plain
 from .first_order import first_order_only
@@ -71,14 +72,14 @@ class _Normalize(torch.autograd.Function):
             mu = b_mu
         else:
             state.samples.add_(samples)
-            alpha = _mix_weights(formula.alpha, formula.window, state.samples)
+            alpha = mix_weights(formula.alpha, formula.window, state.samples, dtype)
             per_index = n if isinstance(n, int) else n.flatten()
             short_mu = running_average(state.short[0], state.count, b_mu, per_index)
             mu = mix(alpha, state.long[0], short_mu, b_mu)
 
         from_mu = v - mu.view(view.stats_shape)
         d = hide(from_mu, keep) if formula.centered else v.to(dtype)
-        b_m = _mean_power(d, formula.p, view, n)
+        b_m = mean_power(d, formula.p, view, n)
         finite = b_mu.isfinite() & b_m.isfinite()
         if state is None:
             m = b_m
@@ -103,7 +104,7 @@ class _Normalize(torch.autograd.Function):
         if keep is not None:
             into.masked_fill_(~keep, 0)
 
-        ctx.save_for_backward(x, weight, mask, torch.stack((mu, inverse, _slope(m, inverse, finite, formula))))
+        ctx.save_for_backward(x, weight, mask, torch.stack((mu, inverse, slope_of(m, inverse, finite, formula))))
         ctx.view, ctx.formula, ctx.state, ctx.grad_scale = view, formula, state, grad_scale
         ctx.n, ctx.samples, ctx.has_bias = n, samples, bias is not None
         return y.to(x.dtype)
@@ -111,28 +112,37 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask, saved = ctx.saved_tensors
-        view, formula = ctx.view, ctx.formula
-        keep = None if mask is None else mask.view(view.mask_shape)
-        mu, inverse, slope = saved
-        inverse_wide = inverse.view(view.stats_shape)
-        v = hide(x.view(view.split), keep)
-        from_mu = hide(v - mu.view(view.stats_shape), keep)
-        g = hide(dy.reshape(x.shape).view(view.split), keep).to(from_mu.dtype)
+        return *gradients(ctx, dy), None, None, None, None, None, None
 
-        over_channels = tuple(i for i, size in enumerate(view.channel_shape) if size == 1 and view.axes[i] != 1)
-        dweight = dbias = dx = None
-        if weight is not None and ctx.needs_input_grad[1]:
-            dweight = (g * from_mu * inverse_wide).sum(over_channels).flatten().to(weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            dbias = g.sum(over_channels).flatten()
-        if ctx.needs_input_grad[0]:
-            if weight is not None:
-                g = g * weight.to(g.dtype).view(view.channel_shape)
-            d = from_mu if formula.centered else v.to(g.dtype)
-            dx = _input_gradient(ctx, g, from_mu, d, inverse, slope)
-            dx = hide(dx, keep).view(x.shape).to(x.dtype)
-        return dx, dweight, dbias, None, None, None, None, None, None
+
+def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, gain and bias, where they are needed; and then the streams of gradients advance.
+
+    ``ctx`` is what a forward pass left: ``saved_tensors`` with x, gain, mask and the rows mu, 1/s and slope, and what
+    else is read here.
+    """
+    x, weight, mask, saved = ctx.saved_tensors
+    view, formula = ctx.view, ctx.formula
+    keep = None if mask is None else mask.view(view.mask_shape)
+    mu, inverse, slope = saved
+    inverse_wide = inverse.view(view.stats_shape)
+    v = hide(x.view(view.split), keep)
+    from_mu = hide(v - mu.view(view.stats_shape), keep)
+    g = hide(dy.reshape(x.shape).view(view.split), keep).to(from_mu.dtype)
+
+    over_channels = tuple(i for i, size in enumerate(view.channel_shape) if size == 1 and view.axes[i] != 1)
+    dweight = dbias = dx = None
+    if weight is not None and ctx.needs_input_grad[1]:
+        dweight = (g * from_mu * inverse_wide).sum(over_channels).flatten().to(weight.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        dbias = g.sum(over_channels).flatten()
+    if ctx.needs_input_grad[0]:
+        if weight is not None:
+            g = g * weight.to(g.dtype).view(view.channel_shape)
+        d = from_mu if formula.centered else v.to(g.dtype)
+        dx = _input_gradient(ctx, g, from_mu, d, inverse, slope)
+        dx = hide(dx, keep).view(x.shape).to(x.dtype)
+    return dx, dweight, dbias
 
 
 def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Tensor, slope: Tensor) -> Tensor:
@@ -155,7 +165,7 @@ def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Te
         beta, long, short_m = formula.beta, (g_m, g_m), g_m
     else:
         state.grad_samples.add_(ctx.samples)
-        beta = _mix_weights(formula.beta, formula.window, state.grad_samples)
+        beta = mix_weights(formula.beta, formula.window, state.grad_samples, g.dtype)
         long = state.long_grad
         short_m = running_average(state.short_grad[1], state.grad_count, g_m, per_index)
     moment_path = mix(beta, long[1], short_m, g_m).masked_fill(cut, 0)
@@ -176,7 +186,7 @@ def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Te
     return dx.addcmul_(u, (p * moment_path).view(view.stats_shape))
 
 
-def _mean_power(d: Tensor, p: float, view: View, n: int | Tensor) -> Tensor:
+def mean_power(d: Tensor, p: float, view: View, n: int | Tensor) -> Tensor:
     """mean(|d|^p), without a temporary for the usual orders."""
     if p == 1:
         total = torch.linalg.vector_norm(d, 1, view.reduced, keepdim=True)
@@ -196,7 +206,7 @@ def _derivative_of_power(d: Tensor, p: float) -> Tensor:
     return d.abs().pow_(p - 1).mul_(d.sgn())
 
 
-def _slope(m: Tensor, inverse: Tensor, finite: Tensor, formula: Formula) -> Tensor:
+def slope_of(m: Tensor, inverse: Tensor, finite: Tensor, formula: Formula) -> Tensor:
     """sigma²/(p·m·s³), how the output falls as m grows; NaN marks an index whose statistic is not finite."""
     exponent = 2 / formula.p - 1
     alive = m >= torch.finfo(m.dtype).tiny  # below, the power of a subnormal number overflows
@@ -209,11 +219,13 @@ def _keep_finite(short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: 
     count.add_(n * finite)
 
 
-def _mix_weights(constants: Mix | None, window: float | None, samples: Tensor) -> tuple[Scalar, Scalar, Scalar]:
-    """α (or β). On an accelerator the samples stay there: reading them would wait for it."""
-    if window is None or samples.device.type == "cpu":
+def mix_weights(
+    constants: Mix | None, window: float | None, samples: Tensor, dtype: torch.dtype
+) -> tuple[Scalar, Scalar, Scalar]:
+    """α (or β). On an accelerator, and in a compiled graph, the samples stay a tensor: reading them would wait."""
+    if window is None or (samples.device.type == "cpu" and not is_compiling()):
         return plain.mix_weights(constants, window, samples)
-    seen = samples.to(torch.float32)
+    seen = samples.to(dtype)
     return window / (window + seen), seen / (window + seen), 0.0
 
 

@@ -222,7 +222,7 @@ def elements(view: View, keep: Tensor | None) -> int | Tensor:
     """n, the number of elements behind each statistic; with a mask one number per index, which may be 0."""
     if keep is None:
         return view.num_elements
-    channels = math.prod(view.split[i] for i in view.reduced if view.axes[i] == 1)
+    channels = math.prod([view.split[i] for i in view.reduced if view.axes[i] == 1])
     return (keep.sum(view.reduced, keepdim=True) * channels).expand(view.stats_shape)
 
 

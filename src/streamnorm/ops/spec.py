@@ -64,12 +64,12 @@ class View(NamedTuple):
     @property
     def num_stats(self) -> int:
         """G, the number of statistics."""
-        return math.prod(self.split[i] for i in self.kept)
+        return math.prod([self.split[i] for i in self.kept])
 
     @property
     def num_elements(self) -> int:
         """n = A·B, the number of elements behind one statistic (without a mask)."""
-        return math.prod(self.split[i] for i in self.reduced)
+        return math.prod([self.split[i] for i in self.reduced])
 
 
 class Formula(NamedTuple):

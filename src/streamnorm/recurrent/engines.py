@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
+from .. import checkpoint, ops
+from ..norm import Norm
 from . import fused, loop, native
 from .steps import Hidden, Norms, Weights
 
@@ -18,7 +19,12 @@ def run(
     """
     first = ops._active[0]
     if first is ops.native and native.supports(kind, data, sizes, hidden, weights, norms):
-        return native.run(kind, data, sizes, hidden, weights, norms)
-    if first is not ops.plain and fused.supports(data, sizes, hidden, weights, norms):
-        return fused.run(kind, data, sizes, hidden, weights, norms)
-    return loop.run(kind, data, sizes, hidden, weights, norms)
+        engine = native.run
+    elif first is not ops.plain and fused.supports(data, sizes, hidden, weights, norms):
+        engine = fused.run
+    else:  # step by step: the norms' own forward does the rest
+        return loop.run(kind, data, sizes, hidden, weights, norms)
+    if checkpoint.concerns():
+        with checkpoint.use(norm for norm in norms if isinstance(norm, Norm)):
+            return engine(kind, data, sizes, hidden, weights, norms)
+    return engine(kind, data, sizes, hidden, weights, norms)

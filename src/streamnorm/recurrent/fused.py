@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import updates
+from .. import agreement, updates
 from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 from ..ops.first_order import first_order_only
 from .norms import PerStepBatchNorm, RecurrentBatchNorm
@@ -35,7 +35,6 @@ def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, n
         and all(t is None or t.dtype == dtype for t in hidden + weights)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(data.device.type)
-        and torch._C._current_graph_task_id() == -1
         and all(norm is None or _can_run(norm, dtype, sizes) for norm in norms)
         and all(norm is None or norm._parameters["bias"] is None for norm in norms[:3])
     )
@@ -61,8 +60,8 @@ def arguments(data: Tensor, hidden: Hidden, weights: Weights, norms: Norms) -> T
     gains: list[Tensor | None] = []
     for norm in norms:
         assert norm is None or isinstance(norm, Norm)
-        if norm is not None and norm.stream is not None and not norm._watched:
-            updates.watch(norm)
+        if norm is not None and norm.stream is not None and (not norm._watched or agreement.is_new(norm)):
+            updates.notice(norm)
         gains.append(None if norm is None else norm.weight)
     bias_cell = None if norms.cell is None else norms.cell.bias
     return Tensors._make((data, *weights, *gains, bias_cell, *hidden, *(None,) * (2 - len(hidden))))

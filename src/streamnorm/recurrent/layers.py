@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import ops
+from ..ops.tracing import as_constant
 from . import engines, fixed
 from .base import Normalized
 from .norms import Factory, NormChoice
@@ -133,6 +135,11 @@ class _Layer(Normalized, nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
         """The hidden states of all steps, and the final one."""
+        if is_dynamo_compiling():
+            _make_boundary()
+        return (_outside_the_graph or _Layer._forward)(self, input, hx, lengths)
+
+    def _forward(self, input: Any, hx: Any, lengths: Tensor | None) -> Any:
         if lengths is not None:
             return self._run_padded(input, hx, lengths)
         if self._is_plain():
@@ -203,7 +210,7 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _run(self, data: Tensor, sizes: list[int], hidden: Hidden) -> tuple[Tensor, Hidden]:
         """All layers and directions over packed data, see ``loop.run``."""
-        if ops._active[0] is not ops.plain and self._is_fixed() and not torch.compiler.is_compiling():
+        if ops._active[0] is not ops.plain and self._is_fixed():
             return fixed.run(self.kind, data, sizes, hidden, self._folded(), self)
         backwards = _Backwards(sizes, data.device) if self.bidirectional else None
         finals: list[Hidden] = []
@@ -222,6 +229,19 @@ class _Layer(Normalized, nn.RNNBase):
         if len(finals) == 1:
             return data, tuple(h.unsqueeze(0) for h in finals[0])
         return data, tuple(torch.stack(parts) for parts in zip(*finals))
+
+
+_outside_the_graph: Any = None
+"""``_Layer._forward``, once ``torch.compile`` has met a layer: there it breaks the graph, as at torch.nn's own."""
+
+
+@as_constant
+def _make_boundary() -> bool:
+    """While a graph is made. Before, it would import the compiler, which takes seconds."""
+    global _outside_the_graph
+    if _outside_the_graph is None:
+        _outside_the_graph = torch.compiler.disable(_Layer._forward, reason="a whole sequence runs in one call")
+    return True
 
 
 class _Backwards:

@@ -8,7 +8,8 @@ With the mini-batch's mean μ_B and σ_B = √(ε + variance), and moving averag
 
 and (x − μ)/σ in evaluation. The paper trains for 130,000 steps: at first with r_max = 1 and d_max = 0, which is Batch
 Normalization; from step 5,000 on both limits grow, here linearly, until d_max = 5 at step 25,000 and r_max = 3 at step
-40,000. Here these steps are the same fractions of a run's mini-batches, so that short runs pass through all of it.
+40,000. Here these steps are the same fractions of a run's mini-batches, so that short runs pass through all of it (and
+a layer that each mini-batch uses k times passes k times as fast).
 
 One thing is kinder than the paper: until 1/t falls below α, the moving averages are the plain averages of the t
 mini-batches seen. From fixed starting values, short runs would be evaluated with statistics that never arrived.

@@ -64,11 +64,10 @@ class MABN(nn.Module):
     def average(self, which: int, new: Tensor, samples: int) -> Tensor:
         """Note χ² (``which`` 0) or Ψ (1) of a mini-batch, and return the simple moving average."""
         history = (self.moments, self.gradients)[which]
-        seen = int(self.counts[which])
-        history[seen % SIMULATED_SAMPLES] = new
+        width = max(1, SIMULATED_SAMPLES // samples)  # all mini-batches of a run have the same size
+        history[int(self.counts[which]) % width] = new
         self.counts[which] += 1
-        width = min(max(1, SIMULATED_SAMPLES // samples), seen + 1)
-        return history[[(seen - back) % SIMULATED_SAMPLES for back in range(width)]].mean(0)
+        return history[: min(width, int(self.counts[which]))].mean(0)
 
     def renormalize(self, moment: Tensor) -> Tensor:
         """The correction r; then the moment enters its exponential average."""

@@ -1,0 +1,344 @@
+"""Agreement between processes: the statistics of all layers, joined by one all-reduce per weight update.
+
+Every process trains a replica of the model on data of its own (``DistributedDataParallel``, ``fully_shard``, or a loop
+that averages the gradients itself). Between two weight updates each collects its own short-term statistics. At the
+update, before they enter the long-term ones, :func:`merged` replaces them by those of all processes together: averages
+weighted by element counts. Then every process makes the same commit, and their long-term statistics stay equal.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .ops.spec import State
+
+if TYPE_CHECKING:
+    from .norm import Norm
+
+
+FIRST_WORD = timedelta(seconds=30)
+"""How long a process waits for the others at a weight update before it says so."""
+
+
+@dataclass(frozen=True)
+class Sync:
+    """When a layer joins its statistics with those of other processes, and which ones; None finds them out.
+
+    A process group lives in one process. A copy of a layer keeps it, a pickled layer starts without one.
+    """
+
+    every: str = "update"
+    process_group: dist.ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: Any) -> Sync:
+        return self
+
+    def __reduce__(self) -> tuple[type[Sync], tuple[str]]:
+        return Sync, (self.every,)
+
+
+def group_of(layer: Norm) -> dist.ProcessGroup | None:
+    """The processes that a layer shares its statistics with, or None where it is alone.
+
+    The group that :func:`streamnorm.synchronize` named, else that of the DistributedDataParallel or the device mesh
+    that the layer is trained in, else all processes.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or layer._sync.every == "never":
+        return None
+    group = layer._sync.process_group or _found_group(layer)
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _found_group(layer: Norm) -> dist.ProcessGroup:
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    ddp = None if layer._ddp is None else layer._ddp()
+    if ddp is not None:
+        return ddp.process_group
+    mesh: Any = getattr(layer.weight, "device_mesh", None)  # of a DTensor: fully_shard
+    if mesh is None or mesh.size() == dist.get_world_size():
+        return everyone
+    if mesh.ndim > 1:
+        raise ValueError(
+            f"the parameters of {type(layer).__name__} lie on a mesh of shape {tuple(mesh.shape)}, not on all "
+            f"{dist.get_world_size()} processes: say which ones see different data with "
+            "streamnorm.synchronize(model, process_group=...)"
+        )
+    return mesh.get_group()
+
+
+def adopt(ddp: DistributedDataParallel) -> None:
+    """Take over the care for the state of all streaming layers of a model from DistributedDataParallel.
+
+    It would broadcast their buffers from the first process before a forward pass, over what the others collected.
+    Called at the first training forward: the broadcast when DDP was made, which gives all the same start, is over.
+    """
+    from .norm import Norm
+
+    found = [(n, m) for n, m in ddp.module.named_modules() if isinstance(m, Norm) and m.stream is not None]
+    for _, layer in found:
+        layer._ddp = weakref.ref(ddp)
+    ddp.parameters_to_ignore.update(f"{name}.{buffer}".lstrip(".") for name, _ in found for buffer in State._fields)
+    ddp._assign_modules_buffers()  # or it tries to broadcast a list that has become empty
+
+
+def is_new(layer: Norm) -> bool:
+    """Whether the DistributedDataParallel that runs right now does not know this layer yet."""
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and (layer._ddp is None or layer._ddp() is not active)
+
+
+def merged(select: Callable[[], list[Norm]]) -> list[Norm]:
+    """The layers to commit, their short-term statistics joined with those of the other processes.
+
+    Args:
+        select: gives the layers. It is asked twice where the set is new: what a finished training left behind is
+            cleared away before, since it would be gone in one process and still there in another.
+
+    Raises:
+        RuntimeError: if the processes do not commit the same layers, or one does not take part. The state of the
+            layers is as it was.
+    """
+    layers = select()
+    if not (dist.is_available() and dist.is_initialized()):
+        return layers
+    teams = _teams(layers)
+    if any(not agreement.knows(members) for agreement, members in teams):
+        del layers, teams
+        gc.collect()
+        layers = select()
+        teams = _teams(layers)
+    for agreement, members in teams:
+        agreement.merge(members)
+    return layers
+
+
+def _teams(layers: Sequence[Norm]) -> list[tuple[_Agreement, list[Norm]]]:
+    """The layers that are joined at a weight update, by process group and by device."""
+    teams: dict[tuple[dist.ProcessGroup, torch.device], list[Norm]] = {}
+    for layer in layers:
+        group = group_of(layer) if layer._sync.every == "update" else None
+        if group is not None:
+            _check_join(layer)
+            teams.setdefault((group, layer.state.long.device), []).append(layer)
+    return [(_agreement(*place), members) for place, members in teams.items()]
+
+
+def _agreement(group: dist.ProcessGroup, device: torch.device) -> _Agreement:
+    on_devices = _agreements.setdefault(group, {})
+    if device not in on_devices:
+        on_devices[device] = _Agreement(group, device)
+    return on_devices[device]
+
+
+def _check_join(layer: Norm) -> None:
+    ddp = None if layer._ddp is None else layer._ddp()
+    if ddp is None or not ddp._join_config.enable:
+        return
+    ours = joinables.get(ddp)
+    if ours is None or ours.partner is not ddp._join_config:  # Join makes a new one each time, and leaves it behind
+        raise RuntimeError(
+            "under torch's Join a process that has run out of data answers the collectives of those that go on, and "
+            "it has to be told of streaming statistics: write Join([ddp_model, streamnorm.joinable(ddp_model)]), in "
+            "this order, where there is ddp_model.join() or Join([ddp_model])"
+        )
+
+
+class _Agreement:
+    """What the processes of a group have agreed on: the sets of layers that they commit, numbered from 1.
+
+    A set is made known by a collective that all take part in; from then on its number is enough. Every all-reduce has
+    the same length, room for the largest set, and begins with a header that shows whether all mean the same set: so
+    processes that differ find out together, in place of waiting for each other.
+
+    On a CPU the collectives run in a group of their own. In one that DDP uses too, a process that skips a weight
+    update would have its next all-reduce of gradients matched with this one; gloo ends the program then, or worse.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group = weakref.ref(group)
+        self._own: dist.ProcessGroup | None = None
+        self.device = device
+        self.numbers: dict[tuple[weakref.ref[Norm], ...], int] = {}
+        self.room = self.updates = 0
+        self.unread: tuple[Tensor, torch.Event] | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Where the collectives run."""
+        group = self._group()
+        assert group is not None
+        if self.device.type != "cpu":
+            return group
+        if self._own is None:
+            options = getattr(group._get_backend(self.device), "options", None)
+            self._own = dist.new_group(
+                dist.get_process_group_ranks(group),
+                timeout=getattr(options, "_timeout", None),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+        return self._own
+
+    def knows(self, layers: Sequence[Norm]) -> bool:
+        """Whether all processes have agreed on this set."""
+        return _key(layers) in self.numbers
+
+    def merge(self, layers: Sequence[Norm]) -> None:
+        """Replace the short-term statistics of these layers by those of all processes together."""
+        states = [layer.state for layer in layers]
+        self.updates += 1
+        if not self.knows(layers):
+            self._all_reduce(states[0].long.new_empty(0, dtype=torch.float64), 0, layers)
+            self._compare(layers)
+            self._same_start(states)
+            self.numbers[_key(layers)] = len(self.numbers) + 1
+            self.room = max(self.room, len(_pack(states)))
+        own = _pack(states)
+        _unpack(self._all_reduce(own, self.numbers[_key(layers)], layers)[: len(own)], states)
+
+    def _all_reduce(self, own: Tensor, number: int, layers: Sequence[Norm]) -> Tensor:
+        """The sum over all processes, once it is known that all of them mean the set of this number."""
+        header = own.new_tensor([1.0, number, number**2])
+        buffer = torch.cat((header, own, own.new_zeros(self.room - len(own))))
+        if self.device.type == "cpu":
+            self._wait(dist.all_reduce(buffer, group=self.group, async_op=True))
+        else:
+            dist.all_reduce(buffer, group=self.group)
+        if number == 0 or self.device.type == "cpu":
+            self._check(buffer[:3].tolist(), layers)
+        else:
+            self._check_later(buffer[:3])
+        return buffer[3:]
+
+    def _wait(self, work: dist.Work) -> None:
+        """Wait as long as the group does, and say soon what for."""
+        try:
+            work.wait(FIRST_WORD)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+        missing = self._missing()
+        warnings.warn(self._describe(f"waits for {missing}"), stacklevel=2)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(self._describe(f"waited for {missing} in vain")) from error
+
+    def _missing(self) -> str:
+        """The processes that are not waiting too. Who waits for so long leaves a note."""
+        group, store = self.group, self.group.get_group_store()
+        notes = [f"streamnorm/{self.updates}/{rank}" for rank in range(dist.get_world_size(group))]
+        store.set(notes[dist.get_rank(group)], "waits")
+        time.sleep(FIRST_WORD.total_seconds() / 10)  # the others may have come a little later
+        return "process " + ", ".join(str(rank) for rank, note in enumerate(notes) if not store.check([note]))
+
+    def _check(self, header: list[float], layers: Sequence[Norm] | None) -> None:
+        """Numbers are all the same where the square of their sum is n times the sum of their squares."""
+        processes, total, squares = header
+        if processes != dist.get_world_size(self.group):
+            raise RuntimeError(self._describe("met another collective of one of the processes"))
+        if processes * squares != total**2:
+            if layers is not None:
+                self._compare(layers)
+            raise RuntimeError(self._describe("met that of other layers"))
+
+    def _check_later(self, header: Tensor) -> None:
+        """On an accelerator: read the header of the update before, which needs no waiting."""
+        if self.unread is not None:
+            values, ready = self.unread
+            ready.synchronize()
+            self._check(values.tolist(), None)
+        host = torch.empty(header.shape, dtype=header.dtype, pin_memory=True).copy_(header, non_blocking=True)
+        ready = torch.Event(header.device)
+        ready.record()
+        self.unread = host, ready
+
+    def _compare(self, layers: Sequence[Norm]) -> None:
+        """Refuse, in every process, sets of layers that are not the same in all."""
+        ours = [f"{layer._name or 'a layer'} ({_kind(layer)})" for layer in layers]
+        theirs: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(theirs, ours, group=self.group)
+        for rank, others in enumerate(theirs):
+            pairs = list(zip_longest(theirs[0], others, fillvalue="missing"))
+            if others != theirs[0]:
+                place = next(i for i, (first, other) in enumerate(pairs) if first != other)
+                raise RuntimeError(
+                    f"a weight update is not of the same layers in all processes: number {place + 1} is "
+                    f"{pairs[place][0]} in process 0 and {pairs[place][1]} in process {rank}. A process knows the "
+                    "layers that it has used. Where these differ, name all of them in the model's order, on every "
+                    "process and before training: streamnorm.bind(model, optimizer)"
+                )
+
+    def _same_start(self, states: Sequence[State]) -> None:
+        """The long-term statistics of the first process become everyone's, as DDP does it with parameters."""
+        kept = [tensor for state in states for tensor in (state.long, state.long_grad)]
+        flat = torch.cat([tensor.flatten() for tensor in kept])
+        dist.broadcast(flat, group=self.group, group_src=0)
+        for tensor, values in zip(kept, flat.split([tensor.numel() for tensor in kept])):
+            tensor.copy_(values.view_as(tensor))
+
+    def _describe(self, what: str) -> str:
+        group = self.group
+        return (
+            f"weight update {self.updates}: the all-reduce that joins the statistics of streaming layers {what} "
+            f"(this is process {dist.get_rank(group)} of {dist.get_world_size(group)}). Every process has to make "
+            "every weight update. Does one of them skip an optimizer step, have fewer mini-batches, or call "
+            "streamnorm.commit or calibrate alone? docs/distributed.md says what to do; "
+            "streamnorm.synchronize(model, 'never') is for processes that train different models"
+        )
+
+
+_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, _Agreement]]
+_agreements = weakref.WeakKeyDictionary()
+
+joinables: weakref.WeakKeyDictionary[DistributedDataParallel, Any] = weakref.WeakKeyDictionary()
+"""For a model under torch's Join, what answers our collectives there; :func:`streamnorm.joinable` makes it."""
+
+
+def _key(layers: Sequence[Norm]) -> tuple[weakref.ref[Norm], ...]:
+    return tuple(weakref.ref(layer) for layer in layers)
+
+
+def _kind(layer: Norm) -> str:
+    return f"{type(layer).__name__} with {layer.state.count.numel()} statistics, {layer.formula}"
+
+
+def _pack(states: Sequence[State]) -> Tensor:
+    """All that has to be summed over the processes, as one vector; float64 keeps every count."""
+    parts: list[Tensor] = []
+    for shorts, counts in (
+        ([s.short for s in states], [s.count for s in states]),
+        ([s.short_grad for s in states], [s.grad_count for s in states]),
+    ):
+        count = torch.cat(counts).to(torch.float64)
+        parts += [(torch.cat(shorts, 1) * count).flatten(), count]
+    return torch.cat((*parts, torch.stack([n for s in states for n in (s.samples, s.grad_samples)])))
+
+
+def _unpack(total: Tensor, states: Sequence[State]) -> None:
+    """Make averages of the sums, and put them where they belong."""
+    sizes = [state.count.numel() for state in states]
+    size = sum(sizes)
+    sums, count, grad_sums, grad_count, samples = total.split([2 * size, size, 2 * size, size, 2 * len(states)])
+    for added, counted, shorts, counts in (
+        (sums, count, [s.short for s in states], [s.count for s in states]),
+        (grad_sums, grad_count, [s.short_grad for s in states], [s.grad_count for s in states]),
+    ):
+        averages = added.view(2, size) / counted.clamp(min=1)
+        torch._foreach_copy_(shorts, list(averages.split(sizes, 1)))
+        torch._foreach_copy_(counts, list(counted.split(sizes)))
+    torch._foreach_copy_([n for s in states for n in (s.samples, s.grad_samples)], list(samples.unbind()))

@@ -1,0 +1,55 @@
+"""Streaming sigma itself instead of the moment that it is the root of: the question of one experiment.
+
+The layer is ``sn.StreamingNorm`` in all but this: of each use, sigma = k·mean(|x − mu|^p)^(1/p) enters the averages,
+where the library lets mean(|x − mu|^p) enter and takes the root of the mix. The gradient of sigma is streamed likewise.
+For p = 1 both are the same; for p > 1 the average of roots is below the root of the average, and at one sample a
+mini-batch and one place sigma is |x − mu| whatever p is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import streamnorm as sn
+from streamnorm.ops import plain
+from streamnorm.ops.spec import View
+
+
+class StreamingSigma(sn.Norm):
+    """Streaming Normalization of (N, C) or (N, C, ...) per channel, with sigma streamed.
+
+    Args:
+        num_features: C.
+        p: order of the moment.
+        eps: added to sigma².
+        constants: window, alpha, beta, kappa; see ``sn.Stream``.
+    """
+
+    def __init__(self, num_features: int, p: float = 2, eps: float = 1e-5, **constants: Any) -> None:
+        reference = sn.NormRef.batch("channel")
+        super().__init__(num_features, reference, sn.LpMoment(p), sn.Stream(**constants), eps)
+
+    def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
+        if not self._watched:
+            self._watch()
+        p, reduced = self.formula.p, view.reduced
+        # The stream takes in two statistics of a use, and what the second one is, is our own choice.
+        use = plain._Use(self.state, self.formula, view.num_elements, len(x), None)
+        v = x.view(view.split)
+        mu = plain._Streamed.apply(v.mean(reduced, keepdim=True), 0, use)
+        moment = ((v - mu).abs() ** p).mean(reduced, keepdim=True)
+        sigma = plain._Streamed.apply(plain.power(moment, 1 / p), 1, use)
+        y = (v - mu) / (sigma.square() + self.eps).sqrt()
+        assert self.weight is not None
+        assert self.bias is not None
+        return (y * self.weight.view(view.channel_shape) + self.bias.view(view.channel_shape)).view(x.shape)
+
+    @torch.no_grad()
+    def eval_stats(self) -> tuple[Tensor, Tensor]:
+        """mu and sigma² that evaluation uses."""
+        assert self.stream is not None
+        mu, sigma = self.stream.evaluation(self.state)
+        return mu, sigma.square()

@@ -1,0 +1,207 @@
+"""The paper's table 1: which technique works in which scenario, each cell a training run and a stated criterion.
+
+It is four other experiments, each in a folder of its own with its own report, and one table over them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from tyro import conf
+
+from streamnorm.experiments.char import CharRNN
+from streamnorm.experiments.conv import Conv
+from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.experiment import Experiment, Folder, Number
+from streamnorm.experiments.files import write_text
+from streamnorm.experiments.online_fc import OnlineFC
+from streamnorm.experiments.recurrent_conv import RecurrentConv
+from streamnorm.experiments.report import build_report
+from streamnorm.experiments.results import Cell, Results, load_results
+from streamnorm.experiments.setting import Setting
+from streamnorm.experiments.sweep import run_sweep
+
+CONFIG = "table1.json"
+WORKS, FAILS = 0.95, 0.5
+CRITERION = (
+    f"A technique works if it gains at least {WORKS:.0%} of what the best of the four gains over guessing, in accuracy "
+    f"or in loss; it fails if it gains less than {FAILS:.0%}, or cannot train at all; in between it is suboptimal. "
+    "Each is at its own best learning rate, and the gain is the mean over seeds."
+)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A column of the table: where it is run, and the paper's judgement of each technique in ``TECHNIQUES``' order."""
+
+    label: str
+    experiment: str
+    setting: str
+    paper: tuple[str, str, str, str]
+
+
+SCENARIOS = (
+    Scenario("feedforward, fully connected", "online-fc", "32x1", ("works", "works", "works", "works")),
+    Scenario("recurrent, fully connected", "char-rnn", "32x1", ("fails", "limited", "works", "works")),
+    Scenario("feedforward, convolutional", "conv", "32x1", ("works", "works", "suboptimal", "works")),
+    Scenario("recurrent, convolutional", "recurrent-conv", "32x1", ("fails", "limited", "suboptimal", "works")),
+    Scenario("online learning", "online-fc", "1x1", ("fails", "fails", "works", "works")),
+    Scenario("small batch", "online-fc", "2x16", ("suboptimal", "suboptimal", "works", "works")),
+    Scenario("all combined", "recurrent-conv", "1x1", ("fails", "fails", "suboptimal", "works")),
+)
+TECHNIQUES = {
+    "batch": "Batch",
+    "batch-per-step": "Batch, time-specific",
+    "layer": "Layer",
+    "streaming-l1": "Streaming L1",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A cell of the table.
+
+    ``share`` is the gain over guessing, as a share of the best technique's; None if this one cannot train.
+    """
+
+    verdict: str
+    share: float | None
+    cell: Cell
+    results: Results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table1:
+    """Find out which technique works in which scenario: the paper's table 1.
+
+    Batch Normalization, time-specific Batch Normalization, Layer and Streaming Normalization, in feedforward and
+    recurrent, fully connected and convolutional networks, online, with small mini-batches, and all combined. It runs
+    online-fc, conv, recurrent-conv and char-rnn, each in a folder of its own, and judges by one stated criterion.
+    """
+
+    name: ClassVar[str] = "table1"
+    alias: ClassVar[str | None] = "table1"
+    title: ClassVar[str] = "Which technique works in which scenario"
+    summary: ClassVar[str] = "which technique works in which scenario: the paper's table, every cell a training run"
+
+    data: Folder = None
+    """Folder with images, as for online-fc. Default: scikit-learn's digits."""
+
+    text: Annotated[str | None, conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Text file, as for char-rnn. Default: the source files of Python's standard library."""
+
+    out: Annotated[str, conf.arg(metavar="FOLDER")] = "runs/table1"
+    """Folder for the four experiments and the table; the same command continues what an interrupted one left there."""
+
+    limit: Number = None
+    """Train on so many images. Default: 10,000, or 800 of the digits."""
+
+    epochs: int = 1
+    """Passes over the training images."""
+
+    updates: int = 150
+    """Weight updates of the recurrent networks that read text."""
+
+    seeds: int = 3
+    """Number of final runs for each cell."""
+
+    jobs: Number = None
+    """Worker processes, one thread each. Default: one per processor core."""
+
+    def parts(self) -> Iterator[Experiment[Any]]:
+        """The four experiments, with all settings that a scenario asks for."""
+        images = {"data": self.data, "limit": self.limit, "epochs": self.epochs}
+        kinds: tuple[tuple[Any, dict[str, Any], tuple[float, ...]], ...] = (
+            (OnlineFC, images, (1e-3, 3e-3, 1e-2, 3e-2)),
+            (Conv, images, (3e-3, 1e-2, 3e-2, 1e-1)),
+            (RecurrentConv, images, (1e-3, 3e-3, 1e-2, 3e-2)),
+            (CharRNN, {"data": self.text, "updates": self.updates}, (3e-3, 1e-2, 3e-2)),
+        )
+        for kind, options, rates in kinds:
+            settings = tuple(scenario.setting for scenario in SCENARIOS if scenario.experiment == kind.name)
+            methods = tuple(name for name in TECHNIQUES if name in kind.catalogue)
+            shared = {"out": str(Path(self.out).expanduser() / kind.name), "seeds": self.seeds, "jobs": self.jobs}
+            yield kind(**options, **shared, methods=methods, settings=settings, rates=rates)
+
+
+def run_table(table: Table1, command: str) -> tuple[Path, int]:
+    """Do all runs of all parts that are not done yet; return the folder, and how many runs failed.
+
+    Raises:
+        UserError: an option cannot be meant.
+        OSError: the disk is full, or similar; what is finished stays.
+    """
+    parts = list(table.parts())
+    for part in parts:  # all options are looked at before the first run
+        part.check()
+        part.open()
+    folder = Path(table.out).expanduser()
+    failed = 0
+    for part in parts:
+        part_folder, part_failed = run_sweep(part, command)
+        build_report(part_folder)
+        failed += part_failed
+    write_text(folder / CONFIG, json.dumps({"commands": [command]}, indent=1))
+    return folder, failed
+
+
+def judge(folder: Path) -> dict[Scenario, dict[str, Judged]]:
+    """Every cell of the table, from the logs.
+
+    Raises:
+        UserError: a part has no results.
+    """
+    results = {name: load_results(folder / name) for name in {scenario.experiment for scenario in SCENARIOS}}
+    return {scenario: _judge(scenario, results[scenario.experiment]) for scenario in SCENARIOS}
+
+
+def _judge(scenario: Scenario, results: Results) -> dict[str, Judged]:
+    setting = Setting.parse(scenario.setting)
+    cells = {name: results.cells.get((trained_as(name, results), setting)) for name in TECHNIQUES}
+    gains: dict[str, float | None] = {}
+    for name, cell in cells.items():
+        if cell is None:
+            raise UserError(
+                f"{scenario.experiment} has no result of {name} at {setting}: run table1 again to complete it"
+            )
+        gains[name] = gain(results, cell)
+    best = max((value for value in gains.values() if value is not None), default=0.0)
+    judged = {}
+    for name, cell in cells.items():
+        assert cell is not None
+        value = gains[name]
+        share = None if value is None else value / best if best > 0 else 0.0
+        judged[name] = Judged(verdict(share), share, cell, results)
+    return judged
+
+
+def trained_as(technique: str, results: Results) -> str:
+    """Without time steps, time-specific Batch Normalization is Batch Normalization."""
+    return technique if technique in results.experiment.catalogue else "batch"
+
+
+def gain(results: Results, cell: Cell) -> float | None:
+    """How far the mean score is from guessing among all classes alike; None if the technique cannot train there."""
+    if cell.mean is None:
+        return None
+    classes = results.config["data"]["classes"]
+    if results.experiment.score.lower_is_better:
+        return math.log(classes) - cell.mean.mean
+    return cell.mean.mean - 1 / classes
+
+
+def verdict(share: float | None) -> str:
+    """The criterion.
+
+    Example:
+        >>> verdict(0.97), verdict(0.8), verdict(0.1), verdict(None)
+        ('works', 'suboptimal', 'fails', 'fails')
+    """
+    if share is None or share < FAILS:
+        return "fails"
+    return "works" if share >= WORKS else "suboptimal"

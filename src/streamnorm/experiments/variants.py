@@ -1,0 +1,97 @@
+"""The spectrum of references: which activations share their statistics, in a convolutional network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from torch import nn
+from tyro import conf
+
+import streamnorm as sn
+from streamnorm.experiments.conv import ConvExperiment
+from streamnorm.experiments.methods import METHODS, LayerMethod, Methods, NormFactory
+from streamnorm.experiments.models import feedforward_convolutional
+
+
+def _over(layer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A factory for layers with a reference by name, where "group" takes a number of groups."""
+
+    def factory(features: int, axes: int, ref: str, groups: float = 4, **options: Any) -> nn.Module:
+        reference = ("group", math.gcd(int(groups), features)) if ref == "group" else ref
+        return layer(features, ref=reference, **options)
+
+    return factory
+
+
+def _ghost(features: int, axes: int, ghosts: float = 8, **options: Any) -> nn.Module:
+    return sn.GeneralBatchNorm(features, ghosts=int(ghosts), **options)
+
+
+_SAMPLE, _BATCH, _STREAMING = _over(sn.SampleNorm), _over(sn.GeneralBatchNorm), _over(sn.StreamingNorm2d)
+
+
+def _method(
+    name: str, label: str, colour: str, marker: str, factory: Callable[..., nn.Module], **options: Any
+) -> LayerMethod:
+    return LayerMethod(name, label, colour, marker, name, factory, options)
+
+
+# Blue for what is inside a sample, orange and red for the mini-batch, green for the stream.
+_ALL = (
+    METHODS["none"],
+    _method("sample-position", "Sample, position", "#88ccee", "v", _SAMPLE, ref="position"),
+    _method("sample-channel", "Sample, channel (Instance)", "#56b4e9", "<", _SAMPLE, ref="channel"),
+    _method("sample-group", "Sample, group", "#332288", "p", _SAMPLE, ref="group"),
+    _method("sample-layer", "Sample, layer", "#0072b2", "^", _SAMPLE, ref="layer"),
+    _method("batch-ghost", "Batch, ghost", "#cc79a7", "d", _ghost),
+    _method("batch-channel", "Batch, channel", "#d55e00", "s", _BATCH, ref="channel"),
+    _method("batch-group", "Batch, group", "#e69f00", "D", _BATCH, ref="group"),
+    _method("batch-layer", "Batch, layer", "#882255", "P", _BATCH, ref="layer"),
+    _method("streaming-layer", "Streaming, layer", "#44aa99", "h", _STREAMING, ref="layer"),
+    _method("streaming-group", "Streaming, group", "#999933", ">", _STREAMING, ref="group"),
+    _method("streaming-channel", "Streaming, channel", "#009e73", "o", _STREAMING, ref="channel"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variants(ConvExperiment):
+    """Compare which activations share their statistics, in a feedforward convolutional network.
+
+    Inside a sample (Sample Normalization): those at one position, of one channel, of a group of channels, or all. Over
+    the mini-batch (General Batch Normalization): those of one channel, also in several ghost batches, of a group, or
+    all. Over all samples seen (Streaming Normalization): those of one channel, of a group, or all. Sample and batch
+    statistics are L2, the streaming ones L1, each as it is commonly used; there are 4 groups and 8 ghost batches. Each
+    gets its best learning rate, chosen on validation images; then several seeds are run at that rate and evaluated on
+    the test images.
+    """
+
+    name: ClassVar[str] = "variants"
+    title: ClassVar[str] = "Which activations share their statistics"
+    summary: ClassVar[str] = "the spectrum of references: sample, batch and stream, by channel, group and layer"
+    question: ClassVar[str] = (
+        "A normalization reference is the set of activations that a neuron's statistics are collected from. Inside one "
+        "sample, over a mini-batch, or over all samples seen; of one channel, of some, or of the whole layer: which "
+        "references train a convolutional network, with mini-batches and with very small ones?"
+    )
+    reference: ClassVar[str] = "batch-channel"
+    comparisons: ClassVar[tuple[tuple[str, str], ...]] = tuple(
+        ("streaming-channel", method.name) for method in reversed(_ALL[:-1])
+    )
+    catalogue: ClassVar[Mapping[str, LayerMethod]] = Methods({method.name: method for method in _ALL})
+
+    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = tuple(method.name for method in _ALL[1:])
+    """References to compare: none; sample-position, -channel, -group, -layer; batch-ghost, -channel, -group, -layer;
+    streaming-layer, -group, -channel. Options of the layer make a variant, as in batch-ghost,ghosts=4."""
+
+    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("32x1", "2x16")
+    """Samples per mini-batch x mini-batches per weight update, for example 2x16."""
+
+    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-3, 1e-2, 3e-2, 1e-1)
+    """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
+
+    def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
+        """Architecture B."""
+        return feedforward_convolutional(shape[0], classes, norm, self.width)

@@ -1,0 +1,112 @@
+"""The paper's table 1: what is run for each cell, and the criterion."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+
+from streamnorm.cli import main
+from streamnorm.experiments import table1
+from streamnorm.experiments.results import load_results
+from streamnorm.experiments.setting import Setting
+from streamnorm.experiments.table1 import SCENARIOS, TECHNIQUES, Table1, gain, judge, verdict
+from streamnorm.experiments.table1_report import agrees, claimed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All parts, as small as they can be."""
+    monkeypatch = pytest.MonkeyPatch()
+    parts = Table1.parts
+
+    def small(self):
+        for part in parts(self):
+            shrunk = {"rates": part.rates[1:2], "points": 1, "validation": 16, "width": 4, "hidden": 6, "steps": 5}
+            shrunk |= {"sample": 1, "curve_characters": 20, "curve_images": 10}
+            options = vars(part) | {name: value for name, value in shrunk.items() if name in vars(part)}
+            if part.name == "char-rnn":
+                options["limit"] = 2000
+            yield type(part)(**options)
+
+    monkeypatch.setattr(Table1, "parts", small)
+    folder = tmp_path_factory.mktemp("table1") / "out"
+    words = ["run", "table1", "--limit", "64", "--updates", "3", "--seeds", "2", "--jobs", "1", "--out", str(folder)]
+    assert main(words) == 0
+    monkeypatch.undo()
+    return folder
+
+
+def test_every_cell_is_judged_from_its_runs(finished):
+    judgements = judge(finished)
+    assert list(judgements) == list(SCENARIOS)
+    for scenario, row in judgements.items():
+        assert list(row) == list(TECHNIQUES)
+        assert all(str(judged.cell.setting) == scenario.setting for judged in row.values())
+        shares = {name: judged.share for name, judged in row.items() if judged.share is not None}
+        assert max(shares.values()) in (0, pytest.approx(1))
+        assert all(row[name].verdict == verdict(share) for name, share in shares.items())
+    online = judgements[SCENARIOS[4]]
+    assert online["batch"].verdict == online["batch-per-step"].verdict == "fails"
+    assert "more than 1 value" in (online["batch"].cell.reason or "")
+
+
+def test_gain_is_the_distance_from_guessing(finished):
+    for name, sign in (("conv", 1), ("char-rnn", -1)):
+        results = load_results(finished / name)
+        cell = results.cells["layer", Setting(32, 1)]
+        classes = results.config["data"]["classes"]
+        assert cell.mean is not None
+        guess = 1 / classes if sign == 1 else math.log(classes)
+        assert gain(results, cell) == pytest.approx(sign * (cell.mean.mean - guess))
+
+
+def test_the_criterion():
+    assert [verdict(share) for share in (1, 0.95, 0.949, 0.5, 0.49, -1, None)] == [
+        *("works", "works", "suboptimal", "suboptimal", "fails", "fails", "fails")
+    ]
+
+
+def test_the_page_and_the_csv_tell_the_same(finished, capsys):
+    assert main(["report", str(finished)]) == 0
+    assert "of 28 cells are as in the paper" in capsys.readouterr().out.replace("\n", " ")
+    page = (finished / "report.html").read_text()
+    with open(finished / "table1.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 28
+    assert page.count("<td") == 28
+    for kind in ("works", "suboptimal", "fails"):
+        assert page.count(f">{kind}</b>") == sum(row["verdict"] == kind for row in rows)
+    assert table1.CRITERION in page
+    for part in ("online-fc", "conv", "recurrent-conv", "char-rnn"):
+        assert (finished / part / "report.html").exists()
+        assert f'href="{part}/report.html"' in page
+
+
+def test_the_papers_judgement_as_our_documentation_tells_it():
+    """Streaming works everywhere; Layer works but for what is convolutional; Batch needs feedforward networks."""
+    table = {name: [claimed(scenario, name) for scenario in SCENARIOS] for name in TECHNIQUES}
+    assert set(table["streaming-l1"]) == {"works"}
+    convolutional = ["conv" in scenario.experiment for scenario in SCENARIOS]
+    assert [claim == "suboptimal" for claim in table["layer"]] == convolutional
+    assert table["batch"] == ["works", "fails", "works", "fails", "fails", "suboptimal", "fails"]
+
+
+def test_a_limited_technique_counts_as_met_where_it_works(finished):
+    judged = judge(finished)[SCENARIOS[0]]["layer"]
+    assert agrees(judged, "limited") is (judged.verdict == "works")
+    assert agrees(judged, judged.verdict)
+
+
+def test_a_part_without_results_is_named(finished, tmp_path, capsys):
+    (tmp_path / "table1.json").write_text(json.dumps({"commands": []}))
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_mistake_is_found_before_anything_is_run(tmp_path, capsys):
+    assert main(["run", "table1", "--text", "nowhere.txt", "--out", str(tmp_path / "out")]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
