@@ -7,6 +7,7 @@ from .distributed import joinable, synchronize
 from .lifecycle import calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from .norm_act import StreamingNormAct2d
 from .normref import NormRef
 from .ops import engines
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -31,6 +32,7 @@ __all__ = [
     "StreamingNorm1d",
     "StreamingNorm2d",
     "StreamingNorm3d",
+    "StreamingNormAct2d",
     "accumulate",
     "bind",
     "calibrate",

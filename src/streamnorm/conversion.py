@@ -6,14 +6,17 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from . import foreign
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from .norm_act import StreamingNormAct2d
 from .normref import NormRef, RefName
 from .ops.spec import View
 from .stream import Stream
@@ -60,9 +63,10 @@ def convert(
     Args:
         model: any module. If it is itself a BatchNorm, the new layer is only returned.
         where: ``where(name, module)`` says which layers to convert. Default: all.
-        also: further layer types to convert: ``nn.GroupNorm``, ``nn.InstanceNorm2d`` and their like. They keep no
+        also: further layer types to convert. ``nn.GroupNorm``, ``nn.InstanceNorm2d`` and their like keep no
             statistics (unless they track them), so the result does not evaluate as before: run
-            :func:`streamnorm.calibrate` next.
+            :func:`streamnorm.calibrate` next. A ``FrozenBatchNorm2d``, as torchvision, timm and transformers have
+            it, evaluates as before; its gain and bias become parameters, which the optimizer has to be told of.
         options: arguments of ``StreamingNorm2d``, such as ``p=2`` or ``window=500``. Not those that each layer
             brings along: ``affine``, ``bias``, ``device``, ``dtype``.
 
@@ -70,12 +74,13 @@ def convert(
         ``model``.
 
     Raises:
-        ValueError: for options that StreamingNorm refuses, or a type in ``also`` that is neither InstanceNorm nor
-            GroupNorm; nothing is changed.
+        ValueError: for options that StreamingNorm refuses, or a type in ``also`` that is no InstanceNorm, GroupNorm
+            or FrozenBatchNorm; nothing is changed.
 
     Warns:
-        UserWarning: names each subclass of BatchNorm with a forward of its own, which stays as it is
-            (:func:`streamnorm.register_converter` says how to convert it), and each lazy one.
+        UserWarning: names each layer with a forward of its own, which stays as it is
+            (:func:`streamnorm.register_converter` says how to convert it), and each lazy one. timm's layers with an
+            activation inside are known and become :class:`streamnorm.StreamingNormAct2d`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -94,27 +99,17 @@ def convert(
             return None
         if type(module) in _converters:
             return _converters[type(module)](module, **options)
-        if isinstance(module, _BatchNorm):
-            if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-                remarks.append(
-                    f"{name or 'the model'} is a {type(module).__name__} and was not converted: it has no channels "
-                    "before the first batch; run one through the model"
-                )
-            elif type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-                return _to_streaming(module, options)
-            else:
-                remarks.append(
-                    f"{name or 'the model'} is a {type(module).__name__}, a BatchNorm with a forward of its own, and "
-                    f"was not converted: say how with streamnorm.register_converter({type(module).__name__}, ...), or "
-                    "leave it out with where="
-                )
-        elif isinstance(module, also):
-            if not isinstance(module, (nn.GroupNorm, _InstanceNorm)):
-                raise ValueError(
-                    f"{name or 'the model'} is a {type(module).__name__}, which is neither a GroupNorm nor an "
-                    f"InstanceNorm: say how with streamnorm.register_converter({type(module).__name__}, ...)"
-                )
+        if not isinstance(module, (_BatchNorm, *also)):
+            return None
+        if not (isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm)) or foreign.is_frozen(module)):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__}, which is no GroupNorm, InstanceNorm or "
+                f"FrozenBatchNorm: say how with streamnorm.register_converter({type(module).__name__}, ...)"
+            )
+        obstacle = _obstacle(module)
+        if obstacle is None:
             return _to_streaming(module, options)
+        remarks.append(f"{name or 'the model'} is a {type(module).__name__} and was not converted: {obstacle}")
         return None
 
     result = _replace(model, converted)
@@ -151,7 +146,7 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
     """Replace our layers by plain ``torch.nn`` ones that evaluate the same, in place: for deployment.
 
     Streaming and General Batch Normalization become ``nn.BatchNorm1d/2d/3d``; Sample Normalization with p = 2 becomes
-    ``nn.GroupNorm``, which it equals.
+    ``nn.GroupNorm``, which it equals. StreamingNormAct2d becomes timm's ``BatchNormAct2d`` again.
 
     Args:
         model: any module. If it is itself such a layer, the new one is only returned.
@@ -177,10 +172,10 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
 def fold(model: Module) -> Module:
     """A copy of ``model`` for inference with our layers folded into the Linear or convolution before them.
 
-    Statistics, gain and bias become part of that layer's weight and bias, and ``nn.Identity`` stands where the
-    normalization was. Which layer comes before is found by tracing the model with ``torch.fx``; a normalization stays
-    if it follows something else or a layer that is used more than once, or if either of the two has forward hooks. A
-    Linear is taken to give ``(N, C)``.
+    Statistics, gain and bias become part of that layer's weight and bias, and ``nn.Identity``, or dropout and
+    activation alone, stands where the normalization was. Which layer comes before is found by tracing the model with
+    ``torch.fx``; a normalization stays if it follows something else or a layer that is used more than once, or if
+    either of the two has forward hooks. A Linear is taken to give ``(N, C)``.
 
     Args:
         model: any module that ``torch.fx`` can trace.
@@ -204,7 +199,7 @@ def fold(model: Module) -> Module:
     for before, norm in pairs:
         _fold_into(before, norm)
     gone = {id(norm) for _, norm in pairs}
-    return _replace(folded, lambda _, module: nn.Identity() if id(module) in gone else None)
+    return _replace(folded, lambda _, module: _what_remains(module) if id(module) in gone else None)
 
 
 def _replace(model: Module, change: Callable[[str, nn.Module], nn.Module | None]) -> Any:
@@ -231,30 +226,55 @@ def _replace(model: Module, change: Callable[[str, nn.Module], nn.Module | None]
     return replaced
 
 
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a normalization layer cannot become a streaming one, if it cannot."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "it has no channels before the first batch; run one through the model"
+    if foreign.is_frozen(module) or foreign.has_activation(module) or foreign.normalizes_as_torch(module):
+        return None
+    return (
+        f"it has a forward of its own; say how with streamnorm.register_converter({type(module).__name__}, ...), or "
+        "leave it out with where="
+    )
+
+
+def _streaming_class(module: nn.Module) -> Callable[..., Norm]:
+    """What takes the place of a layer: a layer for the same ranks of input, and what it did after normalizing."""
+    if foreign.has_activation(module):
+        return partial(StreamingNormAct2d, drop=getattr(module, "drop", None), act=getattr(module, "act", None))
+    if foreign.is_frozen(module):
+        return StreamingNorm2d
+    return next((_STREAMING[base] for base in type(module).__mro__ if base in _STREAMING), _any_rank)
+
+
 def _to_streaming(module: nn.Module, options: dict[str, Any]) -> Norm:
-    """The streaming layer with the parameters, statistics, mode and hooks of a BatchNorm, InstanceNorm or GroupNorm."""
+    """The streaming layer with the parameters, statistics, mode and hooks of another normalization layer."""
     old: Any = module
-    num_features: int = old.num_channels if isinstance(module, nn.GroupNorm) else old.num_features
     weight, bias = old.weight, old.bias
+    if foreign.is_frozen(module):
+        weight, bias = nn.Parameter(weight), nn.Parameter(bias)
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     like = next((t for t in (weight, mean) if t is not None), torch.empty(0))
     arguments: dict[str, Any] = {
-        "eps": old.eps,
+        "eps": getattr(module, "eps", 1e-5),
         "affine": weight is not None,
         "bias": bias is not None,
         "device": like.device,
         "dtype": like.dtype,
         **options,
     }
-    cls: Callable[..., Norm] = next(
-        (_STREAMING[base] for base in type(module).__mro__ if base in _STREAMING), _any_rank
-    )
-    new = cls(num_features, **arguments)
+    new = _streaming_class(module)(_num_features(old), **arguments)
     new.weight, new.bias = weight, bias
     if mean is not None and variance is not None:
         _set_statistics(new, mean, variance)
     _move_hooks(module, new)
     return new.train(module.training)
+
+
+def _num_features(old: Any) -> int:
+    if isinstance(old, nn.GroupNorm):
+        return old.num_channels
+    return old.num_features if hasattr(old, "num_features") else len(old.weight)
 
 
 def _any_rank(num_features: int, ref: RefName | NormRef = "channel", p: float = 1, **options: Any) -> Norm:
@@ -285,7 +305,11 @@ def _to_plain(name: str, layer: Norm, dims: int | None) -> nn.Module:
     if layer.stream is None and not isinstance(layer, GeneralBatchNorm):
         plain = _to_groupnorm(name, layer)
     else:
-        cls = _PLAIN.get(type(layer)) or {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}.get(dims or 0)
+        cls: Callable[..., nn.Module] | None = (
+            foreign.batchnorm_with_activation(layer.drop, layer.act)
+            if isinstance(layer, StreamingNormAct2d)
+            else _PLAIN.get(type(layer)) or {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}.get(dims or 0)
+        )
         if cls is None:
             raise ValueError(
                 f"{name or 'the layer'} takes any rank: say with dims=1, 2 or 3 which BatchNorm to write for it"
@@ -373,6 +397,11 @@ def _can_fold(before: nn.Module, norm: nn.Module) -> bool:
         and not parametrize.is_parametrized(before)
         and not any(hooks)
     )
+
+
+def _what_remains(norm: nn.Module) -> nn.Module:
+    """What a layer does after normalizing."""
+    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, StreamingNormAct2d) else nn.Identity()
 
 
 @torch.no_grad()

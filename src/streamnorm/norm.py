@@ -17,6 +17,7 @@ from . import agreement, checkpoint, ops, updates
 from .agreement import Sync
 from .moments import LpMoment
 from .normref import NormRef, RefName
+from .ops import joined
 from .ops.spec import Formula, State, View
 from .ops.tracing import as_constant
 from .stream import Stream
@@ -250,7 +251,7 @@ class Norm(nn.Module):
             updates.notice(self)
         state = None if self.stream is None else self.state
         group = agreement.group_of(self)
-        return ops.joined.normalize(
+        return joined.normalize(
             x, self.weight, self.bias, mask, view, self.formula, state, self._grad_scale, stats, group
         )
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import Processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

@@ -15,7 +15,7 @@ from types import ModuleType
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import eager, joined, native, plain, traced
+from . import eager, native, plain, traced
 from .spec import Formula, State, View
 
 ENGINES: tuple[ModuleType, ...] = (native, eager, plain)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .eager import _derivative_of_power, _keep_finite, _mix_weights, _slope
+from .eager import _derivative_of_power, _keep_finite, mix_weights, slope_of
 from .first_order import first_order_only
 from .plain import elements, hide, mix, num_samples, running_average, wide
 from .spec import Formula, State, View
@@ -69,7 +69,7 @@ class _Normalize(torch.autograd.Function):
             mu = b_mu
         else:
             state.samples.add_(samples)
-            alpha = _mix_weights(formula.alpha, formula.window, state.samples)
+            alpha = mix_weights(formula.alpha, formula.window, state.samples)
             short_mu = running_average(state.short[0], state.count, b_mu, n)
             mu = mix(alpha, state.long[0], short_mu, b_mu)
 
@@ -97,7 +97,7 @@ class _Normalize(torch.autograd.Function):
         if keep is not None:
             into.masked_fill_(~keep, 0)
 
-        ctx.save_for_backward(x, weight, mask, torch.stack((mu, inverse, _slope(m, inverse, finite, formula))))
+        ctx.save_for_backward(x, weight, mask, torch.stack((mu, inverse, slope_of(m, inverse, finite, formula))))
         ctx.view, ctx.formula, ctx.state, ctx.grad_scale, ctx.group = view, formula, state, grad_scale, group
         ctx.n, ctx.samples, ctx.has_bias = n, samples, bias is not None
         ctx.mark_non_differentiable(n)
@@ -142,7 +142,7 @@ def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, u: Tensor, inverse: Te
     beta, streamed_m = formula.beta, g_m
     if state is not None:
         state.grad_samples.add_(ctx.samples)
-        beta = _mix_weights(formula.beta, formula.window, state.grad_samples)
+        beta = mix_weights(formula.beta, formula.window, state.grad_samples)
         short_m = running_average(state.short_grad[1], state.grad_count, g_m, ctx.n)
         streamed_m = mix(beta, state.long_grad[1], short_m, g_m)
     streamed_m = streamed_m.masked_fill(cut, 0)

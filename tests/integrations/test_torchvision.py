@@ -1,0 +1,150 @@
+"""torchvision: networks that take their normalization as an argument, and networks that are converted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from integrations.training import (
+    assert_evaluates_better,
+    assert_fine_tunes,
+    assert_learns,
+    assert_same_outputs,
+    converted,
+    images,
+    in_batches,
+    layers,
+    with_statistics,
+)
+from torch import Tensor, nn
+
+import streamnorm as sn
+
+pytestmark = pytest.mark.integration("torchvision")
+
+NETWORKS = ["resnet18", "mobilenet_v2", "efficientnet_b0", "regnet_y_400mf", "densenet121"]
+
+
+def network(name: str, **options: Any) -> nn.Module:
+    from torchvision import models
+
+    return models.get_model(name, weights=None, num_classes=4, **options)
+
+
+def pretrained(name: str) -> nn.Module:
+    return with_statistics(network(name), lambda model: model(images(4)[0]))
+
+
+@pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet", "`norm_layer=sn.StreamingNorm2d`")
+@pytest.mark.parametrize("name", NETWORKS[:4])
+def test_norm_layer(name: str) -> None:
+    """The same as a conversion before training."""
+    torch.manual_seed(3)
+    model = network(name, norm_layer=sn.StreamingNorm2d)
+    torch.manual_seed(3)
+    twin = converted(network(name), scale="raw")
+    assert [type(layer) for layer in layers(model)] == [type(layer) for layer in layers(twin)]
+    x = images(2)[0]
+    torch.manual_seed(4)
+    expected = twin(x)
+    torch.manual_seed(4)
+    assert_same_outputs(expected, model(x))
+
+
+@pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet", "`norm_layer=sn.StreamingNorm2d`")
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_norm_layer_trains(batch_size: int) -> None:
+    assert_fine_tunes(network("resnet18", norm_layer=sn.StreamingNorm2d), images(4), batch_size)
+
+
+@pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet, DenseNet", "`sn.convert(model)`")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_converted_it_evaluates_as_before(name: str) -> None:
+    model, x = pretrained(name), images(3)[0]
+    new = converted(model)
+    assert_same_outputs(model(x), new(x))
+    assert_same_outputs(model(x), sn.to_batchnorm(new)(x))
+
+
+@pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet, DenseNet", "`sn.convert(model)`")
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
+def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
+    assert_fine_tunes(converted(pretrained(name)), images(4), batch_size)
+
+
+# Video
+
+
+@pytest.mark.shows("3-D: video ResNet (r3d_18)", "`sn.convert(model)`")
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_network_in_three_dimensions(batch_size: int) -> None:
+    from torchvision.models.video import r3d_18
+
+    clips, target = torch.randn(4, 3, 4, 16, 16), torch.arange(4)
+    model = with_statistics(r3d_18(weights=None, num_classes=4), lambda model: model(clips))
+    new = converted(model)
+    assert {type(layer) for layer in layers(new)} == {sn.StreamingNorm3d}
+    assert_same_outputs(model(clips), new(clips))
+    assert_fine_tunes(new, (clips, target), batch_size)
+
+
+# Segmentation and detection
+
+
+def segmentation(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, target = batch
+    return nn.functional.cross_entropy(model(x)["out"], target)
+
+
+@pytest.mark.shows("segmentation: DeepLabV3", "`sn.convert(model)`")
+def test_a_segmentation_network() -> None:
+    """With a global pooling branch, whose one value per channel Batch Normalization cannot train on alone."""
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+
+    x = torch.randn(2, 3, 64, 64)
+    data = x, (x[:, 0] > 0).long()
+    model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2)
+    model = with_statistics(model, lambda model: model(x))
+    new, before = converted(model), converted(model)
+    assert_same_outputs(model(x)["out"], new(x)["out"])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        segmentation(model.train(), in_batches(1, *data)[0])
+    assert_learns(new, segmentation, in_batches(1, *data), epochs=15)
+    assert_evaluates_better(new, before, segmentation, data)
+
+
+def detection(model: nn.Module, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> Tensor:
+    losses: dict[str, Tensor] = model(*batch)
+    return torch.stack(list(losses.values())).sum()
+
+
+@pytest.mark.shows("detection: RetinaNet with FrozenBatchNorm2d", "`sn.convert(model, also=(FrozenBatchNorm2d,))`")
+def test_a_detector_with_frozen_normalization() -> None:
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops import FrozenBatchNorm2d
+
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5
+    )
+    model = RetinaNet(backbone, num_classes=2, min_size=64, max_size=64).eval()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    new = converted(model, also=(FrozenBatchNorm2d,))
+    x = torch.randn(2, 3, 64, 64)
+    for name, feature in model.backbone(x).items():
+        assert_same_outputs(feature, new.backbone(x)[name])
+    box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    sn.calibrate(new, [x], forward=lambda images: new.backbone(images))
+    assert_learns(new, detection, [([image], [box]) for image in x])
+
+
+def test_frozen_normalization_stays_unless_asked_for() -> None:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.BatchNorm2d(4))
+    assert [type(module) for module in sn.convert(model)] == [nn.Conv2d, FrozenBatchNorm2d, sn.StreamingNorm2d]  # type: ignore[arg-type]

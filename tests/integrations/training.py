@@ -1,0 +1,112 @@
+"""What the tests of other people's models and loops do again and again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import streamnorm as sn
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""The loss of a model on one mini-batch."""
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+
+
+def with_statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> Any:
+    """The model in evaluation mode, with running statistics as training leaves them: averages over mini-batches."""
+    model.train()
+    batch_norms: list[Any] = [module for module in model.modules() if hasattr(module, "running_mean")]
+    momenta = [layer.momentum for layer in batch_norms]
+    for layer in batch_norms:
+        layer.momentum = None
+    with torch.no_grad():
+        for _ in range(3):
+            forward(model)
+    for layer, momentum in zip(batch_norms, momenta):
+        layer.momentum = momentum
+    return model.eval()
+
+
+def converted(model: nn.Module, **options: Any) -> Any:
+    """A converted copy: without a warning, and without a layer left as it was."""
+    model = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = sn.convert(model, **options)
+    assert layers(model), "nothing was converted"
+    assert not [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+    return model
+
+
+def layers(model: nn.Module) -> list[sn.Norm]:
+    return [module for module in model.modules() if isinstance(module, sn.Norm)]
+
+
+def assert_same_outputs(first: Any, second: Any) -> None:
+    """Equal to the rounding of a deep network, relative to the largest value."""
+    assert first.shape == second.shape
+    scale = float(first.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(second / scale, first / scale, rtol=0, atol=2e-5)
+
+
+def assert_learns(model: nn.Module, loss: Loss, batches: Sequence[Any], epochs: int = 10, lr: float = 1e-3) -> None:
+    """The loss on a few mini-batches, seen again and again, falls to less than half; every step is noticed."""
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    means = []
+    for _ in range(epochs):
+        total = 0.0
+        for batch in batches:
+            optimizer.zero_grad()
+            value = loss(model, batch)
+            value.backward()
+            optimizer.step()
+            total += float(value)
+        means.append(total / len(batches))
+    assert means[-1] < means[0] / 2, means
+    for layer in layers(model):
+        assert layer.long_grad.any()
+        assert not layer.samples
+
+
+def assert_evaluates_better(model: nn.Module, before: nn.Module, loss: Loss, batch: Any) -> None:
+    """In evaluation too, by the statistics that were streamed, the loss fell to less than half."""
+    with torch.no_grad():
+        after, at_first = float(loss(model.eval(), batch)), float(loss(before.eval(), batch))
+    assert after < at_first / 2, (at_first, after)
+
+
+def assert_fine_tunes(model: nn.Module, data: tuple[Tensor, ...], batch_size: int, lr: float = 1e-3) -> None:
+    """A classifier learns a few images in training and in evaluation."""
+    before = copy.deepcopy(model)
+    assert_learns(model, classification, in_batches(batch_size, *data), lr=lr)
+    assert_evaluates_better(model, before, classification, data)
+
+
+def images(samples: int, size: int = 32, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """Noise, and the classes 0, 1, 2, 3, 0, …"""
+    return torch.randn(samples, channels, size, size), torch.arange(samples) % 4
+
+
+def in_batches(batch_size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(tensor.split(batch_size) for tensor in tensors)))
+
+
+def classification(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, target = batch
+    return nn.functional.cross_entropy(model(x), target)
+
+
+def assert_same_state(first: nn.Module, second: nn.Module) -> None:
+    """Every parameter and every buffer, bit for bit."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert list(ours) == list(theirs)
+    different = [name for name in ours if not ours[name].equal(theirs[name])]
+    assert not different
