@@ -65,7 +65,7 @@ class Adapt(ConvExperiment):
     settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("32x1",)
     """Samples per mini-batch x mini-batches per weight update of the training, for example 2x16."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-3, 1e-2, 3e-2, 1e-1)
+    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
     epochs: int = 3
