@@ -14,7 +14,16 @@ import torch
 from streamnorm.benchmarks import command
 from streamnorm.benchmarks.cases import FLOOR_FROM, Case, _layers, _networks, _recurrent, _resnet, all_cases, input_pool
 from streamnorm.benchmarks.contestants import Floor
-from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow, copied_bytes, l1_verdict, targets_line
+from streamnorm.benchmarks.memory import Memory
+from streamnorm.benchmarks.results import (
+    MemoryRow,
+    Results,
+    TimeRow,
+    copied_bytes,
+    l1_verdict,
+    memory_rows,
+    targets_line,
+)
 from streamnorm.benchmarks.targets import MEMORY_TARGETS, TIME_TARGETS
 from streamnorm.benchmarks.timing import Effort
 from streamnorm.cli import main
@@ -38,6 +47,20 @@ def test_every_contestant_trains():
             for turn, contestant in enumerate(match[:2]):
                 contestant.backward(contestant.forward(turn), turn)
                 contestant.update()
+
+
+def test_the_lstm_is_measured_without_onednn_too():
+    stock, without = _recurrent("LSTM", 2, 4)
+    assert type(stock.rival.forward(0).grad_fn).__name__ == "MkldnnRnnLayerBackward0"
+    assert type(without.rival.forward(0).grad_fn).__name__ != "MkldnnRnnLayerBackward0"
+    assert not without.stock
+    assert torch._C._get_mkldnn_enabled()
+
+
+def test_memory_targets_are_for_our_layers():
+    found = {name: Memory(1, 1) for name in ("sn.LSTM streaming", "nn.LSTM", "nn.LSTM without oneDNN")}
+    rows = memory_rows(Case("recurrent", "LSTM B1 H8", list), found, "nn.LSTM")
+    assert [row.target is not None for row in rows] == [True, False, False]
 
 
 def test_large_inputs_do_not_stay_in_cache():

@@ -17,7 +17,7 @@ from streamnorm.experiments.verdict import sentences
 
 SMALL = [
     *("--rates", "0.01", "--seeds", "3", "--limit", "64", "--validation", "32", "--width", "16", "--depth", "2"),
-    *("--points", "2", "--jobs", "1"),
+    *("--points", "2", "--jobs", "1", "--epochs", "1"),
 ]
 
 
@@ -39,6 +39,9 @@ def test_each_method_is_compared_with_itself_at_the_other_setting(finished):
     said = [sentence for sentence in sentences(results) if "4×8 against 4×1" in sentence]
     assert [sentence.split(" is ")[0] for sentence in said] == ["Batch", "Recalibrated Batch", "Streaming L1"]
     assert re.search(r"(better|worse|not told apart) at (4×8 against 4×1 and )?2×16 against 2×1", said[0])
+    tuned = [results.cells["batch", setting].tuning[0.01] for setting in (left, right)]
+    expected = f"{100 * (tuned[0] - tuned[1]):+.1f} at 0.01 (points, validation).".replace("-", "−")
+    assert f"At equal learning rates Batch at 2×16 less 2×1 is {expected}" in sentences(results)
     page = (finished / "report.html").read_text()
     assert "2×16 − 2×1" in page
     assert "figure 4" in page

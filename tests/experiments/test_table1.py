@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 
 import pytest
 
@@ -98,6 +99,18 @@ def test_a_limited_technique_counts_as_met_where_it_works(finished):
     judged = judge(finished)[SCENARIOS[0]]["layer"]
     assert agrees(judged, "limited") is (judged.verdict == "works")
     assert agrees(judged, judged.verdict)
+
+
+def test_over_all_results_it_is_one_more_claim(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "all" / "the-table")
+    assert main(["report", str(tmp_path / "all")]) == 0
+    row = next(
+        line for line in (tmp_path / "all" / "report.html").read_text().split("<tr>") if "every scenario" in line
+    )
+    holds = all(cells["streaming-l1"].verdict == "works" for cells in judge(finished).values())
+    assert f">{'holds' if holds else 'does not hold'}</b>" in row
+    assert 'href="the-table/report.html"' in row
+    assert "of 28 cells are as in the paper" in row
 
 
 def test_a_part_without_results_is_named(finished, tmp_path, capsys):

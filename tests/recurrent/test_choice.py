@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 import streamnorm as sn
 from streamnorm.recurrent import fused, norms
@@ -90,6 +91,22 @@ def test_wrong_inputs() -> None:
         gru(torch.randn(5, 2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="lengths"):
         gru(torch.randn(5, 3), lengths=torch.tensor([5]))
+    with pytest.raises(ValueError, match="lengths are 2 integers"):
+        gru(torch.randn(5, 2, 3), lengths=torch.tensor([5]))
+    with pytest.raises(ValueError, match="lengths are 2 integers"):
+        gru(torch.randn(5, 2, 3), lengths=torch.tensor([5.0, 3.0]))
+    for lengths in ([6, 2], [5, 0]):
+        with pytest.raises(ValueError, match="between 1 and 5"):
+            gru(torch.randn(5, 2, 3), lengths=torch.tensor(lengths))
+    for sizes in ([3, 2, 1, 1, 1], [3, 4]):
+        with pytest.raises(ValueError, match="batch_sizes that never increase and add up"):
+            gru(PackedSequence(torch.randn(7, 3), torch.tensor(sizes)))
+    with pytest.raises(ValueError, match="one tensor, got 2"):
+        gru(torch.randn(5, 2, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
+    lstm: Any = sn.LSTM(3, 4)
+    with pytest.raises(ValueError, match=r"a pair of tensors \(h, c\), got 1"):
+        lstm(torch.randn(5, 2, 3), torch.zeros(1, 2, 4))
+    assert lstm(torch.randn(5, 2, 3), [torch.zeros(1, 2, 4)] * 2)[0].shape == (5, 2, 4)
     cell: Any = sn.GRUCell(3, 4)
     with pytest.raises(ValueError, match="3D"):
         cell(torch.randn(1, 2, 3))
@@ -116,8 +133,9 @@ def test_an_empty_batch() -> None:
         lambda model: model.norm_ih_l0.eval(),
         lambda model: setattr(model.norm_hh_l0, "frozen", True),
         lambda model: setattr(model, "norm_hh_l0", sn.StreamingNorm1d(15)),
+        lambda model: setattr(model, "norm_hh_l0", model.norm_ih_l0),
     ],
-    ids=["another module", "a hook", "one in evaluation", "one frozen", "one with a bias"],
+    ids=["another module", "a hook", "one in evaluation", "one frozen", "one with a bias", "one for both paths"],
 )
 def test_what_is_left_to_the_loop(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = sn.GRU(3, 5)

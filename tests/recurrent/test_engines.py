@@ -157,6 +157,38 @@ def test_one_sequence(network: str, norm: str) -> None:
     assert_same(model, batches_of(torch.float64, (6, 1), (1, 1)))
 
 
+@pytest.mark.parametrize("norm", ["streaming", "streaming, window", "streaming, zero", "batch", "layer"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_many_steps_of_few_sequences(p: int, norm: str) -> None:
+    """What is not kept of the statistics is found again in the backward: 2 whole blocks of steps, and some more."""
+    options: dict[str, Any] = {"p": p, "gain": 0.2, "dtype": torch.float64, **NORMS[norm]}
+    batches: list[list[Any]] = [[torch.randn(37, 4, 3, dtype=torch.float64) for _ in range(2)]]
+    for model in (sn.GRU(3, 9, **options), sn.RNN(3, 9, **options)):
+        assert_same(model, batches)
+    lengths = (37, 37, 37, 20) if norm == "batch" else (37, 36, 33, 20)
+    packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in lengths])
+    assert_same(sn.LSTM(3, 9, **options), [[packed]])
+
+
+def test_statistics_that_move_before_the_backward(engine: str) -> None:
+    """Backward belongs to the statistics of its forward, whatever happened in between."""
+    results = []
+    model: Any = sn.GRU(3, 5, dtype=torch.float64, window=30)
+    first, second = torch.randn(2, 40, 1, 3, dtype=torch.float64)
+    for name in (engine, "plain"):
+        twin = copy.deepcopy(model)
+        x = first.clone().requires_grad_()
+        with ops.force(name):
+            loss = twin(x)[0].square().sum()
+            twin(second)
+            sn.commit(twin)
+            loss.backward(retain_graph=True)
+            loss.backward()
+        results.append([x.grad, *(parameter.grad for parameter in twin.parameters()), *twin.state_dict().values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [2, 3, 5, 13, 70])
 @pytest.mark.parametrize("hidden", [1, 37])
@@ -184,6 +216,12 @@ def test_a_path_without_norm() -> None:
     model = sn.GRU(3, 5, dtype=torch.float64)
     del model.norm_ih_l0
     assert_same(model, batches_of(torch.float64, (4, 3)))
+
+
+def test_layers_that_share_weights_and_norms() -> None:
+    model: Any = sn.GRU(3, 3, num_layers=2, dtype=torch.float64, window=30)
+    model.weight_hh_l1, model.norm_hh_l1 = model.weight_hh_l0, model.norm_hh_l0
+    assert_same(model, batches_of(torch.float64, (36, 2)))
 
 
 @pytest.mark.parametrize("wanted", ["all", "final", "first output", "cell"])

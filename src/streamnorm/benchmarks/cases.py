@@ -115,10 +115,17 @@ def _recurrent_cases() -> list[Case]:
 
 
 def _recurrent(kind: str, batch: int, hidden: int) -> list[Match]:
-    """Streaming normalization of both paths against the plain layer of torch.nn, over 100 steps."""
+    """Streaming normalization of both paths against the plain layer of torch.nn, over 100 steps.
+
+    nn.LSTM alone has a kernel of oneDNN, which takes whole sequences. It is measured without it, too, since that is
+    what nn.GRU and nn.RNN always are.
+    """
     inputs = input_pool((STEPS, batch, hidden))
     ours = LayerSteps(f"sn.{kind} streaming", getattr(sn, kind)(hidden, hidden, norm="streaming"), inputs)
-    return [Match(ours, LayerSteps(f"nn.{kind}", getattr(nn, kind)(hidden, hidden), inputs), stock=True)]
+    matches = [Match(ours, LayerSteps(f"nn.{kind}", getattr(nn, kind)(hidden, hidden), inputs), stock=True)]
+    if kind == "LSTM":
+        matches.append(Match(ours, LayerSteps("nn.LSTM without oneDNN", _PlainLSTM(hidden, hidden), inputs)))
+    return matches
 
 
 def _network_cases() -> list[Case]:
@@ -202,3 +209,15 @@ class _BatchNormFunction(nn.BatchNorm1d):
             self.eps,
             False,
         )
+
+
+class _PlainLSTM(nn.LSTM):
+    """nn.LSTM on PyTorch's own operations. The public ``mkldnn.flags`` would warn of a setting that is not touched."""
+
+    def forward(self, *args: Any) -> Any:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return super().forward(*args)
+        finally:
+            torch._C._set_mkldnn_enabled(before)

@@ -85,7 +85,7 @@ def memory_rows(case: Case, found: dict[str, Memory], stock: str) -> Iterator[Me
     """A row for each contestant; ratios to the one named ``stock``."""
     for name, memory in found.items():
         saved, peak = memory.saved / found[stock].saved, memory.peak / found[stock].peak
-        target = None if name == stock else MEMORY_TARGETS.get(case.suite)
+        target = MEMORY_TARGETS.get(case.suite) if name.startswith("sn.") else None
         met = None if target is None else max(saved, peak) <= target
         yield MemoryRow(case.suite, case.name, name, memory.saved, memory.peak, saved, peak, target, met)
 

@@ -117,7 +117,12 @@ CLAIMS = (
         ("lp",),
         both(*(everywhere(f"batch-l{p}", "batch-l2", above=-0.01) for p in (1, 3, 4, 5, 6))),
     ),
-    Claim("With p = 7 it does worse.", "figure 3", ("lp",), everywhere("batch-l2", "batch-l7", above=0)),
+    Claim(
+        "With p = 7 Lp normalization does worse than with p = 2.",
+        "figure 3",
+        ("lp",),
+        everywhere("batch-l2", "batch-l7", above=0),
+    ),
     Claim(
         "DAU improves Batch Normalization much with two samples in a mini-batch (by more than 5 points).",
         "figure 4",
@@ -143,19 +148,21 @@ CLAIMS = (
         between("streaming-l1", ("1x32", "32x1"), ("1x1", "32x1"), above=-0.01),
     ),
     Claim(
-        "It does at least as well as Layer Normalization with up to four samples in a mini-batch (within 0.5 points).",
+        "With up to four samples in a mini-batch Streaming Normalization does at least as well as Layer Normalization "
+        "(within 0.5 points).",
         "figure 5",
         ("online-fc",),
         everywhere("streaming-l1", "layer", above=-0.005, most=4),
     ),
     Claim(
-        "It does at least as well as Online and Batch Renormalization there (within 0.5 points).",
+        "With up to four samples in a mini-batch Streaming Normalization does at least as well as Online and Batch "
+        "Renormalization (within 0.5 points).",
         OURS,
         ("online-fc", "conv"),
         everywhere("streaming-l1", "online", "batch-renorm", above=-0.005, most=4),
     ),
     Claim(
-        "L1 does as well as L2 (within 0.5 points).",
+        "Streaming L1 does as well as streaming L2 (within 0.5 points).",
         "Lp normalization",
         ("online-fc", "conv"),
         everywhere("streaming-l1", "streaming-l2", above=-0.005),
@@ -174,7 +181,8 @@ CLAIMS = (
         everywhere("streaming-l1", "batch", above=0.05),
     ),
     Claim(
-        "There Streaming Normalization does as well as time-specific Batch Normalization (within 1 point).",
+        "In recurrent convolutional networks Streaming Normalization does as well as time-specific Batch Normalization "
+        "(within 1 point).",
         "table 1",
         ("recurrent-conv",),
         everywhere("streaming-l1", "batch-per-step", above=-0.01),
@@ -199,8 +207,8 @@ CLAIMS = (
         everywhere("streaming-l1", "layer", above=-0.02),
     ),
     Claim(
-        "It does as well as time-specific Batch Normalization there (within 0.02 nats), which cannot train with one "
-        "sequence.",
+        "In recurrent networks Streaming Normalization does as well as time-specific Batch Normalization (within 0.02 "
+        "nats), which cannot train with one sequence.",
         "language modelling",
         ("char-rnn", "char-gru", "char-lstm"),
         everywhere("streaming-l1", "batch-per-step", above=-0.02),

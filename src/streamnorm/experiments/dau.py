@@ -45,3 +45,6 @@ class DAU(OnlineFC):
         "2x1",
     )
     """Samples per mini-batch x mini-batches per weight update. Compared: 8x4 with 8x1, 4x8 with 4x1, 2x16 with 2x1."""
+
+    epochs: int = 4
+    """Passes over the training images; with 32 samples per weight update one pass over the digits has 25 updates."""

@@ -17,11 +17,20 @@ from streamnorm.experiments.files import write_text
 from streamnorm.experiments.report import REPORT, build_report, document, environments, figure, html_table
 from streamnorm.experiments.results import CONFIG, Results, load_results
 from streamnorm.experiments.table1 import CONFIG as TABLE1_CONFIG
-from streamnorm.experiments.table1 import Table1, judge
+from streamnorm.experiments.table1 import TECHNIQUES, Table1, judge
 from streamnorm.experiments.table1_report import summary as table1_summary
 from streamnorm.experiments.verdict import sentences, warnings
 
 _CLASS = {HOLDS: "ahead", FALSE: "behind", OPEN: ""}
+
+
+EVERYWHERE = Claim(
+    f"{TECHNIQUES['streaming-l1']} works in every scenario: feedforward and recurrent, fully connected and "
+    "convolutional, online, with small mini-batches, and all combined.",
+    "table 1",
+    (Table1.name,),
+    lambda results: iter(()),
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,6 @@ def page(overview: Overview) -> str:
             '<p class="lead">What the paper and we claim, and what came out.</p>',
             f'<section class="verdict"><h2>In short</h2><p>{escape(in_short(overview))}</p></section>',
             _claims(overview),
-            *(_table1(overview, folder) for folder in overview.tables),
             *(_folder(overview, name, results) for name, results in overview.results.items()),
             "<h2>Where it ran</h2>",
             environments(run for results in overview.results.values() for run in results.logs),
@@ -119,18 +127,26 @@ def page(overview: Overview) -> str:
 
 def in_short(overview: Overview) -> str:
     """How many claims have which verdict."""
-    counts = Counter(measured.verdict for measured in overview.measured)
+    verdicts = [measured.verdict for measured in overview.measured]
+    verdicts += [everywhere_verdict(folder) for folder in overview.tables]
+    counts = Counter(verdicts)
     parts = [f"{counts[word]} {word}" for word in (HOLDS, FALSE, OPEN)]
-    left = len(overview.not_measured)
+    left = len(overview.not_measured) + (not overview.tables)
     return (
-        f"Of {len(overview.measured)} measurements of {len(CLAIMS) - left} claims: {', '.join(parts)}. "
+        f"Of {len(verdicts)} measurements of {len(CLAIMS) + 1 - left} claims: {', '.join(parts)}. "
         f"{left} claims are not measured in these results."
     )
 
 
+def everywhere_verdict(folder: Path) -> str:
+    """Whether Streaming Normalization works in every scenario of a table 1, by its criterion."""
+    return HOLDS if all(row["streaming-l1"].verdict == "works" for row in judge(folder).values()) else FALSE
+
+
 def _claims(overview: Overview) -> str:
     head = [f"<th>{word}</th>" for word in ("Claim", "In the paper", "Measured", "Ahead by", "Verdict")]
-    rows = [*map(_claim, overview.measured), *map(_unmeasured, overview.not_measured)]
+    table1 = [_table1_claim(overview, folder) for folder in overview.tables] or [_unmeasured(EVERYWHERE)]
+    rows = [*map(_claim, overview.measured), *table1, *map(_unmeasured, overview.not_measured)]
     words = (
         "<p>A claim is made of comparisons, each paired by seed. It holds where the whole 95% interval of each "
         "difference is above the claim's bound, does not hold where that of one is below it, and is open otherwise. "
@@ -153,6 +169,15 @@ def _claim(measured: Measured) -> str:
     )
 
 
+def _table1_claim(overview: Overview, folder: Path) -> str:
+    place, verdict = escape(str(folder.relative_to(overview.root))), everywhere_verdict(folder)
+    return (
+        f'<tr><td class="text">{EVERYWHERE.text}</td><td>{EVERYWHERE.place}</td>'
+        f'<td><a href="{place}/{REPORT}">{place}</a></td><td class="text">{table1_summary(judge(folder))}</td>'
+        f'<td><b class="{_CLASS[verdict]}">{verdict}</b></td></tr>'
+    )
+
+
 def _unmeasured(claim: Claim) -> str:
     names = ", ".join(claim.experiments)
     return (
@@ -165,9 +190,9 @@ def describe(contrast: Contrast) -> str:
     """Who is compared with whom, and the difference with its interval."""
     score = contrast.results.experiment.score
     ours, theirs = contrast.ours, contrast.theirs
-    places = (
-        ours.setting.label if ours.setting == theirs.setting else f"{ours.setting.label} and {theirs.setting.label}"
-    )
+    places = ours.setting.label
+    if ours.setting != theirs.setting:
+        places += f" against {theirs.setting.label}"
     names = ours.method.label if ours.method == theirs.method else f"{ours.method.label} − {theirs.method.label}"
     where = f"{names} at {places}"
     if contrast.ahead is None:
@@ -175,12 +200,6 @@ def describe(contrast: Contrast) -> str:
     ahead = contrast.ahead
     interval = f" [{score.difference(ahead.low)}, {score.difference(ahead.high)}]" if ahead.known else " (one seed)"
     return f"{where}: {score.difference(ahead.mean)}{interval} {score.unit}, bound {score.difference(contrast.above)}"
-
-
-def _table1(overview: Overview, folder: Path) -> str:
-    name = folder.relative_to(overview.root)
-    link = REPORT if str(name) == "." else f"{name}/{REPORT}"
-    return f'<h2>{Table1.title}</h2>\n<p>{table1_summary(judge(folder))} <a href="{link}">The table</a></p>'
 
 
 def _folder(overview: Overview, name: str, results: Results) -> str:

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from streamnorm.experiments import together
 from streamnorm.experiments.catalogue import EXPERIMENTS, find
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.overview import build_overview, print_overview
@@ -50,10 +51,10 @@ def run(words: Sequence[str]) -> int:
     experiment = tyro.cli(kind, args=list(words[1:]), prog=f"streamnorm run {kind.name}")
     command = shlex.join(["streamnorm", "run", *words])
     try:
-        if isinstance(experiment, Table1):
-            folder, failed = run_table(experiment, command)
-        else:
-            folder, failed = run_sweep(experiment, command)
+        with together.joined() as leads:
+            if not leads:
+                return 0
+            folder, failed = (run_table if isinstance(experiment, Table1) else run_sweep)(experiment, command)
     except KeyboardInterrupt:
         print(f"\nStopped. What is done is kept; continue with: {command}", file=sys.stderr)
         return 130

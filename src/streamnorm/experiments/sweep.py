@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from streamnorm.experiments import together
 from streamnorm.experiments.cluster import Cluster
 from streamnorm.experiments.environment import environment, usable_cores
 from streamnorm.experiments.errors import UserError
@@ -24,7 +25,7 @@ from streamnorm.experiments.progress import Display
 from streamnorm.experiments.results import CONFIG, LOGS, rates_to_run, read_config
 from streamnorm.experiments.runlog import LoggedRun, RunLog, read_log, read_logs
 from streamnorm.experiments.setting import Setting
-from streamnorm.experiments.train import train
+from streamnorm.experiments.train import Training, train
 
 CLUSTER_JOBS = 100
 
@@ -44,6 +45,7 @@ def run_sweep(experiment: Experiment[Any], command: str) -> tuple[Path, int]:
         OSError: the disk is full, or similar; what is finished stays.
     """
     experiment.check()
+    together.check(experiment.settings)
     material = experiment.open()
     folder = Path(experiment.out or f"runs/{experiment.name}-{material.name}").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +115,10 @@ class _Sweep:
             self._do(pool, final)
         return self._failed
 
-    def _workers(self, tasks: int) -> Pool | Cluster:
+    def _workers(self, tasks: int) -> Pool | Cluster | together.Together:
         options = self._experiment
+        if together.count() > 1:
+            return together.Together(self._work)
         if options.launcher == "local":
             return Pool(min(options.jobs or usable_cores(), tasks), self._work)
         jobs = options.jobs or CLUSTER_JOBS
@@ -123,7 +127,7 @@ class _Sweep:
             self._display.say("There is no SLURM here: its jobs run as processes of this machine.")
         return cluster
 
-    def _do(self, pool: Pool | Cluster, runs: list[Run]) -> None:
+    def _do(self, pool: Pool | Cluster | together.Together, runs: list[Run]) -> None:
         """Do what is left of ``runs``, the longest first, so that no core waits long for the last one."""
         left = []
         for run in sorted(runs, key=self._cost, reverse=True):
@@ -174,7 +178,8 @@ def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send
         "experiment": experiment.name,
         "run": vars(run),
         "options": experiment.identity(),
-        "environment": {**environment(), **experiment.hardware()},
+        "environment": {**environment(), **experiment.hardware(), **together.described()},
     }
     data = experiment.part(experiment.load(cache), run)
-    train(experiment, run, data, RunLog(path, header), lambda *scores: send(scores))
+    log, kind = (RunLog, Training) if together.count() == 1 else (together.SharedLog, together.SharedTraining)
+    train(experiment, run, data, log(path, header), lambda *scores: send(scores), kind)

@@ -41,11 +41,11 @@ class Meter:
     total_loss: float = 0.0
     correct: int = 0
 
-    def add(self, loss: float, logits: Tensor, targets: Tensor) -> None:
-        """Take in one mini-batch and its mean loss."""
-        self.seen += len(targets)
-        self.total_loss += loss * len(targets)
-        self.correct += int((logits.argmax(1) == targets).sum())
+    def add(self, loss: float, correct: int, targets: int) -> None:
+        """Take in one mini-batch: its mean loss, and how many of its targets the highest logit was right about."""
+        self.seen += targets
+        self.total_loss += loss * targets
+        self.correct += correct
 
     @property
     def loss(self) -> float:
@@ -72,6 +72,7 @@ class Training:
         self.setting = Setting.parse(run.setting)
         torch.manual_seed(run.seed)
         self.model: nn.Module = experiment.model(data, run.method)
+        self.network = self.model  # what is trained through
         self.optimizer = experiment.optimizer(self.model.parameters(), run.rate)
         passes, self.updates_per_epoch = experiment.schedule(data, self.setting)
         self.total_updates = passes * self.updates_per_epoch
@@ -93,7 +94,7 @@ class Training:
             for group in sn.accumulate(self._batches(epoch, first), self.setting.batches):
                 self.optimizer.zero_grad()
                 for (inputs, targets), weight in group:
-                    logits = self.model(inputs)
+                    logits = self.network(inputs)
                     loss = F.cross_entropy(logits, targets)
                     self._watch(loss, logits, targets)
                     (weight * loss).backward()
@@ -111,11 +112,13 @@ class Training:
         return self.experiment.batches(self.data, self.setting, self.run.seed, epoch, first_update)
 
     def _watch(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        value = loss.item()
-        if not math.isfinite(value):
+        self._note(loss.item(), int((logits.argmax(1) == targets).sum()), len(targets))
+
+    def _note(self, loss: float, correct: int, targets: int) -> None:
+        if not math.isfinite(loss):
             raise Diverged
-        self.seen += len(targets)
-        self.meter.add(value, logits, targets)
+        self.seen += targets
+        self.meter.add(loss, correct, targets)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, between two weight updates."""
@@ -138,13 +141,15 @@ class Training:
         self.meter = Meter(**state["meter"])
 
 
-def train(experiment: Experiment[Any], run: Run, data: Data, log: RunLog, tick: Tick) -> None:
+def train(
+    experiment: Experiment[Any], run: Run, data: Data, log: RunLog, tick: Tick, kind: type[Training] = Training
+) -> None:
     """Run to the end, from the last checkpoint if there is one.
 
     A run that diverges ends early with the scores of guessing; a layer that refuses its very first mini-batch, as
     Batch Normalization does for one sample, ends the run as one that fails. Both are results, not errors.
     """
-    training = Training(experiment, run, data)
+    training = kind(experiment, run, data)
     state = log.start()
     began = time.monotonic()
     if state is not None:

@@ -11,7 +11,14 @@ from streamnorm.experiments.stats import Interval
 
 def sentences(results: Results) -> list[str]:
     """The verdict, one statement per sentence."""
-    return [*_opening(results), *_failures(results), *_comparisons(results), *_changes(results), *_divergences(results)]
+    return [
+        *_opening(results),
+        *_failures(results),
+        *_comparisons(results),
+        *_changes(results),
+        *_same_rates(results),
+        *_divergences(results),
+    ]
 
 
 def _opening(results: Results) -> Iterator[str]:
@@ -44,6 +51,21 @@ def _changes(results: Results) -> Iterator[str]:
         parts = [f"{words[word]} at {places}" for word, places in _outcomes(score, found)]
         if parts:
             yield f"{method.label} is {'; '.join(parts)}."
+
+
+def _same_rates(results: Results) -> Iterator[str]:
+    """The same at equal learning rates, on validation data: the best rate of each may hide what happens there."""
+    score = results.experiment.score
+    for method in results.methods:
+        for left, right in results.setting_pairs:
+            ours, theirs = results.cells[method.name, left].tuning, results.cells[method.name, right].tuning
+            found = {rate: score.difference(ours[rate] - theirs[rate]) for rate in sorted(ours.keys() & theirs.keys())}
+            if found and method.trained_as == method.name:
+                listed = _listed([f"{difference} at {rate:g}" for rate, difference in found.items()])
+                yield (
+                    f"At equal learning rates {method.label} at {left.label} less {right.label} is {listed} "
+                    f"({score.unit}, validation)."
+                )
 
 
 def _outcomes(score: Score, found: Mapping[str, Interval | None]) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,9 @@ enum Cell : int64_t { rnn_tanh, rnn_relu, gru, lstm };
 // One path of a layer, from its matrix product to the gates. All members are 8 bytes wide, in the order of native.py.
 struct Path {
   int64_t kind, p;
-  void *values, *inverse;  // the products, later x̂: (rows of all steps, G); 1/s: (steps, G) or (rows of all steps)
+  // The products, later their deviations from mu (with a statistic for each sequence: x̂), for the rows of all steps; and
+  // 1/s, (steps of a block, G) or (rows of all steps).
+  void *values, *inverse;
   const void *gain, *bias;
   void *lasting, *recent;
   int64_t *count, *samples;
@@ -27,6 +29,8 @@ struct Path {
   int64_t *count_grad, *samples_grad;
   void *running_mean, *running_var;
   int64_t running_rows;
+  void* marks;  // of streams, where 1/s is not kept: (1 + 2·blocks, G), see marks_of; or none
+  int64_t samples_before;  // what *samples was before the first step
   void *dx, *d_gain, *d_bias;
   double k, eps, window, alpha[3], beta[3], momentum, grad_scale;
 };
@@ -34,11 +38,12 @@ struct Path {
 // One layer in one direction.
 struct Plan {
   int64_t cell, gates, hidden, is_double;
+  int64_t block;  // of how many steps 1/s is kept at a time: all, or a block, which backward begins by finding it again
   const int64_t* starts;  // where the rows of each step begin, and where the last ones end
   void *output, *cells;
   const void *h0, *c0;
   const void* weight;  // (G, H), where the products with the hidden state are made here too
-  const void* panels;  // its transpose as `pack` leaves it, where there are more than a few rows
+  const void* panels;  // where there are more than a few rows: it, forward its transpose, as `pack` leaves it
   const void* d_output;
   void *d_hidden, *d_cells, *scratch;
   int64_t first_h_flows, h0_wanted;
@@ -83,11 +88,13 @@ typedef void (*Kernel)(const Plan&, int64_t);
 struct Variant {
   const char* name;
   Kernel forward[2], backward[2];  // of float and double
+  void (*recall[2])(const Plan&, int64_t block, int64_t end);
   void (*pack[2])(const void* b, int64_t row, int64_t column, int64_t K, int64_t N, void* panels);
-  void (*multiply[2])(const void* a, int64_t row, int64_t term, const void* panels, void* out, int64_t M, int64_t N, int64_t K);
+  void (*multiply[2])(const void* a, int64_t row, int64_t term, const void* panels, void* out, int64_t M, int64_t N, int64_t K, bool add);
 };
 #define VARIANT(isa) \
   { #isa, {isa::forward_step<float>, isa::forward_step<double>}, {isa::backward_step<float>, isa::backward_step<double>}, \
+    {isa::recall<float>, isa::recall<double>}, \
     {isa::pack<float>, isa::pack<double>}, {isa::multiply<float>, isa::multiply<double>} }
 const Variant variants[] = {
 #if HAS_X86_VARIANTS
@@ -162,7 +169,7 @@ PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   int64_t v[9];
   if (!integers(args, nargs, v, 9)) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  variant->multiply[v[0] != 0]((void*)v[1], v[2], v[3], (void*)v[4], (void*)v[5], v[6], v[7], v[8]);
+  variant->multiply[v[0] != 0]((void*)v[1], v[2], v[3], (void*)v[4], (void*)v[5], v[6], v[7], v[8], false);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
@@ -182,7 +189,11 @@ PyObject* backward_all(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   const Plan* plan = arguments(args, nargs, &steps);
   if (!plan) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  for (int64_t number = steps; number-- > 0;) variant->backward[plan->is_double](*plan, number);
+  for (int64_t end = steps; end > 0;) {
+    int64_t block = (end - 1) / plan->block, first = block * plan->block;
+    if (plan->block < steps) variant->recall[plan->is_double](*plan, block, end);
+    while (end > first) variant->backward[plan->is_double](*plan, --end);
+  }
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }

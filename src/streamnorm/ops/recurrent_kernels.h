@@ -135,10 +135,12 @@ template <class F> INLINE Vector<F> totals(Vector<F>* registers) {
   return registers[0];
 }
 
-// out[r, g] = Σ h[r, k]·w[g, k] for R rows r, n/R rows g at a time: w as it is, read once.
-template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t H, int64_t G) {
+// out[r, g] = Σ h[r, k]·w[g, k] for R rows r, n/R rows g at a time: w as it is, read once. Steps take turns in beginning
+// at either end, so that of a large w the cache still holds what comes first.
+template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t H, int64_t G, bool from_end) {
   constexpr int n = Lanes<F>::n, Q = n / R;
-  for (int64_t first = 0; first < G; first += Q) {
+  for (int64_t i = 0, blocks = (G + Q - 1) / Q; i < blocks; i++) {
+    int64_t first = Q * (from_end ? blocks - 1 - i : i);
     int64_t g = first + Q <= G || G < Q ? first : G - Q;  // the last ones again, rather than too few
     const F* rows[Q];
     for (int q = 0; q < Q; q++) rows[q] = w + (g + q < G ? g + q : 0) * H;
@@ -148,7 +150,6 @@ template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F
       UNROLL for (int r = 0; r < R; r++) x[r] = part.load(h + r * H + k);
       UNROLL for (int q = 0; q < Q; q++) {
         Vector<F> y = part.load(rows[q] + k);
-        __builtin_prefetch(rows[q] + Q * H + k);
         UNROLL for (int r = 0; r < R; r++) sums[r * Q + q] += x[r] * y;
       }
     });
@@ -185,10 +186,10 @@ template <class F> void pack(const void* from, int64_t b_row, int64_t b_column, 
         for (int64_t k = 0; k < K; k++) panel[k * width + i] = c + i < N ? b[k * b_row + (c + i) * b_column] : 0;
 }
 
-// out[r, c] = Σ a[r, k]·b[k, c] for R rows r and the columns c of a panel, of which there are `columns`; the K terms from
-// `first` on, which are added to those before.
+// out[r, c] = Σ a[r, k]·b[k, c] for R rows r and the columns c of a panel, of which there are `columns`: the K terms from
+// `first` on, added to what is there or in its place.
 template <int R, class F>
-OUTLINE void panel_products(const F* a, int64_t a_row, int64_t a_term, const F* panel, int64_t first, int64_t K, F* out, int64_t out_row, int64_t columns) {
+OUTLINE void panel_products(const F* a, int64_t a_row, int64_t a_term, const F* panel, int64_t first, int64_t K, F* out, int64_t out_row, int64_t columns, bool add) {
   constexpr int n = Lanes<F>::n;
   Vector<F> sums[R][2] = {};
   tile<R, 2>(a + first * a_term, a_row, a_term, panel + first * 2 * n, 2 * n, K, sums);
@@ -196,24 +197,26 @@ OUTLINE void panel_products(const F* a, int64_t a_row, int64_t a_term, const F* 
     for (int q = 0; q < 2; q++) {
       F* to = out + r * out_row + q * n;
       if ((q + 1) * n <= columns) {
-        Whole<F>::store(to, first ? Whole<F>::load(to) + sums[r][q] : sums[r][q]);
+        Whole<F>::store(to, add ? Whole<F>::load(to) + sums[r][q] : sums[r][q]);
       } else if (q * n < columns) {
         Part<F> part{(int)(columns - q * n)};
-        part.store(to, first ? part.load(to) + sums[r][q] : sums[r][q]);
+        part.store(to, add ? part.load(to) + sums[r][q] : sums[r][q]);
       }
     }
 }
 
-// out[r, k] += Σ d[r, g]·w[g, k] for R rows r: w as it is.
-template <int R, class F> OUTLINE void add_products(const F* w, const F* d, F* out, int64_t H, int64_t G) {
-  constexpr int n = Lanes<F>::n, Q = R >= 6 ? 2 : R >= 4 ? 4 : 8;
-  int64_t k = 0;
-  for (; k + Q * n <= H; k += Q * n) {
+// out[r, k] += Σ d[r, g]·w[g, k] for a few rows r: w as it is, from either end as in products_of_few.
+template <int R, class F> OUTLINE void add_products(const F* w, const F* d, F* out, int64_t H, int64_t G, bool from_end) {
+  constexpr int n = Lanes<F>::n, Q = R >= 4 ? 4 : 8;
+  int64_t whole = H / (Q * n), k = 0;
+  for (int64_t i = 0; i < whole; i++) {
+    k = Q * n * (from_end ? whole - 1 - i : i);
     Vector<F> sums[R][Q] = {};
     tile<R, Q>(d, G, 1, w + k, H, G, sums);
     for (int r = 0; r < R; r++)
       for (int q = 0; q < Q; q++) Whole<F>::store(out + r * H + k + q * n, Whole<F>::load(out + r * H + k + q * n) + sums[r][q]);
   }
+  k = whole * Q * n;
   each_register<F>(H - k, [&](int64_t i, auto part) INLINED {
     Vector<F> sums[R] = {};
     for (int64_t g = 0; g < G; g++) {
@@ -241,16 +244,16 @@ template <class F, class Fn> INLINE void by_few_rows(int64_t rows, const Fn& fn)
   if (b < rows) fn(std::integral_constant<int, 1>{}, b);
 }
 
-// out = a·b for M rows of a, all of it, with b in panels: blocks of K so long that a few rows of a and a panel stay in
-// the cache together.
-template <class F> void multiply(const void* a, int64_t a_row, int64_t a_term, const void* panels, void* out, int64_t M, int64_t N, int64_t K) {
-  constexpr int64_t width = 2 * Lanes<F>::n, block = 256, strip = 96;
+// out = a·b, or out += a·b, for M rows of a, all of it, with b in panels: blocks of K so long that a few rows of a and a
+// panel stay in the cache together.
+template <class F> void multiply(const void* a, int64_t a_row, int64_t a_term, const void* panels, void* out, int64_t M, int64_t N, int64_t K, bool add) {
+  constexpr int64_t width = 2 * Lanes<F>::n, block = 256, strip = 240;
   for (int64_t first = 0; first < K; first += block) {
     int64_t terms = first + block < K ? block : K - first;
     for (int64_t m = 0; m < M; m += strip)
       for (int64_t c = 0; c < N; c += width)
         by_rows(m + strip < M ? strip : M - m, [&](auto R, int64_t r) INLINED {
-          panel_products<R.value>((const F*)a + (m + r) * a_row, a_row, a_term, (const F*)panels + c * K, first, terms, (F*)out + (m + r) * N + c, N, N - c);
+          panel_products<R.value>((const F*)a + (m + r) * a_row, a_row, a_term, (const F*)panels + c * K, first, terms, (F*)out + (m + r) * N + c, N, N - c, add || first > 0);
         });
   }
 }
@@ -265,36 +268,42 @@ template <class F> struct Use {
   F* lasting = nullptr;  // the stream: (2, G), (2, G) and (G); or none
   F* recent = nullptr;
   int64_t* count = nullptr;
-  F n, w1 = 0, w2 = 0, w3 = 1;
+  F n, per_n, w1 = 0, w2 = 0, w3 = 1;
 
   Use(const Path& p, int64_t rows_, int64_t number_, int64_t G_, bool backward, bool advances = true)
-      : path(p), rows(rows_), number(number_), G(G_), n((F)rows_) {
+      : path(p), rows(rows_), number(number_), G(G_), n((F)rows_), per_n(1 / (F)rows_) {
     if (p.kind != features || !p.lasting || !advances) return;
     lasting = (F*)(backward ? p.lasting_grad : p.lasting);
     recent = (F*)(backward ? p.recent_grad : p.recent);
     count = backward ? p.count_grad : p.count;
-    int64_t samples = *(backward ? p.samples_grad : p.samples) += rows;
-    const double* w = backward ? p.beta : p.alpha;
-    bool windowed = p.window > 0;
-    w1 = (F)(windowed ? p.window / (p.window + (double)samples) : w[0]);
-    w2 = (F)(windowed ? (double)samples / (p.window + (double)samples) : w[1]);
+    weigh(backward ? p.beta : p.alpha, *(backward ? p.samples_grad : p.samples) += rows);
+  }
+  INLINE void weigh(const double* w, int64_t samples) {
+    bool windowed = path.window > 0;
+    w1 = (F)(windowed ? path.window / (path.window + (double)samples) : w[0]);
+    w2 = (F)(windowed ? (double)samples / (path.window + (double)samples) : w[1]);
     w3 = (F)(windowed ? 0 : w[2]);
   }
 
   template <class W> INLINE Vector<F> gain(int64_t g, const W& part) const { return path.gain ? part.load((const F*)path.gain + g) : all<F>(1); }
+  // By what the values of this step are multiplied: deviations by gain/s, values that are x̂ already by the gain.
+  template <class W> INLINE Vector<F> slope(const F* inverse, int64_t g, const W& part) const {
+    return path.kind == features ? gain(g, part) * absolute<F>(part.load(inverse + g)) : gain(g, part);
+  }
   template <class W> INLINE Vector<F> bias(int64_t g, const W& part) const { return path.bias ? part.load((const F*)path.bias + g) : Vector<F>{}; }
 
-  // What one use of n elements weighs in the running average.
-  INLINE Vector<F> share(int64_t g, const Whole<F>&) const {
+  INLINE Vector<F> counted(int64_t g, const Whole<F>&) const {
     Counts counts;
     __builtin_memcpy(&counts, count + g, sizeof counts);
-    return n / (__builtin_convertvector(counts, Vector<F>) + n);
+    return __builtin_convertvector(counts, Vector<F>);
   }
-  INLINE Vector<F> share(int64_t g, const Part<F>& part) const {
-    Vector<F> counted = {};
-    for (int i = 0; i < part.count; i++) counted[i] = (F)count[g + i];
-    return n / (counted + n);
+  INLINE Vector<F> counted(int64_t g, const Part<F>& part) const {
+    Vector<F> counts = {};
+    for (int i = 0; i < part.count; i++) counts[i] = (F)count[g + i];
+    return counts;
   }
+  // What one use of n elements weighs in the running average.
+  template <class W> INLINE Vector<F> share(int64_t g, const W& part) const { return n / (counted(g, part) + n); }
   // A weight of zero keeps a value out altogether.
   INLINE Vector<F> see(Vector<F> old, Vector<F> fresh, Vector<F> present) const {
     Vector<F> v = {};
@@ -321,14 +330,24 @@ template <class F> struct Use {
 
 // --- a statistic for each feature --------------------------------------------------------------------------------------------
 
-// The columns of one register from g on, `rows` rows that are G apart: x̂ in the place of x, and the inverse of s, which is
-// negative where a statistic is not finite.
-template <int P, class F, class W> OUTLINE void normalize_features(const Use<F>& use, F* x, F* inverse, int64_t g, const W& part) {
+// Where the marks of a path hold the moments of a block of steps before its first one: those of the running average, and
+// how many elements it has seen. The lasting moments come before the first block.
+template <class F> INLINE F* marks_of(const Path& path, int64_t block, int64_t G) { return (F*)path.marks + (1 + 2 * block) * G; }
+
+// The inverse of s from the mean power of the deviations.
+template <int P, class F> INLINE Vector<F> inverse_of(const Path& path, Vector<F> m) {
+  F k2 = (F)(path.k * path.k);
+  return 1 / root<F>((P == 1 ? k2 * m * m : k2 * m) + (F)path.eps);
+}
+
+// The columns of one register from g on, `rows` rows that are G apart: deviations from mu in the place of x, and the inverse
+// of s, which is negative where a statistic is not finite. `block` is the block of steps that begins here, or -1.
+template <int P, class F, class W> OUTLINE void normalize_features(const Use<F>& use, int64_t block, F* x, F* inverse, int64_t g, const W& part) {
   const Path& path = use.path;
   x += g;
   Vector<F> sum = {};
   for (int64_t b = 0; b < use.rows; b++) sum += part.load(x + b * use.G);
-  Vector<F> b_mu = sum / use.n, mu = b_mu, share = {}, fresh_mu = {};
+  Vector<F> b_mu = sum * use.per_n, mu = b_mu, share = {}, fresh_mu = {};
   if (use.lasting) {
     share = use.share(g, part);
     fresh_mu = part.load(use.recent + g);
@@ -338,60 +357,96 @@ template <int P, class F, class W> OUTLINE void normalize_features(const Use<F>&
   Vector<F> deviation = {};
   for (int64_t b = 0; b < use.rows; b++) {
     Vector<F> d = part.load(x + b * use.G) - mu;
+    part.store(x + b * use.G, d);
     deviation += P == 1 ? absolute<F>(d) : d * d;
   }
-  Vector<F> b_m = deviation / use.n, m = b_m;
+  Vector<F> b_m = deviation * use.per_n, m = b_m;
   Mask<F> ok = finite<F>(b_mu) & finite<F>(b_m);
   if (use.lasting) {
-    Vector<F> fresh_m = part.load(use.recent + use.G + g);
+    Vector<F> fresh_m = part.load(use.recent + use.G + g), old_m = part.load(use.lasting + use.G + g);
+    if (path.marks && use.number == 0) part.store((F*)path.marks + g, old_m);
+    if (path.marks && block >= 0) {
+      part.store(marks_of<F>(path, block, use.G) + g, fresh_m);
+      part.store(marks_of<F>(path, block, use.G) + use.G + g, use.counted(g, part));
+    }
     fresh_m += (b_m - fresh_m) * share;
-    m = use.see(part.load(use.lasting + use.G + g), fresh_m, b_m);
+    m = use.see(old_m, fresh_m, b_m);
     use.keep(g, fresh_mu, fresh_m, ok, part);
   }
-  F k2 = (F)(path.k * path.k);
-  Vector<F> variance = P == 1 ? k2 * m * m : k2 * m;
-  Vector<F> scale = 1 / root<F>(variance + (F)path.eps);
+  Vector<F> scale = inverse_of<P, F>(path, m);
   part.store(inverse + g, ok ? scale : -scale);
-  for (int64_t b = 0; b < use.rows; b++) part.store(x + b * use.G, (part.load(x + b * use.G) - mu) * scale);
 
   if (path.running_mean) {
     int64_t row = use.number < path.running_rows ? use.number : path.running_rows - 1;
     F *mean = (F*)path.running_mean + row * use.G + g, *var = (F*)path.running_var + row * use.G + g;
-    Vector<F> unbiased = variance * (use.n / (use.n - 1)), old_mean = part.load(mean), old_var = part.load(var);
+    F k2 = (F)(path.k * path.k);
+    Vector<F> unbiased = (P == 1 ? k2 * m * m : k2 * m) * (use.n / (use.n - 1)), old_mean = part.load(mean), old_var = part.load(var);
     F momentum = (F)path.momentum;
     part.store(mean, finite<F>(b_mu) ? old_mean + momentum * (b_mu - old_mean) : old_mean);
     part.store(var, finite<F>(unbiased) ? old_var + momentum * (unbiased - old_var) : old_var);
   }
 }
 
-// From dy, the gradient behind gain and bias, to dx, which may lie over x̂. Rows of dy are `stride` apart and in whole
+// The inverses of s of a block of steps once more, as normalize_features left them, from the deviations and the marks.
+template <int P, class F, class W> OUTLINE void renormalize_features(const Plan& plan, const Path& path, int64_t block, int64_t end, int64_t g, const W& part) {
+  int64_t G = plan.gates * plan.hidden, first = block * plan.block;
+  Vector<F> old_m = {}, fresh_m = {}, counted = {};
+  if (path.lasting) {
+    old_m = part.load((F*)path.marks + g);
+    fresh_m = part.load(marks_of<F>(path, block, G) + g);
+    counted = part.load(marks_of<F>(path, block, G) + G + g);
+  }
+  for (int64_t t = first; t < end; t++) {
+    Use<F> use(path, plan.starts[t + 1] - plan.starts[t], t, G, false, false);
+    const F* d = (const F*)path.values + plan.starts[t] * G + g;
+    Vector<F> deviation = {};
+    for (int64_t b = 0; b < use.rows; b++) {
+      Vector<F> value = part.load(d + b * G);
+      deviation += P == 1 ? absolute<F>(value) : value * value;
+    }
+    Vector<F> b_m = deviation * use.per_n, m = b_m;
+    Mask<F> ok = finite<F>(b_m);
+    if (path.lasting) {
+      use.weigh(path.alpha, path.samples_before + plan.starts[t + 1]);
+      Vector<F> next_m = fresh_m + (b_m - fresh_m) * (use.n / (counted + use.n));
+      m = use.see(old_m, next_m, b_m);
+      fresh_m = ok ? next_m : fresh_m;
+      counted += ok ? all<F>(use.n) : Vector<F>{};
+    }
+    Vector<F> scale = inverse_of<P, F>(path, m);
+    part.store((F*)path.inverse + (t - first) * G + g, ok ? scale : -scale);
+  }
+}
+
+// From dy, the gradient behind gain and bias, to dx, which may lie over the deviations. Rows of dy are `stride` apart and in whole
 // registers. The gradients of gain and bias grow.
 template <int P, class F, class W>
-OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t stride, const F* x_hat, const F* inverse, F* dx, int64_t g, const W& part) {
+OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t stride, const F* deviations, const F* inverse, F* dx, int64_t g, const W& part) {
   const Path& path = use.path;
-  x_hat += g;
+  deviations += g;
   Vector<F> sum = {}, along = {}, u = {};
   for (int64_t b = 0; b < use.rows; b++) {
-    Vector<F> x = part.load(x_hat + b * use.G), d = Whole<F>::load(dy + b * stride);
+    Vector<F> x = part.load(deviations + b * use.G), d = Whole<F>::load(dy + b * stride);
     sum += d;
     along += d * x;
     u += P == 1 ? sign<F>(x) : x;
   }
+  Vector<F> stored = part.load(inverse + g), scale = absolute<F>(stored);
+  along *= scale;
   part.store((F*)path.d_gain + g, part.load((F*)path.d_gain + g) + along);
   part.store((F*)path.d_bias + g, part.load((F*)path.d_bias + g) + sum);
   if (!dx) return;
 
   dx += g;
-  Vector<F> gain = use.gain(g, part), stored = part.load(inverse + g), scale = absolute<F>(stored), unscale = all<F>((F)path.grad_scale);
+  Vector<F> gain = use.gain(g, part);
   Mask<F> cut = ~(Mask<F>)(stored > 0);
   // sigma²/(p·m·s²): for p = 1 that is k·sigma/s², where sigma/s = √(1 − eps/s²)
   Vector<F> inside = 1 - (F)path.eps * scale * scale;
   inside = inside > 0 ? inside : Vector<F>{};
   Vector<F> slope = P == 1 ? (F)path.k * scale * root<F>(inside) : (F)(path.k * path.k / 2) * scale * scale;
-  // p·u in units of the stored: sgn(x̂) for p = 1, x̂·2s for p = 2
-  Vector<F> factor = P == 1 ? all<F>(1) : 2 / scale;
-  Vector<F> g_m = -(gain * along / use.n) * slope / unscale;
-  Vector<F> g_mu = -(gain * sum / use.n) * scale / unscale;
+  F weight = -use.per_n / (F)path.grad_scale;
+  Vector<F> g_m = gain * along * slope * weight;
+  Vector<F> g_mu = gain * sum * scale * weight;
   Vector<F> share = {}, old_m = {}, old_mu = {}, long_m = {}, long_mu = {};
   if (use.lasting) {
     share = use.share(g, part);
@@ -401,15 +456,15 @@ OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t
     long_m = part.load(use.lasting + use.G + g);
   }
   Vector<F> fresh_m = old_m + (g_m - old_m) * share, moment = use.see(long_m, fresh_m, g_m);
-  moment = cut ? Vector<F>{} : moment * factor;
-  g_mu -= moment * (u / use.n);
+  moment = cut ? Vector<F>{} : moment * (F)P;
+  g_mu -= moment * (u * use.per_n);
   Vector<F> fresh_mu = old_mu + (g_mu - old_mu) * share, location = use.see(long_mu, fresh_mu, g_mu);
   if (use.lasting) use.keep(g, fresh_mu, fresh_m, finite<F>(g_m) & finite<F>(g_mu) & ~cut, part);
-  location *= unscale;
-  moment *= unscale;
+  location *= (F)path.grad_scale;
+  moment *= (F)path.grad_scale;
   Vector<F> direct = gain * scale;
   for (int64_t b = 0; b < use.rows; b++) {
-    Vector<F> x = part.load(x_hat + b * use.G), d = Whole<F>::load(dy + b * stride);
+    Vector<F> x = part.load(deviations + b * use.G), d = Whole<F>::load(dy + b * stride);
     part.store(dx + b * use.G, d * direct + location + moment * (P == 1 ? sign<F>(x) : x));
   }
 }
@@ -495,8 +550,8 @@ template <class F> struct Step {
     int64_t before = t ? p.starts[t - 1] : 0;
     x = (F*)p.x.values + first * G;
     h = (F*)p.h.values + first * G;
-    inverse_x = (F*)p.x.inverse + (p.x.kind == features ? t * G : first);
-    inverse_h = (F*)p.h.inverse + (p.h.kind == features ? t * G : first);
+    inverse_x = (F*)p.x.inverse + (p.x.kind == features ? t % p.block * G : first);
+    inverse_h = (F*)p.h.inverse + (p.h.kind == features ? t % p.block * G : first);
     output = (F*)p.output + first * H;
     cells = (F*)p.cells + first * H;
     previous = t ? (F*)p.output + before * H : (const F*)p.h0;
@@ -504,10 +559,10 @@ template <class F> struct Step {
   }
 };
 
-template <class F, class W> INLINE void normalize(const Use<F>& use, F* x, F* inverse, int64_t g, const W& part) {
+template <class F, class W> INLINE void normalize(const Use<F>& use, int64_t block, F* x, F* inverse, int64_t g, const W& part) {
   if (use.path.kind != features) return;
-  if (use.path.p == 1) normalize_features<1>(use, x, inverse, g, part);
-  else normalize_features<2>(use, x, inverse, g, part);
+  if (use.path.p == 1) normalize_features<1>(use, block, x, inverse, g, part);
+  else normalize_features<2>(use, block, x, inverse, g, part);
 }
 template <class F> INLINE void normalize_whole(const Use<F>& use, F* x, F* inverse) {
   if (use.path.kind != sequences) return;
@@ -523,11 +578,11 @@ template <class F, class W> struct Gates {
   const W part;
   V gain_x[4] = {}, gain_h[4] = {}, bias_x[4] = {}, bias_h[4] = {};
 
-  INLINE Gates(const Use<F>& x, const Use<F>& h, int64_t gates, int64_t H_, int64_t j_, const W& part_) : H(H_), j(j_), part(part_) {
+  INLINE Gates(const Step<F>& s, const Use<F>& x, const Use<F>& h, int64_t j_, const W& part_) : H(s.H), j(j_), part(part_) {
     UNROLL for (int k = 0; k < 4; k++)
-      if (k < gates) {
-        gain_x[k] = x.gain(k * H + j, part), bias_x[k] = x.bias(k * H + j, part);
-        gain_h[k] = h.gain(k * H + j, part), bias_h[k] = h.bias(k * H + j, part);
+      if (k < s.plan.gates) {
+        gain_x[k] = x.slope(s.inverse_x, k * H + j, part), bias_x[k] = x.bias(k * H + j, part);
+        gain_h[k] = h.slope(s.inverse_h, k * H + j, part), bias_h[k] = h.bias(k * H + j, part);
       }
   }
   INLINE V from_x(int k, const F* x) const { return part.load(x + k * H + j) * gain_x[k] + bias_x[k]; }
@@ -557,19 +612,19 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
   typedef Vector<F> V;
   Step<F> s(plan, number);
   Use<F> from_x(plan.x, s.rows, number, s.G, false), from_h(plan.h, s.rows, number, s.G, false);
-  int64_t H = s.H, G = s.G;
+  int64_t H = s.H, G = s.G, block = number % plan.block ? -1 : number / plan.block;
   if (plan.panels)
-    multiply<F>(s.previous, H, 1, plan.panels, s.h, s.rows, G, H);
+    multiply<F>(s.previous, H, 1, plan.panels, s.h, s.rows, G, H, false);
   else if (plan.weight)
-    by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { products_of_few<R.value>((const F*)plan.weight, s.previous + b * H, s.h + b * G, H, G); });
+    by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { products_of_few<R.value>((const F*)plan.weight, s.previous + b * H, s.h + b * G, H, G, number % 2); });
   normalize_whole(from_x, s.x, s.inverse_x);
   normalize_whole(from_h, s.h, s.inverse_h);
   each_register<F>(H, [&](int64_t j, auto part) INLINED {
     for (int64_t g = j; g < G; g += H) {
-      normalize(from_x, s.x, s.inverse_x, g, part);
-      normalize(from_h, s.h, s.inverse_h, g, part);
+      normalize(from_x, block, s.x, s.inverse_x, g, part);
+      normalize(from_h, block, s.h, s.inverse_h, g, part);
     }
-    Gates<F, decltype(part)> gates(from_x, from_h, plan.gates, H, j, part);
+    Gates<F, decltype(part)> gates(s, from_x, from_h, j, part);
     if (plan.cell == gru) {
       for (int64_t b = 0; b < s.rows; b++) {
         GruRow<F> row(gates, s.x + b * G, s.h + b * G);
@@ -608,15 +663,15 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
   bool apart = plan.x.kind == sequences || plan.h.kind == sequences;
   int64_t stride = apart ? (H + n - 1) / n * n : n, size = s.rows * stride;
   F* dy = (F*)plan.scratch;
-  auto finish = [&](const Use<F>& use, const F* gradient, const F* x_hat, const F* inverse, F* to, int64_t g, auto part) INLINED {
+  auto finish = [&](const Use<F>& use, const F* gradient, const F* values, const F* inverse, F* to, int64_t g, auto part) INLINED {
     if (use.path.kind == unnormalized) pass_backward(use, gradient, stride, to, g, part);
-    else if (use.path.kind == features && use.path.p == 1) normalize_features_backward<1>(use, gradient, stride, x_hat, inverse, to, g, part);
-    else if (use.path.kind == features) normalize_features_backward<2>(use, gradient, stride, x_hat, inverse, to, g, part);
+    else if (use.path.kind == features && use.path.p == 1) normalize_features_backward<1>(use, gradient, stride, values, inverse, to, g, part);
+    else if (use.path.kind == features) normalize_features_backward<2>(use, gradient, stride, values, inverse, to, g, part);
   };
 
   each_register<F>(H, [&](int64_t j, auto part) INLINED {
     F* at = dy + (apart ? j : 0);
-    Gates<F, decltype(part)> gates(from_x, from_h, plan.gates, H, j, part);
+    Gates<F, decltype(part)> gates(s, from_x, from_h, j, part);
     if (plan.cell == gru) {
       for (int64_t b = 0; b < s.rows; b++) {
         GruRow<F> row(gates, s.x + b * G, s.h + b * G);
@@ -658,11 +713,14 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
       finish(from_x, dy + gate * size, s.x, s.inverse_x, dx, gate * H + j, part);
     }
   });
-  auto multiply = [&]() INLINED {
-    if (plan.weight && dh && (number > 0 || plan.h0_wanted))
-      by_rows(s.rows, [&](auto R, int64_t b) INLINED { add_products<R.value>((const F*)plan.weight, dh + b * G, d_hidden + b * H, H, G); });
+  auto into_past = [&]() INLINED {
+    if (!dh || (number == 0 && !plan.h0_wanted)) return;
+    if (plan.panels)
+      multiply<F>(dh, G, 1, plan.panels, d_hidden, s.rows, H, G, true);
+    else if (plan.weight)
+      by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { add_products<R.value>((const F*)plan.weight, dh + b * G, d_hidden + b * H, H, G, number % 2); });
   };
-  if (!apart) return multiply();
+  if (!apart) return into_past();
   const F *dy_x[4], *dy_h[4];
   for (int gate = 0; gate < 4; gate++) {
     dy_x[gate] = dy + gate * size;
@@ -676,7 +734,21 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
   };
   finish_whole(from_h, dy_h, s.h, s.inverse_h, dh);
   finish_whole(from_x, dy_x, s.x, s.inverse_x, dx);
-  multiply();
+  into_past();
+}
+
+template <class F, class W> INLINE void renormalize(const Plan& plan, const Path& path, int64_t block, int64_t end, int64_t g, const W& part) {
+  if (path.kind != features) return;
+  if (path.p == 1) renormalize_features<1, F>(plan, path, block, end, g, part);
+  else renormalize_features<2, F>(plan, path, block, end, g, part);
+}
+
+// What a block of steps needs before its backward, where its inverses of s were not kept.
+template <class F> INLINE void recall(const Plan& plan, int64_t block, int64_t end) {
+  each_register<F>(plan.gates * plan.hidden, [&](int64_t g, auto part) INLINED {
+    renormalize<F>(plan, plan.x, block, end, g, part);
+    renormalize<F>(plan, plan.h, block, end, g, part);
+  });
 }
 
 }  // namespace ISA

@@ -35,9 +35,16 @@ def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, n
         and all(t is None or t.dtype == dtype for t in hidden + weights)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(data.device.type)
+        and _all_differ(norms)
         and all(norm is None or _can_run(norm, dtype, sizes) for norm in norms)
         and all(norm is None or norm._parameters["bias"] is None for norm in norms[:3])
     )
+
+
+def _all_differ(norms: Norms) -> bool:
+    """Whether no norm serves two paths: the order of its uses within a step is then of no account."""
+    present = [id(norm) for norm in norms if norm is not None]
+    return len(set(present)) == len(present)
 
 
 def _can_run(norm: nn.Module, dtype: torch.dtype, sizes: list[int]) -> bool:

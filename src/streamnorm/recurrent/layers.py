@@ -158,9 +158,20 @@ class _Layer(Normalized, nn.RNNBase):
     def _run_padded(self, input: Tensor, hx: Any, lengths: Tensor) -> Any:
         if isinstance(input, PackedSequence) or input.dim() != 3:
             raise ValueError("lengths belong to a padded batch of sequences, a 3D tensor; a PackedSequence has its own")
-        packed = pack_padded_sequence(input, torch.as_tensor(lengths).cpu(), self.batch_first, enforce_sorted=False)
+        rows, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
+        lengths = torch.as_tensor(lengths).cpu()
+        if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (rows,):
+            raise ValueError(
+                f"lengths are {rows} integers, one for each sequence, got {lengths.dtype} of shape "
+                f"{tuple(lengths.shape)}"
+            )
+        if rows and not 1 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+            raise ValueError(
+                f"lengths lie between 1 and {steps}, the padded length, got {lengths.tolist()}; leave empty sequences "
+                "out"
+            )
+        packed = pack_padded_sequence(input, lengths.long(), self.batch_first, enforce_sorted=False)
         output, final = self(packed, hx)
-        steps = input.shape[1 if self.batch_first else 0]
         return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], final
 
     def _run_unbatched(self, input: Tensor, hx: Any) -> Any:
@@ -183,8 +194,14 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _run_packed(self, input: PackedSequence, hx: Any) -> Any:
         data, batch_sizes, order, back = input
+        sizes = batch_sizes.tolist()
+        if sum(sizes) != len(data) or sizes != sorted(sizes, reverse=True):
+            raise ValueError(
+                f"a PackedSequence has batch_sizes that never increase and add up to its rows of data, got {sizes} for "
+                f"{len(data)} rows; were lengths greater than the padded length when it was packed?"
+            )
         hidden = self._start(data, batch_sizes, hx, order)
-        data, finals = self._run(data, batch_sizes.tolist(), hidden)
+        data, finals = self._run(data, sizes, hidden)
         if back is not None:
             finals = tuple(h.index_select(1, back) for h in finals)
         return PackedSequence(data, batch_sizes, order, back), self._pack_hidden(finals)
@@ -197,6 +214,9 @@ class _Layer(Normalized, nn.RNNBase):
             hidden = tuple(input.new_zeros(len(self.suffixes), rows, width) for width in widths)
         else:
             hidden = _as_tuple(hx)
+            if len(hidden) != (2 if self.kind == "LSTM" else 1):
+                wanted = "a pair of tensors (h, c)" if self.kind == "LSTM" else "one tensor"
+                raise ValueError(f"{type(self).__name__}: expected hx to be {wanted}, got {len(hidden)}")
             if batch_sizes is None and any(h.dim() != 3 for h in hidden):
                 raise RuntimeError(f"for a 3D input hx is 3D too, got {hidden[0].dim()}D of shape {hidden[0].shape}")
             if order is not None:
@@ -265,11 +285,11 @@ class _Backwards:
 
 
 def _as_tuple(hx: Any) -> Hidden:
-    return () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+    return () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
 
 
 def _like(hx: Any, hidden: list[Tensor]) -> Any:
-    return None if hx is None else tuple(hidden) if isinstance(hx, tuple) else hidden[0]
+    return None if hx is None else tuple(hidden) if isinstance(hx, tuple | list) else hidden[0]
 
 
 class RNN(_Layer, nn.RNN):  # noqa: D101

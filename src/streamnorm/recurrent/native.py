@@ -30,6 +30,8 @@ _LANES = 16
 """The most numbers that a register of the kernel holds."""
 _FEW_ROWS = 4
 """Up to so many rows a matrix is read as it is; for more it is packed into panels first."""
+_BLOCK = 16
+"""Where a sequence has few rows, 1/s is as large as the values. It is kept for so many steps at a time."""
 _SMALL_PRODUCT = 1 << 21
 """Multiplications in a product that one thread finishes before several have begun."""
 
@@ -103,6 +105,8 @@ class _Path(NamedTuple):
     running_mean: int = 0
     running_var: int = 0
     running_rows: int = 0
+    marks: int = 0
+    samples_before: int = 0
     dx: int = 0
     d_gain: int = 0
     d_bias: int = 0
@@ -126,6 +130,7 @@ class _Plan(NamedTuple):
     gates: int
     hidden: int
     is_double: int
+    block: int
     starts: int
     output: int
     cells: int
@@ -141,12 +146,12 @@ class _Plan(NamedTuple):
     h0_wanted: int = 0
 
 
-_bytes = struct.Struct("17q" + 2 * "20q11d").pack
+_bytes = struct.Struct("18q" + 2 * "22q11d").pack
 
 
-def _path(norm: nn.Module | None, values: Tensor, inverse: Tensor, bias: Tensor | None) -> _Path:
-    """All that the kernel is told of a path for the forward pass."""
-    own: dict[str, Any] = {"values": values.data_ptr(), "inverse": inverse.data_ptr(), "bias": _pointer(bias)}
+def _path(norm: nn.Module | None, values: Tensor, bias: Tensor | None) -> _Path:
+    """What the kernel is told of a path in both directions."""
+    own: dict[str, Any] = {"values": values.data_ptr(), "bias": _pointer(bias)}
     if norm is None:
         return _Path(**own)
     assert isinstance(norm, Norm)
@@ -161,7 +166,8 @@ def _path(norm: nn.Module | None, values: Tensor, inverse: Tensor, bias: Tensor 
         own.update(zip(norm.state._fields, (buffer.data_ptr() for buffer in norm.state)))
         if formula.alpha is not None and formula.beta is not None:
             own.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
-        own["window"] = formula.window or 0.0
+        if formula.window is not None:
+            own.update(window=formula.window, samples_before=int(norm.state.samples))
     return _Path(**own)
 
 
@@ -172,7 +178,8 @@ def _pointer(t: Tensor | None) -> int:
 class _Run:
     """The memory of one pass over a sequence: what forward leaves for backward, inputs and outputs apart.
 
-    ``x`` and ``h`` hold the products of both paths for all steps, and then their normalized values.
+    ``x`` and ``h`` hold the products of both paths for all steps, and then their deviations from mu. From these the
+    inverse of s can be found again; with few sequences only ``marks`` of the streams are kept for that.
     """
 
     def __init__(self, kind: str, sizes: list[int], norms: Norms, t: Tensors) -> None:
@@ -181,41 +188,61 @@ class _Run:
         self.features = GATES[kind] * self.width
         new = t.data.new_empty
         self.x, self.h = product(t.data, t.w_ih.t()), new(rows, self.features)
-        self.inverse_x, self.inverse_h = (
-            new(rows if norm is not None and _kind(norm) == _SEQUENCES else len(sizes) * self.features)
-            for norm in norms[:2]
-        )
+        self.block = _BLOCK if sizes[0] <= _FEW_ROWS and len(sizes) > 2 * _BLOCK else len(sizes)
+        self.inverses: list[Tensor] | None = None
+        self.marks = [self._marks(new, norm) for norm in norms[:2]]
         self.cells = new(rows, self.width) if kind == "LSTM" else None
         self.h0, self.c0 = t.h.contiguous(), None if t.c is None else t.c.contiguous()
         self.starts = _starts(sizes)
-        self.weight, self.panels = self._own_product(t.w_hh)
-        self.path_x = _path(norms.ih, self.x, self.inverse_x, t.b_ih)
-        self.path_h = _path(norms.hh, self.h, self.inverse_h, t.b_hh)
+        self.weight = t.w_hh.contiguous() if self._multiplies(t.w_hh) else None
+        self.path_x = _path(norms.ih, self.x, t.b_ih)._replace(marks=_pointer(self.marks[0]))
+        self.path_h = _path(norms.hh, self.h, t.b_hh)._replace(marks=_pointer(self.marks[1]))
 
-    def _own_product(self, w_hh: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The weight as the kernel multiplies by it; (None, None) if PyTorch shall, with a call for each step."""
+    def _marks(self, new: Callable[..., Tensor], norm: nn.Module | None) -> Tensor | None:
+        """Room for the state of a stream before each block of steps."""
+        if self.block == len(self.sizes) or not isinstance(norm, Norm) or norm.stream is None:
+            return None
+        return new(1 + 2 * (len(self.sizes) // self.block + 1), self.features)
+
+    def _inverses(self) -> list[Tensor]:
+        """Room for the inverse of s of both paths: of each row, or of each feature in a block of steps."""
+        kinds = self.path_x.kind, self.path_h.kind
+        return [self.x.new_empty(len(self.x) if kind == _SEQUENCES else self.block * self.features) for kind in kinds]
+
+    def _multiplies(self, w_hh: Tensor) -> bool:
+        """Whether the kernel multiplies with the hidden states too; else PyTorch does, with a call for each step."""
         rows = self.sizes[0]
         if rows <= _FEW_ROWS:
-            return w_hh.contiguous(), None
+            return True
         several = torch.get_num_threads() > 1
-        if (
+        return not (
             len(self.sizes) < 4
             or (several and rows * w_hh.numel() > _SMALL_PRODUCT)
             or (rows > 64 and not _outruns_torch)
-        ):
-            return None, None
-        return w_hh.contiguous(), _panels(w_hh.t())
+        )
 
-    def plan(self, output: Tensor) -> _Plan:
+    def _panels(self, forward: bool) -> Tensor | None:
+        """The weight as the kernel multiplies many rows by it."""
+        if self.weight is None or self.sizes[0] <= _FEW_ROWS:
+            return None
+        return _panels(self.weight.t() if forward else self.weight)
+
+    def plan(self, output: Tensor, panels: Tensor | None) -> _Plan:
         """What forward and backward tell the kernel."""
-        tensors = (self.starts, output, self.cells, self.h0, self.c0, self.weight, self.panels)
+        tensors = (self.starts, output, self.cells, self.h0, self.c0, self.weight, panels)
         is_double = int(output.dtype == torch.float64)
-        return _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, *map(_pointer, tensors))
+        return _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, self.block, *map(_pointer, tensors))
 
     def forward(self, w_hh: Tensor) -> tuple[Tensor, ...]:
         """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
         output = self.x.new_empty(len(self.x), self.width)
-        plan = _bytes(*self.plan(output), *self.path_x, *self.path_h)
+        inverses, panels = self._inverses(), self._panels(forward=True)
+        if self.block == len(self.sizes) or _SEQUENCES in (self.path_x.kind, self.path_h.kind):
+            self.inverses = inverses
+        path_x, path_h = (
+            path._replace(inverse=inverse.data_ptr()) for path, inverse in zip((self.path_x, self.path_h), inverses)
+        )
+        plan = _bytes(*self.plan(output, panels), *path_x, *path_h)
         if self.weight is not None:
             _recurrent.forward_all(plan, len(self.sizes))
         else:
@@ -232,11 +259,18 @@ class _Run:
         """The hidden states before each step."""
         return [self.h0, *(state[:rows] for state, rows in zip(output.split(self.sizes), self.sizes[1:]))]
 
+    def _all_before(self, output: Tensor) -> Tensor:
+        """The hidden states before all steps, one after the other."""
+        if self.sizes[0] == self.sizes[-1]:
+            return torch.cat((self.h0, output[: -self.sizes[0]]))
+        return torch.cat(self._before(output))
+
     def backward(
         self, t: Tensors, needs: Tensors, output: Tensor, d_output: Tensor | None, d_finals: tuple[Tensor | None, ...]
     ) -> dict[str, Tensor]:
         """All steps in reverse: the gradients by the names of what they belong to."""
-        # If no later backward goes through this graph, gradients may lie where the normalized values were.
+        inverses = self._inverses() if self.inverses is None else self.inverses
+        # If no later backward goes through this graph, gradients may lie where the deviations were.
         d_x, d_h = (torch.empty_like(values) if _keeps_graph() else values for values in (self.x, self.h))
         d_hidden = [
             torch.zeros_like(start) if d is None else d.clone(memory_format=torch.contiguous_format)
@@ -244,7 +278,8 @@ class _Run:
         ]
         d_affine = output.new_zeros(4, self.features)
         scratch = output.new_empty((GATES[self.kind] + 1) * self.sizes[0] * (self.width + _LANES))
-        plan = self.plan(output)._replace(
+        panels = self._panels(forward=False)
+        plan = self.plan(output, panels)._replace(
             d_output=_pointer(d_output),
             d_hidden=d_hidden[0].data_ptr(),
             d_cells=0 if len(d_hidden) == 1 else d_hidden[1].data_ptr(),
@@ -254,12 +289,14 @@ class _Run:
         )
         d_gain_x, d_bias_x, d_gain_h, d_bias_h = d_affine.unbind()
         path_x = self.path_x._replace(
+            inverse=inverses[0].data_ptr(),
             dx=d_x.data_ptr() if needs.data or needs.w_ih else 0,
             d_gain=d_gain_x.data_ptr(),
             d_bias=d_bias_x.data_ptr(),
             grad_scale=_grad_scale(self.norms.ih),
         )
         path_h = self.path_h._replace(
+            inverse=inverses[1].data_ptr(),
             dx=d_h.data_ptr(),
             d_gain=d_gain_h.data_ptr(),
             d_bias=d_bias_h.data_ptr(),
@@ -274,7 +311,7 @@ class _Run:
         if needs.w_ih:
             found["w_ih"] = product(d_x.t(), t.data)
         if needs.w_hh:
-            found["w_hh"] = product(d_h.t(), torch.cat(self._before(output)))
+            found["w_hh"] = product(d_h.t(), self._all_before(output))
         return found
 
     def _steps_backward(self, plan: bytes, d_hidden: Tensor, d_h: Tensor, w_hh: Tensor, h0_wanted: bool) -> None:

@@ -43,7 +43,8 @@ MOMENTUM = {"batch": 0.002, "batch-per-step": 0.1}
 0.1 remembers ten of those that are used once a sequence."""
 
 GAIN = 1.0
-"""Where gains start; docs/recurrent.md tells why not at 0.1, as Cooijmans et al. (2016) have it for the batch norms."""
+"""Where gains start. Cooijmans et al. (2016) start those of the batch norms at 0.1, so that tanh does not saturate and
+gradients do not vanish; docs/recurrent.md has the comparison, in which that gained nothing."""
 
 _STREAM = ("window", "alpha", "beta", "kappa")
 _ALLOWED = {

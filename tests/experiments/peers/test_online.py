@@ -38,7 +38,7 @@ class Plain:
         return dx
 
 
-@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("samples", [1, 2, 5, 16, 23])
 @pytest.mark.parametrize("places", [(), (3, 2)])
 def test_forward_backward_and_state_are_the_papers_recursions(samples, places):
     torch.manual_seed(0)

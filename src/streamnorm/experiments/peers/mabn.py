@@ -1,8 +1,8 @@
 """Moving Average Batch Normalization (Yan et al. 2020, arXiv:2001.06838).
 
 The scale is the root of the second raw moment; nothing is subtracted, since the weights before the layer are kept
-centred: each neuron's incoming weights less their mean. With χ² the mini-batch's mean of x², and z, y and
-g the values and gradients of the mini-batch:
+centred: each neuron's incoming weights less their mean. With χ² the mini-batch's mean of x², and z, y and g the values
+and gradients of the mini-batch:
 
     χ̄²  = simple moving average of χ² over the last m mini-batches            z = x/√(χ̄² + ε)
     r    = clip(χ̄/χ̂, 1/λ, λ), no gradient through it                          x̂ = r·z          y = γ·x̂ + β
@@ -14,6 +14,9 @@ g the values and gradients of the mini-batch:
 and x/√(χ̂² + ε) in evaluation. The paper simulates 32 samples: m = 16 mini-batches of 2. Here m is 32 divided by the
 samples of the mini-batch, at least 1. Where fewer than m were seen, the average is over those, and until 1/t falls
 below 1 − α the exponential average is the plain one of the t mini-batches seen, so that r begins at 1.
+
+The authors' code differs: λ = 5, after 1,000 mini-batches with r = 1, and at first 100 mini-batches with their own χ²
+and Ψ. A short run would consist of little else, so neither is here; ``mabn,clip=5`` has their λ.
 """
 
 from __future__ import annotations
