@@ -19,6 +19,7 @@ FLAGS = (
         "-ffp-contract=off",
         "-fvisibility=hidden",
         "-Wno-psabi",
+        "-Wno-maybe-uninitialized",  # GCC says so of its own header for AVX-512
     ]
 )
 

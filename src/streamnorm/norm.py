@@ -26,6 +26,7 @@ _state_buffers = itemgetter(*State._fields)
 _REDUCED = (torch.float16, torch.bfloat16)
 _UNPICKLED = {
     "_accepted": None,
+    "_plan": None,
     "_watched": False,
     "_optimizer": None,
     "_owner": None,
@@ -79,6 +80,7 @@ class Norm(nn.Module):
     # The kind of input that was looked at last, and its view: the same kind is not looked at again.
     _accepted: tuple[torch.Size, torch.dtype, bool] | None = None
     _accepted_view: View
+    _plan: ops.Plan | None = None
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -161,7 +163,7 @@ class Norm(nn.Module):
     def state(self) -> State:
         """The stream's buffers, as an engine takes them."""
         if is_compiling():
-            return State(*[self._buffers[name] for name in State._fields])  # type: ignore[list-item]
+            return State(*[self._buffers[name] for name in State._fields])  # type: ignore[arg-type]
         return State._make(_state_buffers(self._buffers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -227,6 +229,13 @@ class Norm(nn.Module):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # parametrized: computed when it is asked for
             weight, bias = self.weight, self.bias
+        if mask is None:
+            plan = self._plan
+            if plan is None or plan.view is not view or plan.formula is not self.formula:
+                plan = self._plan = ops.prepare(view, self.formula)
+            y = ops.attempt(x, weight, bias, plan, self._buffers, self._grad_scale)
+            if y is not NotImplemented:
+                return y
         return ops.normalize(x, weight, bias, mask, view, self.formula, self.state, self._grad_scale)
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:

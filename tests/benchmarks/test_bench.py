@@ -130,6 +130,24 @@ def test_files_and_words(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert "streaming L1" in (tmp_path / "tables.txt").read_text()
 
 
+@pytest.mark.usefixtures("brief")
+def test_memory_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    monkeypatch.setattr(command, "_can_keep_memory", lambda: True)
+    monkeypatch.setattr(command, "_keep_memory", lambda: told.append("glibc"))
+    assert main(["bench", "--quick", "--threads", "1", "--keep-memory"]) == 0
+    assert told == ["glibc"]
+    facts = json.loads((tmp_path / "runs/bench-quick-kept/environment.json").read_text())
+    assert facts["options"]["keep_memory"] is True
+
+
+def test_memory_is_kept_by_glibc_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert main(["bench", "--keep-memory"]) == 2
+    assert "--keep-memory: only glibc's allocator" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

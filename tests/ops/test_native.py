@@ -171,3 +171,37 @@ def test_a_gain_that_cpp_does_not_take_still_works() -> None:
     layer(torch.randn(3, 4)).sum().backward()
     assert int(layer.samples) == 3
     assert int(layer.grad_samples) == 0  # the input asked for no gradient
+
+
+def test_values_that_memory_holds_with_the_other_sign() -> None:
+    """The imaginary part of a conjugate has such memory; these are contiguous, and C++ would read them."""
+    x, dy, gain = (torch._neg_view(torch.randn(shape)) for shape in ((8, 4), (8, 4), (4,)))
+    for chosen in itertools.product((False, True), repeat=3):
+        a, b, c = (t if keep else t.resolve_neg() for t, keep in zip((x, dy, gain), chosen))
+        results = []
+        for engine in ("native", "plain"):
+            layer = sn.StreamingNorm1d(4)
+            layer.weight = nn.Parameter(c)
+            results.append(sequence(engine, layer, [a], [b]))
+        assert all(near(ours, theirs, 2e-6) for ours, theirs in zip(*results)), chosen
+    layer = sn.StreamingNorm1d(4)
+    assert not ops.native.supports(x, None, layer.ref.view(x.shape), layer.formula, layer.state)
+    part = torch.randn(8, 4, dtype=torch.complex64).conj().imag
+    with ops.force("native"):
+        assert near(layer(part), sn.StreamingNorm1d(4)(part.resolve_neg()), 2e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("width", [64, 62])
+def test_outputs_too_large_for_the_cache(layout: str, width: int) -> None:
+    """They are written another way where whole packs fit, which 62 is not made of."""
+    x, dy = (LAYOUTS[layout](torch.randn(18, width, 62, width)) for _ in range(2))
+    ours = sequence("native", sn.StreamingNorm2d(width), [x], [dy])
+    theirs = sequence("torch", sn.StreamingNorm2d(width), [x], [dy])
+    assert x.numel() * 4 >= 1 << 24
+    assert all(near(mine, expected, 8e-6) for mine, expected in zip(ours, theirs))
+
+
+def test_more_axes_than_cpp_knows_go_to_pytorch() -> None:
+    x = torch.randn(3, 2, *[1] * 16)
+    sn.Norm(2, sn.NormRef.batch("channel"), sn.LpMoment(p=1), sn.Stream())(x).sum().backward()

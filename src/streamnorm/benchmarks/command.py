@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +53,10 @@ class BenchOptions:
     threads: Annotated[tuple[int, ...], conf.arg(metavar="INT ...", help_behavior_hint="")] = ()
     """Numbers of PyTorch threads. Default: 1 and 2, as far as there are cores."""
 
+    keep_memory: bool = False
+    """Keep freed memory in the process, as allocators other than the system's do: large tensors then lie in memory that
+    is already there. The default folder ends in -kept. For Linux with glibc."""
+
     device: str = "cpu"
     """Where to measure; only cpu for now."""
 
@@ -67,6 +73,8 @@ class BenchOptions:
         for suite in self.only:
             if suite not in SUITES:
                 raise UserError(f"--only: unknown suite {suite!r}: choose from {', '.join(SUITES)}")
+        if self.keep_memory and not _can_keep_memory():
+            raise UserError("--keep-memory: only glibc's allocator can be told to; leave the option out")
         for count in self.threads:
             if not 1 <= count <= usable_cores():
                 raise UserError(f"--threads {count}: choose from 1 to {usable_cores()}, the cores usable here")
@@ -77,13 +85,15 @@ class BenchOptions:
 
     def folder(self) -> Path:
         """Where results go."""
-        return Path(self.out or ("runs/bench-quick" if self.quick else "runs/bench")).expanduser()
+        return Path(self.out or f"runs/bench{'-quick' * self.quick}{'-kept' * self.keep_memory}").expanduser()
 
 
 def bench(words: Sequence[str]) -> int:
     """``streamnorm bench``."""
     options = tyro.cli(BenchOptions, args=list(words), prog="streamnorm bench", config=(conf.FlagCreatePairsOff,))
     options.check()
+    if options.keep_memory:
+        _keep_memory()
     folder = options.folder()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -131,6 +141,18 @@ def _measure_case(
         contestants |= {contestant.name: contestant for contestant in (match.ours, match.rival)}
     found = {name: measure_memory(one) for name, one in contestants.items() if not isinstance(one, Floor)}
     memory += memory_rows(case, found, next(match.rival.name for match in matches if match.stock))
+
+
+def _can_keep_memory() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+def _keep_memory() -> None:
+    """Tell glibc to take no block of memory straight from the system, and to give none back."""
+    libc = ctypes.CDLL(None)
+    most_blocks, slack_at_the_end = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    libc.mallopt(most_blocks, 0)
+    libc.mallopt(slack_at_the_end, 2**31 - 1)
 
 
 def _load() -> float | None:

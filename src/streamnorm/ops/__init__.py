@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -22,6 +23,28 @@ ENGINES: tuple[ModuleType, ...] = (native, eager, plain)
 """From the fastest to the reference."""
 
 _active = ENGINES
+
+
+Plan = native.Plan
+prepare = native.prepare
+
+
+def attempt(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan | None, state: Any, grad_scale: Tensor | None
+) -> Any:
+    """The short way of a layer that is called again and again: as ``normalize``, or NotImplemented with nothing done.
+
+    Args:
+        x: input, of the shape that ``plan`` is for.
+        weight: gain, or None.
+        bias: or None.
+        plan: what ``prepare`` made of a view and a formula.
+        state: a State, or a module's dict of buffers that holds one.
+        grad_scale: as in ``normalize``.
+    """
+    if plan is None or _active is not ENGINES:
+        return NotImplemented
+    return native.attempt(x, weight, bias, (plan, state, grad_scale, None))
 
 
 def normalize(

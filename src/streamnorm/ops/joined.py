@@ -69,7 +69,7 @@ class _Normalize(torch.autograd.Function):
             mu = b_mu
         else:
             state.samples.add_(samples)
-            alpha = mix_weights(formula.alpha, formula.window, state.samples)
+            alpha = mix_weights(formula.alpha, formula.window, state.samples, state.long.dtype)
             short_mu = running_average(state.short[0], state.count, b_mu, n)
             mu = mix(alpha, state.long[0], short_mu, b_mu)
 
@@ -142,7 +142,7 @@ def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, u: Tensor, inverse: Te
     beta, streamed_m = formula.beta, g_m
     if state is not None:
         state.grad_samples.add_(ctx.samples)
-        beta = mix_weights(formula.beta, formula.window, state.grad_samples)
+        beta = mix_weights(formula.beta, formula.window, state.grad_samples, state.long.dtype)
         short_m = running_average(state.short_grad[1], state.grad_count, g_m, ctx.n)
         streamed_m = mix(beta, state.long_grad[1], short_m, g_m)
     streamed_m = streamed_m.masked_fill(cut, 0)

@@ -89,9 +89,11 @@ struct Call {
 };
 
 // A block of memory: `rows` stretches of `length` contiguous elements, `from` elements apart where they are read and `to`
-// elements apart where they are written.
+// elements apart where they are written. What will be read next, and is asked for meanwhile, lies `next` elements behind
+// what is read now. past_cache: whether the output is so large that it would not stay in the cache anyway.
 struct Block {
-  int64_t rows, length, from, to;
+  int64_t rows, length, from, to, next;
+  bool past_cache;
 };
 
 // The loops of native_kernels.h for one type of statistics and p. Pointers to void are of that type, float or double.
@@ -101,6 +103,7 @@ struct Kernels {
   void (*narrow_bfloat16)(const float*, void*, int64_t count);
   void (*narrow_float16)(const float*, void*, int64_t count);
 
+  void (*gather)(const Block&, const void* from, void* to);
   double (*sum)(const Block&, const void* x);
   double (*powers)(const Block&, const void* x, double centre, double p);
   void (*output)(const Block&, const void* x, void* y, double mu, double scale, double shift);
@@ -358,6 +361,8 @@ struct Parameter {
 
 // What both walks need of a call.
 struct Walk {
+  static constexpr int64_t large_output = 1 << 24;
+
   const Call& call;
   const Layout& at;
   const Kernels& loops;
@@ -366,6 +371,7 @@ struct Walk {
   const bool narrow;
   const double p;
   const bool centered;
+  const bool past_cache;
   // One pass: with weights (1, 0, 0) what this call uses is known before it starts.
   const bool known;
 
@@ -373,7 +379,7 @@ struct Walk {
       : call(c), at(*c.layout), loops(k), wide(c.type == Type::f64 ? Type::f64 : Type::f32),
         width(c.type == Type::f64 ? 8 : c.type == Type::f32 ? 4 : 2), wide_width(wide == Type::f64 ? 8 : 4), lanes(64 / wide_width),
         narrow(width == 2), p(c.formula->p), centered(c.formula->centered),
-        known(c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0) {}
+        past_cache(c.n * at.G * width >= large_output), known(c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0) {}
 
   template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
   template <class P> P* move_wide(P* base, int64_t elements) const { return (P*)((char*)base + elements * wide_width); }
@@ -418,7 +424,7 @@ struct Totals {
 
 // Runs: a statistic owns A runs of B elements, each of them contiguous.
 struct Runs : Walk {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64;
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18;
 
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
@@ -434,6 +440,9 @@ struct Runs : Walk {
   const int64_t stats_per_block, chunks_per_block, blocks_per_stat, blocks;
   // One statistic at a time keeps it in cache; with few statistics their chunks are shared out among the threads.
   const bool whole;
+  // What is read next: of memory that is seen for the first time the next run, and of what is in the cache by then that of
+  // the next statistic.
+  const int64_t next_run, next_again;
 
   Runs(const Call& c, const Kernels& k)
       : Walk(c, k),
@@ -449,7 +458,8 @@ struct Runs : Walk {
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
         blocks((at.G + stats_per_block - 1) / stats_per_block * blocks_per_stat),
-        whole(c.threads == 1 || at.G >= 4 * c.threads || chunks == 1) {}
+        whole(c.threads == 1 || at.G >= 4 * c.threads || chunks == 1), next_run(copied || at.A == 1 ? 0 : at.sa),
+        next_again(copied || !whole || c.n * width > cached_bytes ? next_run : at.G2 > 1 ? at.sg2 : at.sg1) {}
 
   int64_t start(int64_t g) const { return g / at.G2 * at.sg1 + g % at.G2 * at.sg2; }
   int64_t group(int64_t g) const { return g % (at.C / at.Bc); }
@@ -463,7 +473,7 @@ struct Runs : Walk {
     void* out;
   };
   size_t copy_bytes() const { return copied ? (chunk_size + 2 * lanes) * wide_width : 0; }
-  Chunk chunk(int64_t g, int64_t k, const Scratch& scratch, bool with_dy, void* out) const {
+  Chunk chunk(int64_t g, int64_t k, const Scratch& scratch, bool with_dy, void* out, int64_t next) const {
     Chunk c = {};
     int64_t a = k * runs, b = 0, end = at.B, rows = smaller(runs, at.A - a);
     if (pieces > 1) {
@@ -475,7 +485,7 @@ struct Runs : Walk {
     }
     c.offset = start(g) + a * at.sa + b;
     c.b = b;
-    c.block = {rows, end - b, at.sa, at.sa};
+    c.block = {rows, end - b, at.sa, at.sa, next, past_cache};
     c.x = move(call.x, c.offset);
     c.dy = with_dy ? move(call.dy, c.offset) : nullptr;
     c.out = out ? move(out, c.offset) : nullptr;
@@ -484,6 +494,7 @@ struct Runs : Walk {
     copy_in(c.x, at.sa, x, copied_stride, rows, end - b);
     if (with_dy) copy_in(c.dy, at.sa, dy, copied_stride, rows, end - b);
     c.block.from = c.block.to = copied_stride;
+    c.block.past_cache = false;
     c.x = x;
     c.dy = dy;
     c.out = dy + copy_bytes();
@@ -499,7 +510,7 @@ struct Runs : Walk {
     for (int64_t r = 0; r < chunk.block.rows; r++)
       for (int64_t from = chunk.b; from < end;) {
         int64_t c = from / unit, to = smaller((c + 1) * unit, end);
-        fn(c, r * chunk.block.from + from - chunk.b, Block{1, to - from, 0, 0});
+        fn(c, r * chunk.block.from + from - chunk.b, Block{1, to - from, 0, 0, chunk.block.next, chunk.block.past_cache});
         from = to;
       }
   }
@@ -508,6 +519,19 @@ struct Runs : Walk {
   const void* elements(const Parameter& parameter, int64_t g, int64_t b) const { return move_wide(parameter.values, group(g) * at.B + b); }
   Parameter spread_out(const void* data, Type type, double otherwise) const {
     return Parameter(data, type, wide, affine == Affine::elements ? at.C : 0, spread, at.B < lanes, otherwise);
+  }
+
+  // Copy the runs of a statistic together.
+  void gather(const void* from, int64_t g, void* to) const {
+    if (copied) copy_in(move(from, start(g)), at.sa, to, at.B, at.A, at.B);
+    else loops.gather({at.A, at.B, at.sa, at.B, 0, false}, move(from, start(g)), to);
+  }
+  // Ask for the runs that are copied together next. Inline, or GCC drops the call: it sees no effect.
+  __attribute__((always_inline)) inline void fetch(const void* from, int64_t g) const {
+    if (g >= at.G) return;
+    const char* run = (const char*)move(from, start(g));
+    for (int64_t a = 0; a < at.A; a++, run += at.sa * width)
+      for (int64_t i = 0; i < at.B * width; i += 64) __builtin_prefetch(run + i);
   }
 
   template <class Fn> void each_chunk(const Fn& fn) const {
@@ -552,15 +576,15 @@ struct Runs : Walk {
     };
     auto sum_chunk = [&](int64_t g, int64_t k) {
       Scratch scratch(copy_bytes());
-      add(g, k, chunk(g, k, scratch, false, nullptr));
+      add(g, k, chunk(g, k, scratch, false, nullptr, next_run));
     };
     auto power_chunk = [&](int64_t g, int64_t k) {
       Scratch scratch(copy_bytes());
-      add_powers(g, k, chunk(g, k, scratch, false, nullptr));
+      add_powers(g, k, chunk(g, k, scratch, false, nullptr, next_again));
     };
     auto output_chunk = [&](int64_t g, int64_t k) {
       Scratch scratch(3 * copy_bytes());
-      put(g, chunk(g, k, scratch, false, call.y));
+      put(g, chunk(g, k, scratch, false, call.y, next_again == next_run ? next_run : 0));
     };
 
     if (gathered) {
@@ -568,8 +592,9 @@ struct Runs : Walk {
         const int64_t size = (call.n + lanes) * wide_width;
         Scratch scratch(2 * size);
         char *x = scratch.data, *y = x + size;
-        copy_in(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
-        Block together = {1, call.n, 0, 0};
+        gather(call.x, g, x);
+        fetch(call.x, g + 1);
+        Block together = {1, call.n, 0, 0, 0, false};
         sums[g] = loops.sum(together, x);
         loops.locations(call, g, g + 1, &sums[g]);
         powers[g] = loops.powers(together, x, centered ? saved(0, g) : 0, p);
@@ -577,7 +602,7 @@ struct Runs : Walk {
         int64_t c = group(g) * at.Bc;
         double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
         void* to = move(call.y, start(g));
-        if (!copied) return loops.output({at.A, at.B, at.B, at.sa}, x, to, mu, scale, shift);
+        if (!copied) return loops.output({at.A, at.B, at.B, at.sa, 0, past_cache}, x, to, mu, scale, shift);
         loops.output(together, x, y, mu, scale, shift);
         copy_out(y, at.B, to, at.sa, at.A, at.B);
       });
@@ -586,7 +611,7 @@ struct Runs : Walk {
       loops.scales(call, 0, at.G, sums, powers, true, false);
       each_chunk([&](int64_t g, int64_t k) {
         Scratch scratch(3 * copy_bytes());
-        Chunk c = chunk(g, k, scratch, false, call.y);
+        Chunk c = chunk(g, k, scratch, false, call.y, next_run);
         add(g, k, c);
         add_powers(g, k, c);
         put(g, c);
@@ -597,7 +622,7 @@ struct Runs : Walk {
       parallel(at.G, call.threads, [&](int64_t g) {
         for (int64_t k = 0; k < chunks; k++) sum_chunk(g, k);
         locate(g);
-        for (int64_t k = 0; k < chunks; k++) power_chunk(g, k);
+        for (int64_t k = chunks; k-- > 0;) power_chunk(g, k);  // back and forth: what was read last is still in the cache
         scale(g);
         for (int64_t k = 0; k < chunks; k++) output_chunk(g, k);
       });
@@ -661,11 +686,11 @@ struct Runs : Walk {
     };
     auto add_chunk = [&](int64_t g, int64_t k) {
       Scratch scratch(2 * copy_bytes());
-      add(g, k, chunk(g, k, scratch, true, nullptr));
+      add(g, k, chunk(g, k, scratch, true, nullptr, next_run));
     };
     auto input_chunk = [&](int64_t g, int64_t k) {
       Scratch scratch(3 * copy_bytes());
-      put(g, chunk(g, k, scratch, true, call.dx));
+      put(g, chunk(g, k, scratch, true, call.dx, next_again));
     };
     // From the sums of a statistic to dw, db, what dx needs, and the state.
     auto finish = [&](int64_t g) {
@@ -690,16 +715,18 @@ struct Runs : Walk {
         const int64_t size = (call.n + lanes) * wide_width;
         Scratch scratch(3 * size);
         char *x = scratch.data, *dy = x + size, *dx = dy + size;
-        copy_in(move(call.x, start(g)), at.sa, x, at.B, at.A, at.B);
-        copy_in(move(call.dy, start(g)), at.sa, dy, at.B, at.A, at.B);
+        gather(call.x, g, x);
+        gather(call.dy, g, dy);
+        fetch(call.x, g + 1);
         double mu = saved(0, g), centre = centered ? mu : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
-        Block together = {1, call.n, 0, 0};
+        Block together = {1, call.n, 0, 0, 0, false};
         loops.gradients(together, x, dy, mu, centre, p, &sums[g].dy);
+        fetch(call.dy, g + 1);
         finish(g);
         if (!call.dx) return;
         double b = number(constant, wide, g), u = number(along, wide, g);
         void* to = move(call.dx, start(g));
-        if (!copied) return loops.input({at.A, at.B, at.B, at.sa}, x, dy, to, centre, scale, b, u, p);
+        if (!copied) return loops.input({at.A, at.B, at.B, at.sa, 0, past_cache}, x, dy, to, centre, scale, b, u, p);
         loops.input(together, x, dy, dx, centre, scale, b, u, p);
         copy_out(dx, at.B, to, at.sa, at.A, at.B);
       });
@@ -709,7 +736,7 @@ struct Runs : Walk {
       loops.stream_gradients(call, 0, at.G, zero, zero, zero, constant, along, true, false);
       each_block([&](int64_t g, int64_t k) {
         Scratch scratch(3 * copy_bytes());
-        Chunk c = chunk(g, k, scratch, true, call.dx);
+        Chunk c = chunk(g, k, scratch, true, call.dx, next_run);
         add(g, k, c);
         put(g, c);
       });
@@ -720,7 +747,7 @@ struct Runs : Walk {
         for (int64_t g = block * stats_per_block; g < end; g++) {
           for (int64_t k = 0; k < chunks; k++) add_chunk(g, k);
           fold(g);
-          for (int64_t k = 0; call.dx && k < chunks; k++) input_chunk(g, k);
+          for (int64_t k = call.dx ? chunks : 0; k-- > 0;) input_chunk(g, k);
         }
       });
     } else {
@@ -755,7 +782,7 @@ struct Runs : Walk {
 
 // Rows: a statistic is a column of a matrix whose rows are contiguous.
 struct Rows : Walk {
-  static constexpr int64_t task_size = 65536, strip_size = 16384;
+  static constexpr int64_t task_size = 65536, strip_size = 8192;
 
   const int64_t columns, stride;  // stride: columns, in whole packs
   const bool copied;              // as in Runs
@@ -778,9 +805,12 @@ struct Rows : Walk {
     const void *x, *dy;
     void* out;
   };
-  // fn(task, strip) for each strip; what it writes is put into `out`
-  template <class Fn> void each_strip(bool with_dy, void* out, const Fn& fn) const {
-    parallel(tasks, call.threads, [&](int64_t task) {
+  // fn(task, strip) for each strip; what it writes is put into `out`. Whoever reads a tensor again goes the other way: what
+  // was read last is still in the cache.
+  enum class Way { forth, back };
+  template <class Fn> void each_strip(Way way, bool with_dy, void* out, const Fn& fn) const {
+    parallel(tasks, call.threads, [&](int64_t turn) {
+      const int64_t task = way == Way::forth ? turn : tasks - 1 - turn;
       const size_t bytes = copied ? rows_per_strip * (copied_stride + 1) * wide_width : 0;
       Scratch scratch((1 + with_dy + (out != nullptr)) * bytes);
       int64_t o = task / tasks_per_outer, a = task % tasks_per_outer / tasks_per_block, first = task % tasks_per_block * rows_per_task;
@@ -790,13 +820,13 @@ struct Rows : Walk {
         const void *x = move(call.x, offset), *dy = with_dy ? move(call.dy, offset) : nullptr;
         void* to = out ? move(out, offset) : nullptr;
         if (!copied) {
-          fn(task, Strip{o, {rows, columns, at.sb, at.sb}, x, dy, to});
+          fn(task, Strip{o, {rows, columns, at.sb, at.sb, rows * at.sb, past_cache}, x, dy, to});
           continue;
         }
         char *x_copy = scratch.data, *dy_copy = x_copy + bytes, *out_copy = dy_copy + with_dy * bytes;
         copy_in(x, at.sb, x_copy, copied_stride, rows, columns);
         if (with_dy) copy_in(dy, at.sb, dy_copy, copied_stride, rows, columns);
-        fn(task, Strip{o, {rows, columns, copied_stride, copied_stride}, x_copy, dy_copy, out_copy});
+        fn(task, Strip{o, {rows, columns, copied_stride, copied_stride, 0, false}, x_copy, dy_copy, out_copy});
         if (out) copy_out(out_copy, copied_stride, to, at.sb, rows, columns);
       }
     });
@@ -841,7 +871,7 @@ struct Rows : Walk {
     if (known) {
       each_outer(locate);
       each_outer(scales);
-      each_strip(false, call.y, [&](int64_t task, const Strip& s) {
+      each_strip(Way::forth, false, call.y, [&](int64_t task, const Strip& s) {
         add(task, s);
         add_powers(task, s);
         put(task, s);
@@ -850,13 +880,13 @@ struct Rows : Walk {
       each_outer(advance);
       return;
     }
-    each_strip(false, nullptr, add);
+    each_strip(Way::forth, false, nullptr, add);
     fold(sums, partial, size);
     each_outer(locate);
-    each_strip(false, nullptr, add_powers);
+    each_strip(Way::back, false, nullptr, add_powers);
     fold(sums, partial, size);
     each_outer(scales);
-    each_strip(false, call.y, put);
+    each_strip(Way::forth, false, call.y, put);
   }
 
   void backward() const {
@@ -889,7 +919,7 @@ struct Rows : Walk {
 
     if (known && call.dx) {
       each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, true, false); });
-      each_strip(true, call.dx, [&](int64_t task, const Strip& s) {
+      each_strip(Way::forth, true, call.dx, [&](int64_t task, const Strip& s) {
         add(task, s);
         put(task, s);
       });
@@ -897,12 +927,12 @@ struct Rows : Walk {
       each_outer(add_parameters);
       each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, false, true); });
     } else {
-      each_strip(true, nullptr, add);
+      each_strip(Way::forth, true, nullptr, add);
       fold(sums, partial, size);
       each_outer(add_parameters);
       if (call.dx) {
         each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, true, true); });
-        each_strip(true, call.dx, put);
+        each_strip(Way::back, true, call.dx, put);
       }
     }
     if (call.dw) set_parameter(call.dw, call.dw_type, columns, dw);
@@ -1064,7 +1094,7 @@ const Layout* find_layout(Plan& plan, const DLTensor& x) {
 const DLPackExchangeAPI* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *empty_like = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
-PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr;
+PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr, *is_neg = nullptr;
 PyObject* names[8] = {};  // of the state's buffers
 PyObject *unsupported = nullptr, *backward_in_python = nullptr;
 PyObject *name_kept, *name_to_save, *name_saved_tensors, *name_needs;
@@ -1109,9 +1139,18 @@ bool is_contiguous(const DLTensor& t) {
 // A contiguous tensor of `count` elements, such as a gain or a buffer of the state.
 bool borrow_flat(PyObject* object, int64_t count, DLTensor& t) { return borrow(object, t) && size_of(t) == count && is_contiguous(t); }
 
+// Whether memory holds the values with the other sign, as it does for the imaginary part of a conjugate.
+bool negated(PyObject* tensor) {
+  PyObject* answer = PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr);
+  if (!answer) PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer != Py_False;
+}
+
 // --- the Python functions --------------------------------------------------------------------------------------------------
 
-constexpr int64_t alone = 32768;  // elements below which a second thread, or giving up the GIL, does not pay
+constexpr int64_t alone = 32768;   // elements below which giving up the GIL does not pay
+constexpr int64_t grain = 131072;  // elements of a thread: to wake one takes as long as it needs for tens of thousands
 
 // An owned reference, or null with a Python error set.
 struct Reference {
@@ -1181,7 +1220,7 @@ PyObject* make_plan(PyObject*, PyObject* args) {
 
 // x, if it is of the plan's shape and of a type that the kernels take.
 bool has_shape(const Plan& plan, PyObject* object, DLTensor& x) {
-  if (!borrow(object, x) || type_of(x) == Type::other || x.ndim != plan.dims) return false;
+  if (!borrow(object, x) || type_of(x) == Type::other || x.ndim != plan.dims || negated(object)) return false;
   for (int i = 0, a = 0; i < x.ndim; i++) {
     int64_t size = 1;
     for (; a < plan.axes && plan.origin[a] == i; a++) size *= plan.size[a];
@@ -1222,7 +1261,7 @@ PyObject* accepts(PyObject*, PyObject* const* args, Py_ssize_t count) {
 bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type) {
   if (object == Py_None) return true;
   DLTensor t;
-  if (!borrow_flat(object, channels, t)) return false;
+  if (!borrow_flat(object, channels, t) || negated(object)) return false;
   data = t.data;
   type = type_of(t);
   return type != Type::other;
@@ -1290,7 +1329,7 @@ bool execute(Call& call, int64_t numel, bool forward) {
   } else {
     Reference threads(PyObject_CallFunctionObjArgs(get_num_threads, nullptr));
     if (!threads) return false;
-    call.threads = (int)smaller(larger(1, PyLong_AsLong(threads)), (numel + alone - 1) / alone);
+    call.threads = (int)smaller(larger(1, PyLong_AsLong(threads)), (numel + grain - 1) / grain);
     Py_BEGIN_ALLOW_THREADS
     guarded();
     Py_END_ALLOW_THREADS
@@ -1404,7 +1443,7 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   if (!call.saved) return nullptr;
   if (!borrow(dy_object, dy) || type_of(dy) != call.type || size_of(dy) != plan->numel) return refuse("this output gradient");
   Reference copy;
-  if (!same_strides(x, dy)) {
+  if (!same_strides(x, dy) || negated(dy_object)) {
     copy.object = PyObject_CallFunctionObjArgs(copy_like, x_object, dy_object, nullptr);
     if (!copy) return nullptr;
     if (!borrow(copy, dy) || type_of(dy) != call.type || !same_strides(x, dy)) return refuse("this output gradient");
@@ -1527,12 +1566,12 @@ PyObject* commit(PyObject*, PyObject* uses) {
 }
 
 // setup(Tensor, Parameter, exchange, (empty_like, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,
-//       is_grad_enabled), names, library, instructions or None) -> (instructions, whether there are threads)
+//       is_grad_enabled, is_neg), names, library, instructions or None) -> (instructions, whether there are threads)
 PyObject* setup(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *capsule, *functions[7], *buffers;
+  PyObject *tensor, *parameter, *capsule, *functions[8], *buffers;
   const char *library, *wanted;
-  if (!PyArg_ParseTuple(args, "OOO(OOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
-                        &functions[4], &functions[5], &functions[6], &PyTuple_Type, &buffers, &library, &wanted))
+  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
+                        &functions[4], &functions[5], &functions[6], &functions[7], &PyTuple_Type, &buffers, &library, &wanted))
     return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
@@ -1560,9 +1599,9 @@ PyObject* setup(PyObject*, PyObject* args) {
   if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   registered = true;
 #endif
-  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled};
-  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6]};
-  for (int i = 0; i < 9; i++) {
+  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg};
+  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7]};
+  for (int i = 0; i < 10; i++) {
     Py_IncRef(values[i]);
     Py_XDECREF(*places[i]);
     *places[i] = values[i];

@@ -51,6 +51,7 @@ def _load() -> tuple[Any, str]:
         torch._C._len_torch_function_stack,
         torch._C._get_tracing_state,
         torch.is_grad_enabled,
+        Tensor.is_neg,
     )
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
     isa = os.environ.get("STREAMNORM_ISA") or None
@@ -75,6 +76,7 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
     return (
         _native is not None
         and mask is None
+        and len(view.split) <= _MOST_AXES
         and not is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
@@ -84,10 +86,16 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
     )
 
 
+_MOST_AXES = 16
 _NEVER, _AS_IT_LIES, _AFTER_A_COPY = range(3)
 """What the extension's ``accepts`` says of an input."""
 
 _plans: dict[tuple[int, int], Plan] = {}
+
+
+def prepare(view: View, formula: Formula) -> Plan | None:
+    """The plan that :func:`attempt` takes, or None where this engine is of no use."""
+    return plan(view, formula) if _native is not None and len(view.split) <= _MOST_AXES else None
 
 
 def plan(view: View, formula: Formula) -> Plan:

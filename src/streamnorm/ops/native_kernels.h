@@ -38,37 +38,42 @@ template <class F> struct Pack {
   V v[parts];
 };
 
-// Loops over the parts of a pack, and over what a loop sums, must become registers. Not so where there are too few of
-// them, as in baseline x86, which runs on old processors only: there it would be much code for little.
+// EACH(i, n, statement): the statement for i = 0 to n - 1, n <= 8, written out. Arrays become registers only if the compiler
+// sees them indexed by constants from the start. Not so in baseline x86, which runs on old processors only: there it would be
+// much code for little.
 #if ISA_BYTES == 16 && HAS_X86_VARIANTS
-#define UNROLLED _Pragma("GCC unroll 1")
+#define EACH(i, n, ...) for (int i = 0; i < n; i++) { __VA_ARGS__; }
 #else
-#define UNROLLED _Pragma("GCC unroll 8")
+#define EACH_AT(i, at, n, ...) if constexpr (n > at) { constexpr int i = at; __VA_ARGS__; }
+#define EACH(i, n, ...) \
+  { \
+    EACH_AT(i, 0, n, __VA_ARGS__) EACH_AT(i, 1, n, __VA_ARGS__) EACH_AT(i, 2, n, __VA_ARGS__) EACH_AT(i, 3, n, __VA_ARGS__) \
+    EACH_AT(i, 4, n, __VA_ARGS__) EACH_AT(i, 5, n, __VA_ARGS__) EACH_AT(i, 6, n, __VA_ARGS__) EACH_AT(i, 7, n, __VA_ARGS__) \
+  }
 #endif
-#define EACH_PART UNROLLED for (int i = 0; i < Pack<F>::parts; i++)
-#define EACH(i, n) UNROLLED for (int i = 0; i < n; i++)
+#define EACH_PART(...) EACH(i, Pack<F>::parts, __VA_ARGS__)
 
-template <class F> INLINE Pack<F> operator+(Pack<F> a, const Pack<F>& b) { EACH_PART a.v[i] += b.v[i]; return a; }
-template <class F> INLINE Pack<F> operator-(Pack<F> a, const Pack<F>& b) { EACH_PART a.v[i] -= b.v[i]; return a; }
-template <class F> INLINE Pack<F> operator*(Pack<F> a, const Pack<F>& b) { EACH_PART a.v[i] *= b.v[i]; return a; }
+template <class F> INLINE Pack<F> operator+(Pack<F> a, const Pack<F>& b) { EACH_PART(a.v[i] += b.v[i]); return a; }
+template <class F> INLINE Pack<F> operator-(Pack<F> a, const Pack<F>& b) { EACH_PART(a.v[i] -= b.v[i]); return a; }
+template <class F> INLINE Pack<F> operator*(Pack<F> a, const Pack<F>& b) { EACH_PART(a.v[i] *= b.v[i]); return a; }
 
 template <class F> INLINE Pack<F> all(F value) {
   Pack<F> r;
-  EACH_PART r.v[i] = value - typename Pack<F>::V{};
+  EACH_PART(r.v[i] = value - typename Pack<F>::V{});
   return r;
 }
 template <class F> INLINE Pack<F> absolute(Pack<F> a) {
-  EACH_PART a.v[i] = (typename Pack<F>::V)((typename Pack<F>::I)a.v[i] & Register<F>::magnitude);
+  EACH_PART(a.v[i] = (typename Pack<F>::V)((typename Pack<F>::I)a.v[i] & Register<F>::magnitude));
   return a;
 }
 // k·sgn(d), 0 where d is 0
 template <class F> INLINE Pack<F> signed_as(const Pack<F>& k, const Pack<F>& d) {
   typedef typename Pack<F>::I I;
   Pack<F> r;
-  EACH_PART {
+  EACH_PART({
     I sign = (I)d.v[i] & ~Register<F>::magnitude;
     r.v[i] = (typename Pack<F>::V)(((I)k.v[i] ^ sign) & (I)(d.v[i] != typename Pack<F>::V{}));
-  }
+  });
   return r;
 }
 
@@ -84,7 +89,7 @@ template <class F> struct Lanes {
     __builtin_memcpy(keep, mask, 64);
   }
   INLINE Pack<F> operator()(Pack<F> a) const {
-    EACH_PART a.v[i] = (typename Pack<F>::V)((typename Pack<F>::I)a.v[i] & keep[i]);
+    EACH_PART(a.v[i] = (typename Pack<F>::V)((typename Pack<F>::I)a.v[i] & keep[i]));
     return a;
   }
 };
@@ -97,6 +102,35 @@ template <class F> INLINE Pack<F> load(const F* p) {
   return r;
 }
 template <class F> INLINE void store(F* p, const Pack<F>& a) { __builtin_memcpy(p, a.v, 64); }
+// Ask for the cache line of what is read later; p need not lie in the tensor.
+template <class F> INLINE void fetch(const F* p) { __builtin_prefetch(p); }
+
+// Two ways to write. Past the cache saves reading what is overwritten; for whole and aligned packs only.
+struct Plainly {
+  template <class F> INLINE void operator()(F* p, const Pack<F>& a) const { store(p, a); }
+};
+struct PastCache {
+  template <class F> INLINE void operator()(F* p, const Pack<F>& a) const {
+#if ISA_BYTES == 64
+    EACH_PART(_mm512_stream_si512((__m512i*)p + i, (__m512i)a.v[i]));
+#elif ISA_BYTES == 32
+    EACH_PART(_mm256_stream_si256((__m256i*)p + i, (__m256i)a.v[i]));
+#else
+    store(p, a);
+#endif
+  }
+};
+// fn(one of these)
+template <class F, class Fn> INLINE void writing(const Block& block, const F* to, Fn fn) {
+#if ISA_BYTES > 16
+  constexpr int L = Pack<F>::lanes;
+  if (block.past_cache && (uintptr_t)to % 64 == 0 && block.length % L == 0 && (block.rows == 1 || block.to % L == 0)) {
+    fn(PastCache{});
+    return _mm_sfence();
+  }
+#endif
+  fn(Plainly{});
+}
 
 typedef Register<float>::V F32;
 typedef uint32_t U32 __attribute__((vector_size(ISA_BYTES)));
@@ -155,7 +189,7 @@ typedef Register<double>::V F64;
 
 // The halves of a register of floats in double precision. What GCC makes of the plain expression for AVX-512 is slow.
 INLINE void widen(F32 x, F64& low, F64& high) {
-#if ISA_BYTES == 64 && defined(__AVX512F__)
+#if ISA_BYTES == 64
   low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
   high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
 #else
@@ -172,30 +206,41 @@ INLINE void widen(F32 x, F64& low, F64& high) {
 template <class F> struct Sum {
   static constexpr int parts = Pack<F>::parts * 8 / sizeof(F);
   F64 v[parts] = {};
-  INLINE void add(const Pack<double>& a) { EACH(i, Pack<double>::parts) v[i] += a.v[i]; }
+  INLINE void add(const Pack<double>& a) { EACH(i, Pack<double>::parts, v[i] += a.v[i]); }
   INLINE void add(const Pack<float>& a) {
-    EACH(i, Pack<float>::parts) {
+    EACH(i, Pack<float>::parts, {
       F64 low, high;
       widen(a.v[i], low, high);
       v[2 * i] += low;
       v[2 * i + 1] += high;
-    }
+    });
   }
   INLINE void add_to(double* p) const {
-    EACH(i, parts) {
+    EACH(i, parts, {
       F64 old;
       __builtin_memcpy(&old, p + i * ISA_BYTES / 8, sizeof old);
       old += v[i];
       __builtin_memcpy(p + i * ISA_BYTES / 8, &old, sizeof old);
-    }
+    });
   }
 };
+// The upper half of a vector added to its lower half, and so on until one value is left.
+typedef double D2 __attribute__((vector_size(16)));
+typedef double D4 __attribute__((vector_size(32)));
+typedef double D8 __attribute__((vector_size(64)));
+template <class Half, class D> INLINE Half folded(const D& v) {
+  Half half[2];
+  __builtin_memcpy(half, &v, sizeof half);
+  return half[0] + half[1];
+}
+INLINE double total(const D8& v) {
+  D2 two = folded<D2>(folded<D4>(v));
+  return two[0] + two[1];
+}
 template <class F> NOINLINE double total(const Sum<F>& sum) {
-  double lane[Pack<F>::lanes];
-  __builtin_memcpy(lane, sum.v, sizeof lane);
-  for (int half = Pack<F>::lanes / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
+  D8 part[Pack<F>::lanes / 8];
+  __builtin_memcpy(part, sum.v, sizeof part);
+  return total(sizeof part > sizeof(D8) ? part[0] + part[Pack<F>::lanes / 8 - 1] : part[0]);
 }
 
 // Sum K values over a stretch of n elements; body(lanes, i, q) puts those of the pack at i into q[0..K).
@@ -207,16 +252,16 @@ template <int K, class F, class Body> INLINE void reduce(int64_t n, Sum<F>* sums
     _Pragma("GCC unroll 1") for (int j = 0; j < 4; j++) {
       Pack<F> q[K];
       body(All{}, i + j * L, q);
-      EACH(k, K) four[k] = four[k] + q[k];
+      EACH(k, K, four[k] = four[k] + q[k]);
     }
-    EACH(k, K) sums[k].add(four[k]);
+    EACH(k, K, sums[k].add(four[k]));
   }
   for (; i < n; i += L) {
     int64_t at = larger(0, smaller(i, n - L));
     Lanes<F> lanes(i - at, n - at);
     Pack<F> q[K];
     body(lanes, at, q);
-    EACH(k, K) sums[k].add(lanes(q[k]));
+    EACH(k, K, sums[k].add(lanes(q[k])));
   }
 }
 // Write a stretch of n elements; body must not read what it writes.
@@ -250,7 +295,7 @@ template <int P, class F> INLINE Pack<F> slope(const Pack<F>& d, F p) {
 template <int P, class F> INLINE Pack<F> times_slope(const Pack<F>& k, const Pack<F>& u) {
   Pack<F> r = k * u;
   typedef typename Pack<F>::I I;
-  if (P == 0) EACH_PART r.v[i] = (typename Pack<F>::V)((I)r.v[i] & (I)(k.v[i] != typename Pack<F>::V{}));
+  if (P == 0) EACH_PART(r.v[i] = (typename Pack<F>::V)((I)r.v[i] & (I)(k.v[i] != typename Pack<F>::V{})));
   return r;
 }
 template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pack<F>& d, F p) {
@@ -259,21 +304,36 @@ template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pac
 
 // --- loops over a block: `rows` stretches of `length` contiguous elements -------------------------------------------------
 
+template <class F> void gather(const Block& block, const void* from_, void* to_) {
+  const F* from = (const F*)from_;
+  F* to = (F*)to_;
+  for (int64_t r = 0; r < block.rows; r++, from += block.from, to += block.to)
+    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(to + i, load(from + i)); });
+}
+
 template <class F> double sum(const Block& block, const void* x_) {
+  const int64_t next = block.next;
   Sum<F> sum;
   const F* x = (const F*)x_;
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
-    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
+    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + next);
+      q[0] = load(x + i);
+    });
   return total(sum);
 }
 
 // Σ |x − centre|^p
 template <class F, int P> double powers(const Block& block, const void* x_, double centre, double p) {
+  const int64_t next = block.next;
   Sum<F> sum;
   const F* x = (const F*)x_;
   Pack<F> c = all((F)centre);
   for (int64_t r = 0; r < block.rows; r++, x += block.from)
-    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = power<P>(load(x + i) - c, (F)p); });
+    reduce<1>(block.length, &sum, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + next);
+      q[0] = power<P>(load(x + i) - c, (F)p);
+    });
   return total(sum);
 }
 
@@ -282,23 +342,31 @@ template <class F> void output(const Block& block, const void* x_, void* y_, dou
   const F* x = (const F*)x_;
   F* y = (F*)y_;
   Pack<F> m = all((F)mu), a = all((F)scale), b = all((F)shift);
-  for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
-    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(y + i, (load(x + i) - m) * a + b); });
+  writing(block, y, [=](auto put) mutable INLINE_LAMBDA {
+    for (int64_t r = 0; r < block.rows; r++, x += block.from, y += block.to)
+      map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
+        fetch(x + i + block.next);
+        put(y + i, (load(x + i) - m) * a + b);
+      });
+  });
 }
 
 // out = Σ dy, Σ dy·(x − mu), Σ u
 template <class F, int P> void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   Pack<F> m = all((F)mu), c = all((F)centre);
+  const int64_t next = block.next;
   Sum<F> sums[3];
   for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from)
     reduce<3>(block.length, sums, [=](auto, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + next);
+      fetch(dy + i + next);
       Pack<F> value = load(x + i);
       q[0] = load(dy + i);
       q[1] = q[0] * (value - m);
       q[2] = slope<P>(value - c, (F)p);
     });
-  EACH(k, 3) out[k] = total(sums[k]);
+  EACH(k, 3, out[k] = total(sums[k]));
 }
 
 // dx = dy·scale + constant + along·u
@@ -307,10 +375,14 @@ void input(const Block& block, const void* x_, const void* dy_, void* dx_, doubl
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   F* dx = (F*)dx_;
   Pack<F> c = all((F)centre), a = all((F)scale), b = all((F)constant), k = all((F)along);
-  for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
-    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
-      store(dx + i, load(dy + i) * a + (b + slope_times<P>(k, load(x + i) - c, (F)p)));
-    });
+  writing(block, dx, [=](auto put) mutable INLINE_LAMBDA {
+    for (int64_t r = 0; r < block.rows; r++, x += block.from, dy += block.from, dx += block.to)
+      map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
+        fetch(x + i + block.next);
+        fetch(dy + i + block.next);
+        put(dx + i, load(dy + i) * a + (b + slope_times<P>(k, load(x + i) - c, (F)p)));
+      });
+  });
 }
 
 // --- the same with a gain and a bias for each element of a stretch --------------------------------------------------------
@@ -344,7 +416,7 @@ void gradients_elements(const Block& block, const void* x_, const void* dy_, dou
       q[1] = q[0] * from_mu;
       q[2] = slope<P>(value - c, (F)p);
     });
-  EACH(k, 3) out[k] = total(sums[k]);
+  EACH(k, 3, out[k] = total(sums[k]));
 }
 
 template <class F, int P>
@@ -385,22 +457,23 @@ INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double*
     Pack<F> four[W][K] = {};
     int64_t end = smaller(4, block.rows - r);
     _Pragma("GCC unroll 1") for (int64_t j = 0; j < end; j++, offset += block.from)
-      EACH(w, W) {
+      EACH(w, W, {
         Pack<F> q[K];
         body(w, offset + w * L, q);
-        EACH(k, K) four[w][k] = four[w][k] + q[k];
-      }
-    EACH(w, W)
-      EACH(k, K) sum[w][k].add(lanes(four[w][k]));
+        EACH(k, K, four[w][k] = four[w][k] + q[k]);
+      });
+    EACH(w, W, EACH(k, K, sum[w][k].add(lanes(four[w][k]))));
   }
-  EACH(w, W)
-    EACH(k, K) sum[w][k].add_to(sums + k * stride + w * L);
+  EACH(w, W, EACH(k, K, sum[w][k].add_to(sums + k * stride + w * L)));
 }
 
 template <class F> void sum_columns(const Block& block, const void* x_, double* out) {
   const F* x = (const F*)x_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
-    add_rows<1, decltype(count)::packs, F>(block, lanes, c, out + c, 0, [=](int, int64_t i, Pack<F>* q) INLINE_LAMBDA { q[0] = load(x + i); });
+  tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    add_rows<1, decltype(count)::packs, F>(block, lanes, c, out + c, 0, [=, &block](int, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + block.next);
+      q[0] = load(x + i);
+    });
   });
 }
 
@@ -410,11 +483,12 @@ template <class F> INLINE Pack<F> load_or(const F* p, int64_t i, F otherwise) { 
 template <class F, int P> void powers_columns(const Block& block, const void* x_, const void* centre_, double p, double* out) {
   const F* x = (const F*)x_;
   const F* centre = (const F*)centre_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+  tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> from[W];
-    EACH(w, W) from[w] = load_or(centre, c + w * L, (F)0);
+    EACH(w, W, from[w] = load_or(centre, c + w * L, (F)0));
     add_rows<1, W, F>(block, lanes, c, out + c, 0, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + block.next);
       q[0] = power<P>(load(x + i) - from[w], (F)p);
     });
   });
@@ -424,17 +498,22 @@ template <class F> void output_columns(const Block& block, const void* x_, void*
   const F* x = (const F*)x_;
   F* y = (F*)y_;
   const F *mu = (const F*)mu_, *scale = (const F*)scale_, *shift = (const F*)shift_;
-  tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
-    Pack<F> m[W], a[W], b[W];
-    EACH(w, W) {
-      m[w] = load(mu + c + w * L);
-      a[w] = load(scale + c + w * L);
-      b[w] = load_or(shift, c + w * L, (F)0);
-    }
-    int64_t i = c, o = c;
-    for (int64_t r = 0; r < block.rows; r++, i += block.from, o += block.to)
-      EACH(w, W) store(y + o + w * L, (load(x + i + w * L) - m[w]) * a[w] + b[w]);
+  writing(block, y, [=, &block](auto put) INLINE_LAMBDA {
+    tiles<F>(block.length, [=, &block](auto, auto count, int64_t c) INLINE_LAMBDA {
+      constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+      Pack<F> m[W], a[W], b[W];
+      EACH(w, W, {
+        m[w] = load(mu + c + w * L);
+        a[w] = load(scale + c + w * L);
+        b[w] = load_or(shift, c + w * L, (F)0);
+      });
+      int64_t i = c, o = c;
+      for (int64_t r = 0; r < block.rows; r++, i += block.from, o += block.to)
+        EACH(w, W, {
+          fetch(x + i + w * L + block.next);
+          put(y + o + w * L, (load(x + i + w * L) - m[w]) * a[w] + b[w]);
+        });
+    });
   });
 }
 
@@ -442,14 +521,16 @@ template <class F, int P>
 void gradients_columns(const Block& block, const void* x_, const void* dy_, const void* mu_, bool centered, double p, double* out, int64_t stride) {
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   const F* mu = (const F*)mu_;
-  tiles<F>(block.length, [=](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+  tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
     constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
     Pack<F> m[W], from[W];
-    EACH(w, W) {
+    EACH(w, W, {
       m[w] = load(mu + c + w * L);
       from[w] = centered ? m[w] : all((F)0);
-    }
+    });
     add_rows<3, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + block.next);
+      fetch(dy + i + block.next);
       Pack<F> value = load(x + i);
       q[0] = load(dy + i);
       q[1] = q[0] * (value - m[w]);
@@ -464,34 +545,37 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   F* dx = (F*)dx_;
   const F *centre = (const F*)centre_, *scale = (const F*)scale_, *constant = (const F*)constant_, *along = (const F*)along_;
-  tiles<F>(block.length, [=](auto, auto count, int64_t c) INLINE_LAMBDA {
-    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
-    Pack<F> from[W], a[W], b[W], k[W];
-    EACH(w, W) {
-      from[w] = load_or(centre, c + w * L, (F)0);
-      a[w] = load(scale + c + w * L);
-      b[w] = load(constant + c + w * L);
-      k[w] = load(along + c + w * L);
-    }
-    int64_t i = c;
-    for (int64_t r = 0; r < block.rows; r++, i += block.from)
-      EACH(w, W) {
-        Pack<F> d = load(x + i + w * L) - from[w];
-        store(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
-      }
+  writing(block, dx, [=, &block](auto put) INLINE_LAMBDA {
+    tiles<F>(block.length, [=, &block](auto, auto count, int64_t c) INLINE_LAMBDA {
+      constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+      Pack<F> from[W], a[W], b[W], k[W];
+      EACH(w, W, {
+        from[w] = load_or(centre, c + w * L, (F)0);
+        a[w] = load(scale + c + w * L);
+        b[w] = load(constant + c + w * L);
+        k[w] = load(along + c + w * L);
+      });
+      int64_t i = c;
+      for (int64_t r = 0; r < block.rows; r++, i += block.from)
+        EACH(w, W, {
+          Pack<F> d = load(x + i + w * L) - from[w];
+          fetch(x + i + w * L + block.next);
+          fetch(dy + i + w * L + block.next);
+          put(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + slope_times<P>(k[w], d, (F)p)));
+        });
+    });
   });
 }
 
 // --- the stream, over a range [from, to) of statistics ------------------------------------------------------------------------
 
 // The formulas below serve eight statistics at a time (D8) and one (double).
-typedef double D8 __attribute__((vector_size(64)));
 typedef int64_t I8 __attribute__((vector_size(64)));
 typedef float S8 __attribute__((vector_size(32)));
 template <class D> struct Like {
   typedef I8 Mask;
   typedef S8 Float;
-#if ISA_BYTES == 64 && defined(__AVX512F__)
+#if ISA_BYTES == 64
   static INLINE D8 wide(const S8& v) { return (D8)_mm512_cvtps_pd((__m256)v); }
   static INLINE S8 narrow(const D8& v) { return (S8)_mm512_cvtpd_ps((__m512d)v); }
 #else
@@ -690,6 +774,7 @@ template <class F, int P> const Kernels* table() {
       widen<Float16>,
       narrow<BFloat16>,
       narrow<Float16>,
+      gather<F>,
       sum<F>,
       powers<F, P>,
       output<F>,
@@ -721,5 +806,5 @@ const Kernels* kernels(bool wide, double p) { return wide ? table<double>(p) : t
 #undef INLINE_LAMBDA
 #undef NOINLINE
 #undef EACH
+#undef EACH_AT
 #undef EACH_PART
-#undef UNROLLED
