@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamnorm.experiments.adapt import Adapt
 from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.coefficients import Coefficients
 from streamnorm.experiments.conv import Conv
@@ -29,7 +28,6 @@ _ALL: tuple[type[Experiment[Any]], ...] = (
     CharGRU,
     CharLSTM,
     ResNet,
-    Adapt,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
