@@ -54,7 +54,7 @@ class ResNet(ConvExperiment):
     rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (0.03, 0.1, 0.3)
     """Learning rates to start from. Each method gets its best one per setting, chosen on data held out for that."""
 
-    epochs: int = 15
+    epochs: int = 10
     """Passes over the training images."""
 
     anneal: Literal["cosine", "step", "constant"] = "cosine"
