@@ -1,7 +1,7 @@
 """One operation, several engines, and the choice between them.
 
 ``normalize`` and ``commit`` run on the first engine of ``ENGINES`` that takes the input. The environment variable
-``STREAMNORM_ENGINE`` (``native``, ``torch`` or ``plain``), read at import, or the context manager :func:`force` leaves
+``STREAMNORM_ENGINE`` (``native``, ``triton``, ``torch`` or ``plain``), read at import, or the context manager :func:`force` leaves
 out the engines before the one that it names; ``torch`` and ``plain`` take every input.
 """
 
@@ -14,10 +14,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import eager, native, plain
+from . import eager, gpu, native, plain
 from .spec import Formula, State, View
 
-ENGINES: tuple[ModuleType, ...] = (native, eager, plain)
+ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
 """From the fastest to the reference."""
 
 _active = ENGINES
