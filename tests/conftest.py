@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter (tests/ops/test_triton.py); read when streamnorm is imported.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Test processes share the cores between them (make test).
 torch.set_num_threads(1)

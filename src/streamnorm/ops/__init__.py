@@ -44,7 +44,10 @@ def normalize(
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
     """Move the short-term averages of these streams into their long-term ones (design, section 2.4)."""
-    _active[0].commit(uses)
+    if _active[0] is native and uses and uses[0][0].long.is_cuda:
+        gpu.commit(uses)
+    else:
+        _active[0].commit(uses)
 
 
 def engines() -> dict[str, str]:

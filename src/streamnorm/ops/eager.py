@@ -71,7 +71,7 @@ class _Normalize(torch.autograd.Function):
             mu = b_mu
         else:
             state.samples.add_(samples)
-            alpha = _mix_weights(formula.alpha, formula.window, state.samples)
+            alpha = _mix_weights(formula.alpha, formula.window, state.samples, dtype)
             per_index = n if isinstance(n, int) else n.flatten()
             short_mu = running_average(state.short[0], state.count, b_mu, per_index)
             mu = mix(alpha, state.long[0], short_mu, b_mu)
@@ -155,7 +155,7 @@ def _input_gradient(ctx: Any, g: Tensor, from_mu: Tensor, d: Tensor, inverse: Te
         beta, long, short_m = formula.beta, (g_m, g_m), g_m
     else:
         state.grad_samples.add_(ctx.samples)
-        beta = _mix_weights(formula.beta, formula.window, state.grad_samples)
+        beta = _mix_weights(formula.beta, formula.window, state.grad_samples, g.dtype)
         long = state.long_grad
         short_m = running_average(state.short_grad[1], state.grad_count, g_m, per_index)
     moment_path = mix(beta, long[1], short_m, g_m).masked_fill(cut, 0)
@@ -209,11 +209,13 @@ def _keep_finite(short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: 
     count.add_(n * finite)
 
 
-def _mix_weights(constants: Mix | None, window: float | None, samples: Tensor) -> tuple[Scalar, Scalar, Scalar]:
+def _mix_weights(
+    constants: Mix | None, window: float | None, samples: Tensor, dtype: torch.dtype
+) -> tuple[Scalar, Scalar, Scalar]:
     """α (or β). On an accelerator the samples stay there: reading them would wait for it."""
     if window is None or samples.device.type == "cpu":
         return plain.mix_weights(constants, window, samples)
-    seen = samples.to(torch.float32)
+    seen = samples.to(dtype)
     return window / (window + seen), seen / (window + seen), 0.0
 
 

@@ -19,7 +19,6 @@ so that an offset of the data costs no digits.
 
 from __future__ import annotations
 
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -28,7 +27,7 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _channels(block: Any, C: Any, COLUMNS: tl.constexpr, COLS: tl.constexpr) -> Any:
+def _channels(block, C, COLUMNS: tl.constexpr, COLS: tl.constexpr):
     """The channels of a program, and which of them exist."""
     if COLUMNS:
         c = block * COLS + tl.arange(0, COLS)[None, :]
@@ -38,9 +37,7 @@ def _channels(block: Any, C: Any, COLUMNS: tl.constexpr, COLS: tl.constexpr) -> 
 
 
 @triton.jit
-def _tile(
-    t: Any, block: Any, A: Any, C: Any, B: Any, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-) -> Any:
+def _tile(t, block, A, C, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Where the elements of tile t lie, and which of them exist. Offsets have 64 bits: inputs may be large."""
     if COLUMNS:
         rows = t * ROWS + tl.arange(0, ROWS)
@@ -57,7 +54,7 @@ def _tile(
 
 
 @triton.jit
-def _tiles(A: Any, B: Any, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr) -> Any:
+def _tiles(A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """How many tiles cover the elements of a program's channels."""
     tiles = tl.cdiv(A, ROWS)
     if not COLUMNS:
@@ -66,7 +63,7 @@ def _tiles(A: Any, B: Any, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.c
 
 
 @triton.jit
-def _total(tile: Any, COLUMNS: tl.constexpr) -> Any:
+def _total(tile, COLUMNS: tl.constexpr):
     """The sum over the elements of each statistic of a tile."""
     total = tl.sum(tile, 0, keep_dims=True)
     if not COLUMNS:
@@ -75,17 +72,17 @@ def _total(tile: Any, COLUMNS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _load(pointer: Any, offsets: Any, inside: Any, WIDE: tl.constexpr) -> Any:
+def _load(pointer, offsets, inside, WIDE: tl.constexpr):
     return tl.load(pointer + offsets, mask=inside, other=0).to(WIDE)
 
 
 @triton.jit
-def _finite(value: Any) -> Any:
+def _finite(value):
     return tl.abs(value) < INF  # not so for NaN either
 
 
 @triton.jit
-def _power(a: Any, P: tl.constexpr) -> Any:
+def _power(a, P: tl.constexpr):
     """a^P for a ≥ 0; the usual orders without a logarithm."""
     if P == 0.0:
         power = a * 0 + 1
@@ -105,7 +102,7 @@ def _power(a: Any, P: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _derivative_of_power(d: Any, P: tl.constexpr) -> Any:
+def _derivative_of_power(d, P: tl.constexpr):
     """u = |d|^(P−1)·sgn d."""
     if P == 2.0:
         u = d
@@ -119,13 +116,13 @@ def _derivative_of_power(d: Any, P: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _inverse(m: Any, P: tl.constexpr, K_P: tl.constexpr, EPS: tl.constexpr) -> Any:
+def _inverse(m, P: tl.constexpr, K_P: tl.constexpr, EPS: tl.constexpr):
     """1/s, with s = √(k²·m^(2/p) + eps)."""
     return 1.0 / tl.sqrt(_power(m, 2.0 / P) * (K_P * K_P) + EPS)
 
 
 @triton.jit
-def _slope(m: Any, inverse: Any, finite: Any, P: tl.constexpr, K_P: tl.constexpr, TINY: tl.constexpr) -> Any:
+def _slope(m, inverse, finite, P: tl.constexpr, K_P: tl.constexpr, TINY: tl.constexpr):
     """sigma²/(p·m·s³), how the output falls as m grows; NaN marks an index whose statistic is not finite."""
     if P == 2.0:
         power = m * 0 + 1
@@ -141,15 +138,15 @@ def _slope(m: Any, inverse: Any, finite: Any, P: tl.constexpr, K_P: tl.constexpr
 
 @triton.jit
 def _mixed(
-    long: Any,
-    short: Any,
-    present: Any,
-    samples_ptr: Any,
+    long,
+    short,
+    present,
+    samples_ptr,
     W1: tl.constexpr,
     W2: tl.constexpr,
     W3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> Any:
+):
     """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
     if WINDOW > 0.0:
         seen = tl.load(samples_ptr).to(long.dtype)
@@ -166,7 +163,7 @@ def _mixed(
 
 
 @triton.jit
-def _fresh(average: Any, count: Any, value: Any, n: Any) -> Any:
+def _fresh(average, count, value, n):
     """The average over ``count`` elements so far, and over n more whose average is ``value``."""
     after = count + n
     return average + (value - average) * ((after - count).to(average.dtype) / after.to(average.dtype))
@@ -174,19 +171,19 @@ def _fresh(average: Any, count: Any, value: Any, n: Any) -> Any:
 
 @triton.jit
 def _location(
-    b_mu: Any,
-    g: Any,
-    live: Any,
-    n: Any,
-    long_ptr: Any,
-    short_ptr: Any,
-    count_ptr: Any,
-    samples_ptr: Any,
+    b_mu,
+    g,
+    live,
+    n,
+    long_ptr,
+    short_ptr,
+    count_ptr,
+    samples_ptr,
     A1: tl.constexpr,
     A2: tl.constexpr,
     A3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> Any:
+):
     """mu, from the mean of this call and the stream."""
     if long_ptr is None:
         mu = b_mu
@@ -199,21 +196,21 @@ def _location(
 
 @triton.jit
 def _advance(
-    b_mu: Any,
-    b_m: Any,
-    g: Any,
-    live: Any,
-    n: Any,
-    G: Any,
-    long_ptr: Any,
-    short_ptr: Any,
-    count_ptr: Any,
-    samples_ptr: Any,
+    b_mu,
+    b_m,
+    g,
+    live,
+    n,
+    G,
+    long_ptr,
+    short_ptr,
+    count_ptr,
+    samples_ptr,
     A1: tl.constexpr,
     A2: tl.constexpr,
     A3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> Any:
+):
     """m, and whether both statistics of this call are finite; where they are, short takes them in."""
     finite = _finite(b_mu) & _finite(b_m)
     b_m = tl.where(_finite(b_m), b_m, INF)
@@ -232,18 +229,18 @@ def _advance(
 
 @triton.jit
 def _save(
-    saved_ptr: Any,
-    g: Any,
-    live: Any,
-    G: Any,
-    mu: Any,
-    m: Any,
-    finite: Any,
+    saved_ptr,
+    g,
+    live,
+    G,
+    mu,
+    m,
+    finite,
     P: tl.constexpr,
     K_P: tl.constexpr,
     EPS: tl.constexpr,
     TINY: tl.constexpr,
-) -> Any:
+):
     """Write mu, 1/s, the slope and m of each statistic; return 1/s."""
     inverse = _inverse(m, P, K_P, EPS)
     tl.store(saved_ptr + g, mu, mask=live)
@@ -254,7 +251,7 @@ def _save(
 
 
 @triton.jit
-def _gain_and_bias(weight_ptr: Any, bias_ptr: Any, c: Any, live: Any, WIDE: tl.constexpr) -> Any:
+def _gain_and_bias(weight_ptr, bias_ptr, c, live, WIDE: tl.constexpr):
     """Both of each channel, 1 and 0 where there is none."""
     gain = tl.full(c.shape, 1, WIDE)
     if weight_ptr is not None:
@@ -267,18 +264,18 @@ def _gain_and_bias(weight_ptr: Any, bias_ptr: Any, c: Any, live: Any, WIDE: tl.c
 
 @triton.jit
 def forward_whole(
-    x_ptr: Any,
-    y_ptr: Any,
-    weight_ptr: Any,
-    bias_ptr: Any,
-    saved_ptr: Any,
-    long_ptr: Any,
-    short_ptr: Any,
-    count_ptr: Any,
-    samples_ptr: Any,
-    A: Any,
-    C_UNITS: Any,
-    B_UNITS: Any,
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    saved_ptr,
+    long_ptr,
+    short_ptr,
+    count_ptr,
+    samples_ptr,
+    A,
+    C_UNITS,
+    B_UNITS,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -294,7 +291,7 @@ def forward_whole(
     A2: tl.constexpr,
     A3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> None:
+):
     """A whole forward pass, each program all elements of its channels: they are read once, later looks hit the cache.
 
     For one statistic per channel (G = C).
@@ -306,7 +303,7 @@ def forward_whole(
 
     offsets, inside = _tile(0, block, A, C, B, COLUMNS, ROWS, COLS)
     first = _load(x_ptr, offsets, inside, WIDE)
-    shift = _total(first, COLUMNS) / _total(inside.to(WIDE), COLUMNS)
+    shift = _total(first, COLUMNS) / tl.maximum(_total(inside.to(WIDE), COLUMNS), 1)
     shift = tl.where(_finite(shift), shift, 0)
     rest = tl.where(inside, first - shift, 0)
     for t in range(1, TILES):
@@ -335,7 +332,7 @@ def forward_whole(
 
 
 @triton.jit
-def _sizes(C_UNITS: Any, B_UNITS: Any, UNIT: tl.constexpr, COLUMNS: tl.constexpr) -> Any:
+def _sizes(C_UNITS, B_UNITS, UNIT: tl.constexpr, COLUMNS: tl.constexpr):
     """C and B. The size that lies side by side comes in units of a vector load, so that the compiler may use it."""
     if COLUMNS:
         return C_UNITS * UNIT, B_UNITS
@@ -345,12 +342,12 @@ def _sizes(C_UNITS: Any, B_UNITS: Any, UNIT: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def collect_location(
-    x_ptr: Any,
-    partial_ptr: Any,
-    A: Any,
-    C_UNITS: Any,
-    B_UNITS: Any,
-    tiles_each: Any,
+    x_ptr,
+    partial_ptr,
+    A,
+    C_UNITS,
+    B_UNITS,
+    tiles_each,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -358,7 +355,7 @@ def collect_location(
     WIDE: tl.constexpr,
     P: tl.constexpr,
     CENTERED: tl.constexpr,
-) -> None:
+):
     """One look at x by many programs per channel. Each writes its shift, Σ(x − shift), a moment, and the count.
 
     The moment is Σ(x − shift)² for p = 2 about the mean, from which follows that about any mu, and Σ|x|^p for centre
@@ -393,9 +390,7 @@ def collect_location(
 
 
 @triton.jit
-def _store_partial(
-    partial_ptr: Any, part: Any, c: Any, live: Any, C: Any, shift: Any, rest: Any, powers: Any, counts: Any
-) -> None:
+def _store_partial(partial_ptr, part, c, live, C, shift, rest, powers, counts):
     """Partial results are (4, parts, C)."""
     rows = tl.num_programs(1) * C
     into = partial_ptr + part * C + c
@@ -407,21 +402,21 @@ def _store_partial(
 
 @triton.jit
 def collect_moment(
-    x_ptr: Any,
-    saved_ptr: Any,
-    partial_ptr: Any,
-    A: Any,
-    C_UNITS: Any,
-    B_UNITS: Any,
-    K: Any,
-    tiles_each: Any,
+    x_ptr,
+    saved_ptr,
+    partial_ptr,
+    A,
+    C_UNITS,
+    B_UNITS,
+    K,
+    tiles_each,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
     P: tl.constexpr,
-) -> None:
+):
     """Σ|x − mu|^p, into row 2 of the partial results.
 
     Programs come in the reverse order of those of ``collect_location``: they begin with what these have left in the
@@ -445,15 +440,15 @@ def collect_moment(
 
 @triton.jit
 def combine_statistics(
-    partial_ptr: Any,
-    saved_ptr: Any,
-    long_ptr: Any,
-    short_ptr: Any,
-    count_ptr: Any,
-    samples_ptr: Any,
-    parts: Any,
-    n: Any,
-    K: Any,
+    partial_ptr,
+    saved_ptr,
+    long_ptr,
+    short_ptr,
+    count_ptr,
+    samples_ptr,
+    parts,
+    n,
+    K,
     LOCATION: tl.constexpr,
     MOMENT: tl.constexpr,
     ABOUT_SHIFT: tl.constexpr,
@@ -468,7 +463,7 @@ def combine_statistics(
     A2: tl.constexpr,
     A3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> None:
+):
     """One program per statistic: what the parts found, over its K channels, joined with the stream.
 
     With LOCATION and without MOMENT, mu and b_mu wait in ``saved`` for the moments about mu. ABOUT_SHIFT: moments are
@@ -519,31 +514,31 @@ def combine_statistics(
 
 
 @triton.jit
-def _partials(g: Any, k: Any, part: Any, parts: Any, C: Any, K: Any, CHANNELS: tl.constexpr) -> Any:
+def _partials(g, k, part, parts, C, K, CHANNELS: tl.constexpr):
     """Where the partial results of a statistic's channels k, k + 1, … lie."""
     channel = k + tl.arange(0, CHANNELS)[None, :]
     return part * C + g * K + channel, (part < parts) & (channel < K)
 
 
 @triton.jit
-def _sum_all(tile: Any) -> Any:
+def _sum_all(tile):
     return tl.sum(tl.sum(tile, 0, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit
 def output(
-    x_ptr: Any,
-    y_ptr: Any,
-    weight_ptr: Any,
-    bias_ptr: Any,
-    saved_ptr: Any,
-    long_ptr: Any,
-    partial_ptr: Any,
-    A: Any,
-    C_UNITS: Any,
-    B_UNITS: Any,
-    K: Any,
-    tiles_each: Any,
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    saved_ptr,
+    long_ptr,
+    partial_ptr,
+    A,
+    C_UNITS,
+    B_UNITS,
+    K,
+    tiles_each,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -554,7 +549,7 @@ def output(
     K_P: tl.constexpr,
     EPS: tl.constexpr,
     ONE_PASS: tl.constexpr,
-) -> None:
+):
     """y = (x − mu)/s·gain + bias, in the reverse order of ``collect_location``.
 
     ONE_PASS: mu and m are the long-term ones, and what this call adds to the short-term ones is collected on the way.
@@ -594,27 +589,27 @@ def output(
 
 @triton.jit
 def _paths(
-    sum_g: Any,
-    sum_gx: Any,
-    sum_u: Any,
-    g: Any,
-    live: Any,
-    n: Any,
-    G: Any,
-    inverse: Any,
-    slope: Any,
-    scale_ptr: Any,
-    long_ptr: Any,
-    short_ptr: Any,
-    count_ptr: Any,
-    samples_ptr: Any,
+    sum_g,
+    sum_gx,
+    sum_u,
+    g,
+    live,
+    n,
+    G,
+    inverse,
+    slope,
+    scale_ptr,
+    long_ptr,
+    short_ptr,
+    count_ptr,
+    samples_ptr,
     P: tl.constexpr,
     CENTERED: tl.constexpr,
     B1: tl.constexpr,
     B2: tl.constexpr,
     B3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> Any:
+):
     """ĝ_mu and p·ĝ_m of each statistic, from Σdx̂, Σdx̂·(x − mu) and Σu; short_grad takes this call's in."""
     cut = slope != slope  # NaN
     g_m = -(sum_gx / n) * slope
@@ -651,16 +646,16 @@ def _paths(
 
 @triton.jit
 def _input_gradient_tile(
-    dy: Any,
-    x: Any,
-    mu: Any,
-    scale: Any,
-    location_path: Any,
-    moment_path: Any,
-    cut: Any,
+    dy,
+    x,
+    mu,
+    scale,
+    location_path,
+    moment_path,
+    cut,
     P: tl.constexpr,
     CENTERED: tl.constexpr,
-) -> Any:
+):
     """dx = dx̂/s + ĝ_mu + ĝ_m·p·u."""
     u = _derivative_of_power(x - mu if CENTERED else x, P)
     if P > 2.0:  # where the moment overflowed, u may have done so too
@@ -670,21 +665,21 @@ def _input_gradient_tile(
 
 @triton.jit
 def backward_whole(
-    x_ptr: Any,
-    dy_ptr: Any,
-    dx_ptr: Any,
-    weight_ptr: Any,
-    dweight_ptr: Any,
-    dbias_ptr: Any,
-    saved_ptr: Any,
-    scale_ptr: Any,
-    long_ptr: Any,
-    short_ptr: Any,
-    count_ptr: Any,
-    samples_ptr: Any,
-    A: Any,
-    C_UNITS: Any,
-    B_UNITS: Any,
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    weight_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    saved_ptr,
+    scale_ptr,
+    long_ptr,
+    short_ptr,
+    count_ptr,
+    samples_ptr,
+    A,
+    C_UNITS,
+    B_UNITS,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -697,7 +692,7 @@ def backward_whole(
     B2: tl.constexpr,
     B3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> None:
+):
     """A whole backward pass, each program all elements of its channels; the counterpart of ``forward_whole``."""
     C, B = _sizes(C_UNITS, B_UNITS, UNIT, COLUMNS)
     block = tl.program_id(0)
@@ -758,19 +753,19 @@ def backward_whole(
 
 @triton.jit
 def collect_gradients(
-    x_ptr: Any,
-    dy_ptr: Any,
-    dx_ptr: Any,
-    weight_ptr: Any,
-    saved_ptr: Any,
-    scale_ptr: Any,
-    long_ptr: Any,
-    partial_ptr: Any,
-    A: Any,
-    C_UNITS: Any,
-    B_UNITS: Any,
-    K: Any,
-    tiles_each: Any,
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    weight_ptr,
+    saved_ptr,
+    scale_ptr,
+    long_ptr,
+    partial_ptr,
+    A,
+    C_UNITS,
+    B_UNITS,
+    K,
+    tiles_each,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -779,7 +774,7 @@ def collect_gradients(
     P: tl.constexpr,
     CENTERED: tl.constexpr,
     ONE_PASS: tl.constexpr,
-) -> None:
+):
     """Σdy, Σdy·(x − mu) and Σu of each channel, by many programs; partial results are (3, parts, C).
 
     ONE_PASS: the streamed gradients are the long-term ones, and dx is written on the way.
@@ -826,20 +821,20 @@ def collect_gradients(
 
 @triton.jit
 def combine_gradients(
-    partial_ptr: Any,
-    paths_ptr: Any,
-    weight_ptr: Any,
-    dweight_ptr: Any,
-    dbias_ptr: Any,
-    saved_ptr: Any,
-    scale_ptr: Any,
-    long_ptr: Any,
-    short_ptr: Any,
-    count_ptr: Any,
-    samples_ptr: Any,
-    parts: Any,
-    n: Any,
-    K: Any,
+    partial_ptr,
+    paths_ptr,
+    weight_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    saved_ptr,
+    scale_ptr,
+    long_ptr,
+    short_ptr,
+    count_ptr,
+    samples_ptr,
+    parts,
+    n,
+    K,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -849,7 +844,7 @@ def combine_gradients(
     B2: tl.constexpr,
     B3: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> None:
+):
     """One program per statistic: gradients of gain and bias, and the streamed gradients into ``paths``, (2, G)."""
     g = tl.program_id(0) + tl.arange(0, 1)[None, :]
     live = g >= 0
@@ -904,17 +899,17 @@ def combine_gradients(
 
 @triton.jit
 def input_gradient(
-    x_ptr: Any,
-    dy_ptr: Any,
-    dx_ptr: Any,
-    weight_ptr: Any,
-    saved_ptr: Any,
-    paths_ptr: Any,
-    A: Any,
-    C_UNITS: Any,
-    B_UNITS: Any,
-    K: Any,
-    tiles_each: Any,
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    weight_ptr,
+    saved_ptr,
+    paths_ptr,
+    A,
+    C_UNITS,
+    B_UNITS,
+    K,
+    tiles_each,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -922,7 +917,7 @@ def input_gradient(
     WIDE: tl.constexpr,
     P: tl.constexpr,
     CENTERED: tl.constexpr,
-) -> None:
+):
     """dx, in the reverse order of ``collect_gradients``."""
     C, B = _sizes(C_UNITS, B_UNITS, UNIT, COLUMNS)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -948,9 +943,7 @@ def input_gradient(
 
 
 @triton.jit
-def commit_streams(
-    pointers_ptr: Any, rates_ptr: Any, G_MAX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-) -> None:
+def commit_streams(pointers_ptr, rates_ptr, G_MAX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Section 2.4 of the design for many streams at once: one program per stream and direction.
 
     ``pointers`` is (programs, 5): where long, short, count and samples lie, and G. ``rates`` is (programs, 3): what a
