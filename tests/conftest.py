@@ -22,6 +22,24 @@ hypothesis.settings.register_profile("streamnorm", deadline=None, derandomize="C
 hypothesis.settings.load_profile("streamnorm")
 
 
+# The suites that run the Triton engine as well where it is interpreted, which takes a thousand times as long as a GPU.
+INTERPRETED_SUITES = {"test_triton.py", "test_stream.py", "test_recursion.py"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a suite parametrized by engine would only repeat: there, a Triton engine that does not run."""
+    runs = os.environ.get("TRITON_INTERPRET") == "1"
+    left_out = [item for item in items if _of_triton(item) and not (runs and item.path.name in INTERPRETED_SUITES)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _of_triton(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return item.path.name != "test_triton.py" and "triton" in parameters.values()
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Seed PyTorch, and give the next test the defaults that this one may have changed."""

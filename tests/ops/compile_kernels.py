@@ -38,7 +38,7 @@ def compile_instead(
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, (key, value) in enumerate(zip(kernel.arg_names, arguments)):
-        if value is None or value == 1 and not isinstance(value, Tensor):
+        if value is None or (not isinstance(value, Tensor) and value == 1):
             signature[key], constexprs[i,] = "constexpr", value
         else:
             signature[key] = NAMES[value.dtype] if isinstance(value, Tensor) else "i32"

@@ -1,8 +1,8 @@
 """One operation, several engines, and the choice between them.
 
 ``normalize`` and ``commit`` run on the first engine of ``ENGINES`` that takes the input. The environment variable
-``STREAMNORM_ENGINE`` (``native``, ``triton``, ``torch`` or ``plain``), read at import, or the context manager :func:`force` leaves
-out the engines before the one that it names; ``torch`` and ``plain`` take every input.
+``STREAMNORM_ENGINE`` (``native``, ``triton``, ``torch`` or ``plain``), read at import, or the context manager
+:func:`force` leaves out the engines before the one that it names; ``torch`` and ``plain`` take every input.
 """
 
 from __future__ import annotations

@@ -3,21 +3,20 @@
 ``gpu_kernels.py`` holds the kernels. This module decides how an input is cut into programs, launches them, and holds
 what must be Python: the autograd function. Three ways lead to a result.
 
-- *Whole*: each program takes all elements of its channels. One kernel each way, x read once (the cache serves later
-  looks). For channels that are small enough.
+- *Whole*: each program takes all elements of its channels. One kernel each way, x read once (the cache serves the
+  later looks). For channels that are small enough.
 - *Split*: many programs for each channel. They collect partial sums, a small kernel combines them and advances the
-  stream, a third kernel writes the output. Forward x is read twice for p = 2 and for centre zero; other p about the mean
-  need mu before their moment and read it three times. Backward x and dy are read twice.
+  stream, a third kernel writes the output. Forward x is read twice for p = 2 and for centre zero; other p about the
+  mean need mu before their moment and read it three times. Backward x and dy are read twice.
 - *One pass*: α = (1, 0, 0) and β = (1, 0, 0) say what the statistics are before x is seen. One read and one write
   forward, two reads and one write backward; what the stream learns from this call is collected on the way.
 
-Nothing here reads a value back from the device, so a step can be captured into a CUDA graph. With ``TRITON_INTERPRET=1``
-in the environment before this package is imported, Triton interprets the kernels and the engine takes CPU tensors: slow,
-and for tests.
+Nothing here reads a value back from the device, so a step can be captured into a CUDA graph. With
+``TRITON_INTERPRET=1`` in the environment before this package is imported, Triton interprets the kernels and the engine
+takes CPU tensors: slow, and for tests.
 """
 
 from __future__ import annotations
-
 
 import importlib.util
 import math
@@ -269,7 +268,9 @@ def _plan(
     write = _split(layout, 0, TILES_OF_AN_OUTPUT)
     side = layout.channels if layout.columns else layout.places
     unit = math.gcd(side, 16 // dtype.itemsize)
-    sizes = (layout.rows, side // unit, layout.places) if layout.columns else (layout.rows, layout.channels, side // unit)
+    sizes = (
+        (layout.rows, side // unit, layout.places) if layout.columns else (layout.rows, layout.channels, side // unit)
+    )
     double = wide(dtype) == torch.float64
     constants = {"P": formula.p, "CENTERED": formula.centered}
     return _Plan(

@@ -19,7 +19,6 @@ so that an offset of the data costs no digits.
 
 from __future__ import annotations
 
-
 import triton
 import triton.language as tl
 
@@ -29,10 +28,8 @@ INF = tl.constexpr(float("inf"))
 @triton.jit
 def _channels(block, C, COLUMNS: tl.constexpr, COLS: tl.constexpr):
     """The channels of a program, and which of them exist."""
-    if COLUMNS:
-        c = block * COLS + tl.arange(0, COLS)[None, :]
-    else:
-        c = block + tl.arange(0, 1)[None, :]
+    beside: tl.constexpr = COLS if COLUMNS else 1
+    c = block * beside + tl.arange(0, beside)[None, :]
     return c, c < C
 
 
@@ -104,13 +101,11 @@ def _power(a, P: tl.constexpr):
 @triton.jit
 def _derivative_of_power(d, P: tl.constexpr):
     """u = |d|^(P−1)·sgn d."""
-    if P == 2.0:
-        u = d
-    else:
+    u = d
+    if P != 2.0:
         sign = (d > 0).to(d.dtype) - (d < 0).to(d.dtype)
-        if P == 1.0:
-            u = tl.where(d == d, sign, d)  # NaN stays NaN
-        else:
+        u = sign
+        if P != 1.0:
             u = _power(tl.abs(d), P - 1.0) * sign
     return u
 
@@ -627,7 +622,7 @@ def _paths(
         moment_path = _mixed(long_m, short_m, g_m, samples_ptr, B1, B2, B3, WINDOW)
     moment_path = tl.where(cut, 0, moment_path) * P
     if CENTERED:
-        g_mu = g_mu - moment_path * (sum_u / n)
+        g_mu = g_mu - moment_path * (tl.where(cut, 0, sum_u) / n)
     if long_ptr is None:
         location_path = g_mu
     else:
@@ -657,9 +652,7 @@ def _input_gradient_tile(
     CENTERED: tl.constexpr,
 ):
     """dx = dx̂/s + ĝ_mu + ĝ_m·p·u."""
-    u = _derivative_of_power(x - mu if CENTERED else x, P)
-    if P > 2.0:  # where the moment overflowed, u may have done so too
-        u = tl.where(cut, 0, u)
+    u = tl.where(cut, 0, _derivative_of_power(x - mu if CENTERED else x, P))  # it may not be finite either
     return dy * scale + location_path + moment_path * u
 
 
