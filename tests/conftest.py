@@ -23,7 +23,19 @@ hypothesis.settings.load_profile("streamnorm")
 
 
 # The suites that run the Triton engine as well where it is interpreted, which takes a thousand times as long as a GPU.
-INTERPRETED_SUITES = {"test_triton.py", "test_stream.py", "test_recursion.py"}
+INTERPRETED_SUITES = {
+    "test_triton.py",
+    "test_stream.py",
+    "test_recursion.py",
+    "test_state.py",
+    "test_norm.py",
+    "test_accumulate.py",
+    "test_equalities.py",
+    "test_errors.py",
+    "test_updates.py",
+    "test_lifecycle.py",
+    "test_engines.py",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -187,6 +187,8 @@ def _whole(layout: Layout, processors: int) -> Cut | None:
         tiles, blocks = _ceil(layout.rows, rows), _ceil(layout.channels, cols)
     else:
         cols = min(_power_of_two(layout.places), 8192)
+        if cols * layout.rows > 8192:
+            cols = _side_by_side(layout.places, 8192)
         rows = min(_power_of_two(layout.rows), max(1, 8192 // cols))
         tiles, blocks = _ceil(layout.rows, rows) * _ceil(layout.places, cols), layout.channels
     # All warps of a multiprocessor on one channel where it takes several tiles: fewer channels then share the cache.
@@ -202,13 +204,23 @@ def _split(layout: Layout, programs: int, tiles_each: int | None = None) -> Cut:
         rows = max(1, TILE // cols)
         tiles, blocks = _ceil(layout.rows, rows), _ceil(layout.channels, cols)
     else:
-        cols = min(_power_of_two(layout.places), TILE)
+        cols = _side_by_side(layout.places, TILE)
         rows = max(1, TILE // cols)
         tiles, blocks = _ceil(layout.rows, rows) * _ceil(layout.places, cols), layout.channels
     parts = _ceil(programs, blocks) if tiles_each is None else _ceil(tiles, tiles_each)
     parts = max(1, min(tiles, parts, MAX_PARTS if tiles_each is None else 65535))
     parts = _ceil(tiles, _ceil(tiles, parts))  # so that no part is empty
     return Cut(rows, cols, tiles, blocks, parts, 8)
+
+
+def _side_by_side(places: int, most: int) -> int:
+    """Places of a tile, a power of two: the largest whose tiles leave few lanes idle, but whole sectors of memory."""
+    choices = [1 << k for k in range(4, 20) if 1 << k <= min(most, _power_of_two(places))] or [_power_of_two(places)]
+
+    def idle(cols: int) -> float:
+        return _ceil(places, cols) * cols / places - 1
+
+    return max((cols for cols in choices if idle(cols) < 1 / 6), default=min(choices, key=idle))
 
 
 def _ceil(a: int, b: int) -> int:
@@ -308,7 +320,7 @@ def normalize(
     stats: Tensor | None = None,
 ) -> Tensor:
     """As ``plain.normalize``; the mask is None, see :func:`supports`."""
-    y: Tensor = _Normalize.apply(x, weight, bias, view, formula, state, grad_scale, stats)
+    y: Tensor = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     return y
 
 
@@ -319,6 +331,7 @@ class _Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        mask: None,
         view: View,
         formula: Formula,
         state: State | None,
@@ -348,7 +361,7 @@ class _Normalize(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0] or type(dy) is not Tensor or torch._C._are_functorch_transforms_active():
-            return *eager._Normalize.backward(ctx, dy)[:3], None, None, None, None, None
+            return eager._Normalize.backward(ctx, dy)
         x, weight, _, saved = ctx.saved_tensors
         if dy.stride() != x.stride():
             dy = torch.empty_like(x).copy_(dy)
@@ -361,7 +374,7 @@ class _Normalize(torch.autograd.Function):
             dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants_weight else None
             dbias = torch.empty(x.shape[1], dtype=saved.dtype, device=x.device) if wants_bias else None
             dx = _backward(ctx.plan, x, dy, _flat(weight), dweight, dbias, saved, state, ctx.grad_scale)
-        return dx, dweight, dbias, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None, None
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:
@@ -545,12 +558,18 @@ def _of_partials(plan: _Plan, parts: int) -> dict[str, Any]:
     return {"PARTS": side_by_side, "CHANNELS": channels, "WIDE": plan.common["WIDE"]}
 
 
+@lru_cache(maxsize=64)
+def _arguments_of(name: str) -> frozenset[str]:
+    return frozenset(getattr(_kernels(), name).arg_names)
+
+
 def _launch(
     name: str, grid: tuple[int, ...], cut: Cut | None, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
     """Launch a kernel with the constants that it names."""
     kernel = getattr(_kernels(), name)
-    wanted = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    names = _arguments_of(name)
+    wanted = {key: value for key, value in constants.items() if key in names}
     kernel[grid](*arguments, **wanted, num_warps=4 if cut is None else cut.warps)
 
 
