@@ -22,29 +22,20 @@ hypothesis.settings.register_profile("streamnorm", deadline=None, derandomize="C
 hypothesis.settings.load_profile("streamnorm")
 
 
-# The suites that run the Triton engine as well where it is interpreted, which takes a thousand times as long as a GPU.
-INTERPRETED_SUITES = {
-    "test_triton.py",
-    "test_stream.py",
-    "test_recursion.py",
-    "test_state.py",
-    "test_norm.py",
-    "test_accumulate.py",
-    "test_equalities.py",
-    "test_errors.py",
-    "test_updates.py",
-    "test_lifecycle.py",
-    "test_engines.py",
-}
+# The suites by engine that take the Triton engine too where it is interpreted: it is slow there, and has its own tests.
+INTERPRETED_SUITES = {"test_stream.py", "test_accumulate.py"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a suite parametrized by engine would only repeat: there, a Triton engine that does not run."""
     runs = os.environ.get("TRITON_INTERPRET") == "1"
-    left_out = [item for item in items if _of_triton(item) and not (runs and item.path.name in INTERPRETED_SUITES)]
+    kept, left_out = [], []
+    for item in items:
+        runs_here = runs and item.path.name in INTERPRETED_SUITES
+        (kept if runs_here or not _of_triton(item) else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = kept
 
 
 def _of_triton(item: pytest.Item) -> bool:
