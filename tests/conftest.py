@@ -29,7 +29,8 @@ INTERPRETED_SUITES = {"test_stream.py", "test_accumulate.py"}
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a suite parametrized by engine would only repeat: there, a Triton engine that does not run."""
     runs = os.environ.get("TRITON_INTERPRET") == "1"
-    kept, left_out = [], []
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     for item in items:
         runs_here = runs and item.path.name in INTERPRETED_SUITES
         (kept if runs_here or not _of_triton(item) else left_out).append(item)

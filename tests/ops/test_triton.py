@@ -421,14 +421,18 @@ def test_one_kernel_commits_all_layers(launched: list[str]) -> None:
 
 def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a value would wait for the device. On the CPU: nobody asks a tensor for one."""
-    layers = [sn.StreamingNorm1d(3, p=p, **STREAMS[s]).to(DEVICE) for p, s in ((1, "window"), (2, "one pass"))]
+    layers: list[nn.Module] = [sn.StreamingNorm1d(3, p=1), sn.StreamingNorm1d(3, p=2, **STREAMS["one pass"])]
+    network = sn.GRU(3, 2).to(DEVICE)
+    for layer in layers:
+        layer.to(DEVICE)
 
     def step() -> None:
         for layer in layers:
             x = torch.randn(4, 3, device=DEVICE, requires_grad=True)
             layer(x).sum().backward()
-        for layer in layers:
-            sn.commit(layer)
+        network(torch.randn(2, 2, 3, device=DEVICE))[0].sum().backward()
+        for module in (*layers, network):
+            sn.commit(module)
 
     with ops.force("triton"):
         step()
@@ -539,3 +543,18 @@ def test_a_captured_training_step_gives_what_eager_gives(engine: str, stream: st
             results.append([t.clone() for t in (*model.parameters(), *model.buffers())])
     for mine, theirs in zip(*results):
         assert near(mine, theirs, 1e-5)
+
+
+def test_recurrent_layers_take_these_kernels(launched: list[str]) -> None:
+    results = []
+    for engine in ("triton", "torch"):
+        torch.manual_seed(0)
+        network = sn.LSTM(3, 4).double().to(DEVICE)
+        x = torch.randn(2, 3, 3, dtype=torch.float64).to(DEVICE).requires_grad_()
+        with ops.force(engine):
+            output = network(x)[0]
+            gradients = torch.autograd.grad(output.square().sum(), [x, *network.parameters()])
+        results.append([output, *gradients, *network.buffers()])
+    assert launched == ["forward_whole"] * 4 + ["backward_whole"] * 4  # two paths, two steps
+    for mine, theirs in zip(*results):
+        assert near(mine, theirs, 1e-11)

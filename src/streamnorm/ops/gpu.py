@@ -74,7 +74,9 @@ def _missing() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     if torch.version.hip is not None:
-        return "only tried on NVIDIA GPUs"
+        return "it is made for NVIDIA GPUs"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
     return None
 
 
@@ -118,9 +120,7 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
 
 
 def _on_device(t: Tensor) -> bool:
-    if _missing() is not None:
-        return False
-    return t.device.type == ("cpu" if INTERPRETED else "cuda")
+    return t.device.type == ("cpu" if INTERPRETED else "cuda") and _missing() is None
 
 
 @lru_cache(maxsize=4096)
@@ -373,7 +373,8 @@ class _Normalize(torch.autograd.Function):
             wants_bias = ctx.has_bias and ctx.needs_input_grad[2]
             dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants_weight else None
             dbias = torch.empty(x.shape[1], dtype=saved.dtype, device=x.device) if wants_bias else None
-            dx = _backward(ctx.plan, x, dy, _flat(weight), dweight, dbias, saved, state, ctx.grad_scale)
+            scale = None if ctx.grad_scale is None else ctx.grad_scale.to(x.device)
+            dx = _backward(ctx.plan, x, dy, _flat(weight), dweight, dbias, saved, state, scale)
         return dx, dweight, dbias, None, None, None, None, None, None
 
 
