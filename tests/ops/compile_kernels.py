@@ -54,8 +54,24 @@ def compile_instead(
     warps = 4 if cut is None else cut.warps
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps})
+    check_order(name, compiled.asm["ptx"])
     loads = sorted(set(re.findall(r"ld\.global\.(?:v\d\.)?b\d+", compiled.asm["ptx"])))
     print(name, f"warps {warps}, shared {compiled.metadata.shared}", *loads)
+
+
+def check_order(name: str, ptx: str) -> None:
+    """All warps must have read a stream before one of them writes it, which the interpreter cannot see.
+
+    Counts are the only integers of 64 bits that a kernel for float32 writes, and with the samples the only ones it
+    reads; in ``commit_streams`` the samples are read first of all and written last.
+    """
+    loads = [match.start() for match in re.finditer(r"ld\.global(\.v\d)?\.b64", ptx)]
+    stores = [match.start() for match in re.finditer(r"st\.global(\.v\d)?\.b64", ptx)]
+    if not stores or (".f64" in ptx and name != "commit_streams"):
+        return
+    write = stores[-1] if name == "commit_streams" else stores[0]
+    read = stores[-2] if name == "commit_streams" else max(at for at in loads if at < write)
+    assert "bar.sync" in ptx[read:write], f"{name} writes a stream that a slow warp may still read"
 
 
 def step(layer: sn.Norm, x: Tensor) -> None:

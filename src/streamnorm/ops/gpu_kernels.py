@@ -165,6 +165,16 @@ def _fresh(average, count, value, n):
 
 
 @triton.jit
+def _wait_for_readers():
+    """Before a value is overwritten that this program has read: all of its warps read it, and one of them writes.
+
+    Needed for values of a statistic, of which each warp has a copy, since a warp that lags would read what another one
+    has written already.
+    """
+    tl.debug_barrier()
+
+
+@triton.jit
 def _location(
     b_mu,
     g,
@@ -211,11 +221,13 @@ def _advance(
     b_m = tl.where(_finite(b_m), b_m, INF)
     if long_ptr is None:
         m = b_m
+        _wait_for_readers()
     else:
         count = tl.load(count_ptr + g, mask=live, other=0)
         short_mu = _fresh(tl.load(short_ptr + g, mask=live, other=0), count, b_mu, n)
         short_m = _fresh(tl.load(short_ptr + G + g, mask=live, other=0), count, b_m, n)
         m = _mixed(tl.load(long_ptr + G + g, mask=live, other=0), short_m, b_m, samples_ptr, A1, A2, A3, WINDOW)
+        _wait_for_readers()
         tl.store(short_ptr + g, short_mu, mask=live & finite)
         tl.store(short_ptr + G + g, short_m, mask=live & finite)
         tl.store(count_ptr + g, count + n, mask=live & finite)
@@ -630,6 +642,7 @@ def _paths(
         long_mu = tl.load(long_ptr + g, mask=live, other=0)
         location_path = _mixed(long_mu, short_mu, g_mu, samples_ptr, B1, B2, B3, WINDOW)
         takes = live & _finite(g_m) & _finite(g_mu)
+        _wait_for_readers()
         tl.store(short_ptr + g, short_mu, mask=takes)
         tl.store(short_ptr + G + g, short_m, mask=takes)
         tl.store(count_ptr + g, count + n, mask=takes)
@@ -967,4 +980,5 @@ def commit_streams(pointers_ptr, rates_ptr, G_MAX: tl.constexpr, BLOCK: tl.const
             tl.store(long_ptr + at, keep * long + take * short, mask=inside & used)
             tl.store(short_ptr + at, tl.zeros((BLOCK,), WIDE), mask=inside)
         tl.store(count_ptr + g, tl.zeros((BLOCK,), tl.int64), mask=inside)
+    _wait_for_readers()
     tl.store(samples_ptr, 0)
