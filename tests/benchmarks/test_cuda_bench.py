@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,8 @@ def test_what_was_asked_for_is_measured() -> None:
                 assert found.targets[("one-pass L1", "BatchNorm")] == 0.75
                 assert found.floor_target == (1.25 if shape.startswith("(256") else None)
     assert {case.suite for case in cases.values()} == set(SUITES)
+    sent = pickle.loads(pickle.dumps(list(cases.values())))  # to the processes that compile
+    assert [case.name for case in sent] == list(cases)
     assert {case.suite for case in cases.values() if case.quick} == set(SUITES)
 
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -104,8 +105,10 @@ def refuse_without_cuda() -> None:
 
 def compile_ahead(cases: Sequence[CudaCase]) -> None:
     """Run our layers once in other processes, side by side: compiled kernels stay in Triton's cache on disk."""
-    with ProcessPoolExecutor(min(8, usable_cores()), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_run_once, [case for case in cases if case.suite == "layers"]))
+    layers = [case for case in cases if case.suite == "layers"]
+    workers = ProcessPoolExecutor(min(8, usable_cores()), multiprocessing.get_context("spawn"))
+    with suppress(BrokenProcessPool), workers as pool:  # it only saves time
+        list(pool.map(_run_once, layers))
 
 
 def _run_once(case: CudaCase) -> None:
