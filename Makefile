@@ -14,7 +14,7 @@ INTEGRATION_TESTS := tests/integrations tests/test_docs.py
 # What an installation depends on; Python sources are read where they lie.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/ops/*.cpp src/streamnorm/ops/*.h)
 
-.PHONY: help install demo test lint types pytest sanitize test-integrations compatibility format bench docs clean
+.PHONY: help install demo test lint types pytest sanitize test-integrations compatibility format bench cuda docs clean
 
 help:
 	@echo "make demo    train one sample at a time on scikit-learn's digits; writes demo/"
@@ -24,6 +24,7 @@ help:
 	@echo "make compatibility      the same, and the table in docs/compatibility.md anew"
 	@echo "make format  put the code in the form that 'make test' asks for"
 	@echo "make bench   measure the layers against torch.nn's own"
+	@echo "make cuda    tests and measurements on an NVIDIA GPU, within ten minutes; writes cuda/"
 	@echo "make docs    build the documentation into docs/_build/html"
 	@echo "make clean   remove the environment and everything built"
 
@@ -78,6 +79,9 @@ format: install
 
 bench: install
 	$(BIN)/streamnorm bench
+
+cuda: install
+	PYTHON=$(abspath $(BIN)/python) .ci/cuda cuda
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -9,12 +10,38 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter (tests/ops/test_triton.py); read when streamnorm is imported.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Test processes share the cores between them (make test).
 torch.set_num_threads(1)
 
 # An example that is slow once is no failure, and a failure in CI has to be found again by everyone else.
 hypothesis.settings.register_profile("streamnorm", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 hypothesis.settings.load_profile("streamnorm")
+
+
+# The suites by engine that take the Triton engine too where it is interpreted: it is slow there, and has its own tests.
+INTERPRETED_SUITES = {"test_stream.py", "test_accumulate.py"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a suite parametrized by engine would only repeat: there, a Triton engine that does not run."""
+    runs = os.environ.get("TRITON_INTERPRET") == "1"
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        runs_here = runs and item.path.name in INTERPRETED_SUITES
+        (kept if runs_here or not _of_triton(item) else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def _of_triton(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return item.path.name != "test_triton.py" and "triton" in parameters.values()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from streamnorm import updates
 
 
-
 class Processes:
     """Up to three processes. Each call has a process group of its own, so that no failure outlives its test."""
 

@@ -151,7 +151,7 @@ def test_memory_is_kept_by_glibc_alone(capsys: pytest.CaptureFixture[str], monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--device", "cuda"], "--device cuda: only the CPU is measured for now"),
+        (["--device", "tpu"], "--device tpu: choose cpu or cuda"),
         (["--only", "layer"], "--only: unknown suite 'layer': choose from layers, one-pass, recurrent, networks"),
         (["--only"], "--only: name at least one"),
         (["--threads", "0"], "--threads 0: choose from 1 to"),

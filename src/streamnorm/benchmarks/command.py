@@ -19,6 +19,7 @@ from tyro import conf
 
 from streamnorm.benchmarks.cases import SUITES, Case, all_cases
 from streamnorm.benchmarks.contestants import Contestant, Floor
+from streamnorm.benchmarks.cuda import bench_cuda
 from streamnorm.benchmarks.figures import save_figure
 from streamnorm.benchmarks.memory import measure_memory
 from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow, memory_rows, time_rows
@@ -42,13 +43,13 @@ class BenchOptions:
     """
 
     out: Annotated[str | None, conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """Folder for tables and figure. Default: runs/bench, with --quick runs/bench-quick."""
+    """Folder for tables and figure. Default: runs/bench, with -cuda and -quick added by these options."""
 
     quick: bool = False
     """A few cases, measured briefly: to see that it works, not for figures to report. Takes half a minute."""
 
     only: Annotated[tuple[str, ...], conf.arg(metavar="SUITE ...")] = SUITES
-    """Suites to measure."""
+    """Suites to measure; on a GPU there are two of them, layers and recurrent."""
 
     threads: Annotated[tuple[int, ...], conf.arg(metavar="INT ...", help_behavior_hint="")] = ()
     """Numbers of PyTorch threads. Default: 1 and 2, as far as there are cores."""
@@ -58,7 +59,7 @@ class BenchOptions:
     is already there. The default folder ends in -kept. For Linux with glibc."""
 
     device: str = "cpu"
-    """Where to measure; only cpu for now."""
+    """Where to measure: cpu, or cuda for an NVIDIA GPU."""
 
     def check(self) -> None:
         """Refuse what cannot be measured.
@@ -66,8 +67,8 @@ class BenchOptions:
         Raises:
             UserError: naming the option and what to write instead.
         """
-        if self.device != "cpu":
-            raise UserError(f"--device {self.device}: only the CPU is measured for now; leave the option out")
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"--device {self.device}: choose cpu or cuda")
         if not self.only:
             raise UserError(f"--only: name at least one of {', '.join(SUITES)}")
         for suite in self.only:
@@ -85,7 +86,8 @@ class BenchOptions:
 
     def folder(self) -> Path:
         """Where results go."""
-        return Path(self.out or f"runs/bench{'-quick' * self.quick}{'-kept' * self.keep_memory}").expanduser()
+        name = "bench" + "-cuda" * (self.device == "cuda") + "-quick" * self.quick + "-kept" * self.keep_memory
+        return Path(self.out or f"runs/{name}").expanduser()
 
 
 def bench(words: Sequence[str]) -> int:
@@ -95,6 +97,8 @@ def bench(words: Sequence[str]) -> int:
     if options.keep_memory:
         _keep_memory()
     folder = options.folder()
+    if options.device == "cuda":
+        return bench_cuda(folder, options.quick, options.only)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         before = _load()

@@ -1,8 +1,8 @@
 """One operation, several engines, and the choice between them.
 
 ``normalize`` and ``commit`` run on the first engine of ``ENGINES`` that takes the input. The environment variable
-``STREAMNORM_ENGINE`` (``native``, ``torch`` or ``plain``), read at import, or the context manager :func:`force` leaves
-out the engines before the one that it names; ``torch`` and ``plain`` take every input.
+``STREAMNORM_ENGINE`` (``native``, ``triton``, ``torch`` or ``plain``), read at import, or the context manager
+:func:`force` leaves out the engines before the one that it names; ``torch`` and ``plain`` take every input.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import eager, native, plain, traced
+from . import eager, gpu, native, plain, traced
 from .spec import Formula, State, View
 
-ENGINES: tuple[ModuleType, ...] = (native, eager, plain)
+ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
 """From the fastest to the reference. Where a graph is being made, ``traced`` runs in their place."""
 
 _active = ENGINES
@@ -69,9 +69,19 @@ def normalize(
     raise AssertionError("the reference takes every input")
 
 
+def function(x: Tensor, view: View, formula: Formula, state: State | None) -> Any:
+    """The autograd function for callers that go back by hand: its ``forward`` and ``backward`` take any context."""
+    if gpu in _active and gpu.supports(x, None, view, formula, state):
+        return gpu._Normalize
+    return eager._Normalize
+
+
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
     """Move the short-term averages of these streams into their long-term ones (design, section 2.4)."""
-    _active[0].commit(uses)
+    if _active[0] is native and uses and uses[0][0].long.is_cuda:
+        gpu.commit(uses)
+    else:
+        _active[0].commit(uses)
 
 
 def engines() -> dict[str, str]:

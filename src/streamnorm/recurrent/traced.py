@@ -1,7 +1,7 @@
 """Time steps that can be retraced: each network forward and, by hand, backward, in PyTorch operations.
 
 The equations are those of ``steps``; a backward pass takes their derivatives from the last line to the first. The
-normalizations go through the PyTorch engine of ``streamnorm.ops``, call by call.
+normalizations go through the PyTorch or the GPU engine of ``streamnorm.ops``, call by call.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..norm import GeneralBatchNorm, Norm
-from ..ops.eager import _Normalize
 from .norms import PerStepBatchNorm
 from .steps import Hidden, Norms
 
@@ -41,6 +41,7 @@ class Tensors(NamedTuple):
 class _Use:
     """What one use of a norm keeps for its backward; it stands where the engine expects autograd's context."""
 
+    function: Any
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor | None, ...]
 
@@ -65,7 +66,9 @@ class Path:
         tracks = isinstance(norm, GeneralBatchNorm)
         stats = x.new_empty(2, view.num_stats) if tracks else None
         state = None if norm.stream is None else norm.state
-        y = _Normalize.forward(use, x, self.gain, self.bias, None, view, norm.formula, state, norm._grad_scale, stats)
+        use.function = ops.function(x, view, norm.formula, state)
+        arguments = (x, self.gain, self.bias, None, view, norm.formula, state, norm._grad_scale, stats)
+        y: Tensor = use.function.forward(use, *arguments)
         self.uses.append(use)
         if isinstance(norm, PerStepBatchNorm):
             norm.select(number)
@@ -87,7 +90,7 @@ class Path:
             return dy if flows else None
         use = self.uses[number]
         use.needs_input_grad = (flows, self.wants_gain, self.wants_bias)
-        dx, d_gain, d_bias, *_ = _Normalize.backward(use, dy)
+        dx, d_gain, d_bias, *_ = use.function.backward(use, dy)
         self.d_gain, self.d_bias = plus(self.d_gain, d_gain), plus(self.d_bias, d_bias)
         return dx
 
