@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from streamnorm.experiments.adapt import Adapt
 from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.coefficients import Coefficients
 from streamnorm.experiments.conv import Conv
@@ -28,6 +29,7 @@ _ALL: tuple[type[Experiment[Any]], ...] = (
     CharGRU,
     CharLSTM,
     ResNet,
+    Adapt,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from streamnorm.experiments.methods import Method, trainable
 from streamnorm.experiments.score import Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.wording import Words
+
+if TYPE_CHECKING:
+    from streamnorm.experiments.results import Results
 
 # For the help text: what stands in for the value, and no "(default: None)" where the text tells the default.
 Folder = Annotated[str | None, conf.arg(metavar="FOLDER", help_behavior_hint="")]
@@ -88,6 +91,15 @@ class Material(Protocol):
     def prepare(self, folder: Path) -> dict[str, Any]:
         """Write them where workers load them from; return what identifies them: sizes, classes, a fingerprint."""
         ...
+
+
+class Section(NamedTuple):
+    """A table of its own in an experiment's report, with a text above it; the first cell of a row names it."""
+
+    title: str
+    text: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -253,6 +265,11 @@ class Experiment(ABC, Generic[DataT]):
     def epilogue(self, model: nn.Module, data: DataT, run: Run) -> dict[str, Any]:
         """What else the log of a finished run keeps."""
         return {}
+
+    @classmethod
+    def section(cls, results: Results) -> Section | None:
+        """What else the report shows."""
+        return None
 
     def check(self) -> None:
         """Look at the options before anything is read or written.

@@ -42,6 +42,7 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
         "<h2>The numbers</h2>",
         _numbers(results),
         _pairs(results),
+        _section(results),
         _changes(results),
         "<h2>Along the way</h2>",
         figure(drawings["curves"], *words.curves(results), wide=True),
@@ -170,6 +171,19 @@ def _changes(results: Results) -> str:
         "by seed, mean ± 95% interval.</p>\n"
     )
     return words + html_table(["<th>Method</th>", *head], rows)
+
+
+def _section(results: Results) -> str:
+    """The table that only this experiment has."""
+    section = results.experiment.section(results)
+    if section is None:
+        return ""
+    head = (f"<th>{escape(name)}</th>" for name in section.head)
+    rows = (
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in rest)}</tr>"
+        for first, *rest in section.rows
+    )
+    return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n" + html_table(head, rows)
 
 
 def _rates(results: Results) -> str:
