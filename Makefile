@@ -49,7 +49,7 @@ types: install
 
 # One thread for each process: the processes share the cores between them.
 pytest: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # A build of its own in build/sanitize. Python itself leaks by design, and its allocator would hide bytes objects from view.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined

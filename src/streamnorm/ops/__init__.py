@@ -22,8 +22,6 @@ from .spec import Formula, State, View
 ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
 """From the fastest to the reference. Where a graph is being made, ``traced`` runs in their place."""
 
-_active = ENGINES
-
 
 Plan = native.Plan
 prepare = native.prepare
@@ -42,7 +40,7 @@ def attempt(
         state: a State, or a module's dict of buffers that holds one.
         grad_scale: as in ``normalize``.
     """
-    if plan is None or _active is not ENGINES:
+    if plan is None or _active[0] is not native:
         return NotImplemented
     return native.attempt(x, weight, bias, (plan, state, grad_scale, None))
 
@@ -91,7 +89,10 @@ def engines() -> dict[str, str]:
         >>> "torch" in engines()
         True
     """
-    eager_mode = {e.NAME: e.status() if e in _active else f"switched off: {_active[0].NAME} is forced" for e in ENGINES}
+    eager_mode = {
+        e.NAME: e.status() if e in _active or _active[0] is native else f"switched off: {_active[0].NAME} is forced"
+        for e in ENGINES
+    }
     return {**eager_mode, traced.NAME: traced.status()}
 
 
@@ -118,10 +119,10 @@ def force(name: str) -> Iterator[None]:
 def _from(name: str) -> tuple[ModuleType, ...]:
     for i, engine in enumerate(ENGINES):
         if name == engine.NAME:
-            return ENGINES[i:]
+            # Triton's interpreter is thousands of times slower than the engines after it.
+            return tuple(e for e in ENGINES[i:] if e is engine or not (e is gpu and gpu.INTERPRETED))
     names = ", ".join(engine.NAME for engine in ENGINES)
     raise ValueError(f"there is no engine {name!r}; STREAMNORM_ENGINE can be one of {names}")
 
 
-if os.environ.get("STREAMNORM_ENGINE"):
-    _active = _from(os.environ["STREAMNORM_ENGINE"])
+_active = _from(os.environ.get("STREAMNORM_ENGINE") or native.NAME)

@@ -86,7 +86,7 @@ def status() -> str:
     if missing is not None:
         return f"not available: {missing}; GPU tensors take the PyTorch engine"
     if INTERPRETED:
-        return "available: Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), for tests"
+        return "available: Triton's interpreter on CPU tensors (TRITON_INTERPRET=1); only used when forced, for tests"
     return f"available: Triton on {torch.cuda.get_device_name()}"
 
 
@@ -107,6 +107,7 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
         _on_device(x)
         and mask is None
         and x.dtype in _DTYPES
+        and not x.is_neg()  # its memory holds the values with the other sign
         and type(x) in (Tensor, torch.nn.Parameter)
         and not is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -363,7 +364,7 @@ class _Normalize(torch.autograd.Function):
         if not ctx.needs_input_grad[0] or type(dy) is not Tensor or torch._C._are_functorch_transforms_active():
             return eager._Normalize.backward(ctx, dy)
         x, weight, _, saved = ctx.saved_tensors
-        if dy.stride() != x.stride():
+        if dy.stride() != x.stride() or dy.is_neg():
             dy = torch.empty_like(x).copy_(dy)
         state = ctx.state
         with _device(x):
@@ -385,7 +386,7 @@ def _device(x: Tensor) -> AbstractContextManager[Any]:
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
     """A gain or bias without gaps."""
-    return None if parameter is None else parameter.contiguous()
+    return None if parameter is None else parameter.resolve_neg().contiguous()
 
 
 def _forward(
