@@ -69,6 +69,7 @@ def test_a_loss_is_ahead_when_it_is_lower(root, monkeypatch):
     turned = Contrast(results, left, right, 0).ahead
     assert plain is not None
     assert turned == (-plain.mean, plain.half)
+    assert describe(Contrast(results, left, right, 0)).startswith("Layer − Streaming L1 at")
 
 
 def test_one_seed_decides_nothing(root):

@@ -193,7 +193,10 @@ def describe(contrast: Contrast) -> str:
     places = ours.setting.label
     if ours.setting != theirs.setting:
         places += f" against {theirs.setting.label}"
-    names = ours.method.label if ours.method == theirs.method else f"{ours.method.label} − {theirs.method.label}"
+    labels = [ours.method.label, theirs.method.label]
+    if score.lower_is_better:
+        labels.reverse()  # so that above zero is better, as for accuracies
+    names = labels[0] if ours.method == theirs.method else " − ".join(labels)
     where = f"{names} at {places}"
     if contrast.ahead is None:
         return f"{where}: {(ours if ours.mean is None else theirs).method.label} cannot train"
