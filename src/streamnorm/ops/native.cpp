@@ -48,6 +48,9 @@ struct DLPackExchangeAPI {
 namespace {
 
 enum class Type : uint8_t { f32, f64, bf16, f16, other };
+int64_t bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+// The type of statistics, and of all arithmetic, for elements of a type.
+Type wide_of(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
@@ -359,6 +362,9 @@ struct Parameter {
   }
 };
 
+// One pass: with weights (1, 0, 0) what this call uses is known before it starts.
+bool is_one_pass(const Call& c) { return c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0; }
+
 // What both walks need of a call.
 struct Walk {
   static constexpr int64_t large_output = 1 << 24;
@@ -372,14 +378,13 @@ struct Walk {
   const double p;
   const bool centered;
   const bool past_cache;
-  // One pass: with weights (1, 0, 0) what this call uses is known before it starts.
   const bool known;
 
   Walk(const Call& c, const Kernels& k)
-      : call(c), at(*c.layout), loops(k), wide(c.type == Type::f64 ? Type::f64 : Type::f32),
-        width(c.type == Type::f64 ? 8 : c.type == Type::f32 ? 4 : 2), wide_width(wide == Type::f64 ? 8 : 4), lanes(64 / wide_width),
+      : call(c), at(*c.layout), loops(k), wide(wide_of(c.type)),
+        width(bytes(c.type)), wide_width(bytes(wide)), lanes(64 / wide_width),
         narrow(width == 2), p(c.formula->p), centered(c.formula->centered),
-        past_cache(c.n * at.G * width >= large_output), known(c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0) {}
+        past_cache(c.n * at.G * width >= large_output), known(is_one_pass(c)) {}
 
   template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
   template <class P> P* move_wide(P* base, int64_t elements) const { return (P*)((char*)base + elements * wide_width); }
@@ -946,16 +951,13 @@ template <class W> void walk(const Call& call, bool forward) {
   else kernel.backward();
 }
 
-int64_t bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 // How many columns of rows to walk at a time. Each is read several times; a panel of whole cache lines that fits the cache
 // is fetched once. Not for the one-pass mode, nor where even a panel one line wide is too long.
 int64_t panel_columns(const Call& call) {
   constexpr int64_t panel_size = 1 << 19, longest = 1 << 23, line = 64;
   const Layout& at = *call.layout;
   const int64_t column = at.A * at.B * bytes(call.type), columns_per_line = line / bytes(call.type);
-  const bool one_pass = call.lasting && call.mix[0] == 1;
-  if (at.G1 > 1 || one_pass || column * at.C <= panel_size || column * columns_per_line > longest) return at.C;
+  if (at.G1 > 1 || is_one_pass(call) || column * at.C <= panel_size || column * columns_per_line > longest) return at.C;
   return smaller(at.C, larger(1, panel_size / column / columns_per_line) * columns_per_line);
 }
 // The call for some of the columns of another.
@@ -964,7 +966,7 @@ struct Panel {
   Call call;
   Panel(const Call& whole, int64_t from, int64_t columns, int threads) : layout(*whole.layout), call(whole) {
     auto move = [from](auto& p, int64_t width) { if (p) p = (decltype(+p))((char*)p + from * width); };
-    const int64_t wide = call.type == Type::f64 ? 8 : 4;
+    const int64_t wide = bytes(wide_of(call.type));
     layout.C = columns;
     call.layout = &layout;
     call.threads = threads;
@@ -1378,8 +1380,8 @@ bool execute(Call& call, int64_t numel, bool forward) {
 }
 
 // (3, G), then a copy of the gain, and room to read the last values as a whole pack.
-Py_ssize_t saved_size(const Plan& plan, Type wide) { return (3 * plan.G + plan.channels) * (wide == Type::f64 ? 8 : 4) + 64; }
-char* saved_gain(const Plan& plan, Type wide, void* saved) { return (char*)saved + 3 * plan.G * (wide == Type::f64 ? 8 : 4); }
+Py_ssize_t saved_size(const Plan& plan, Type wide) { return (3 * plan.G + plan.channels) * bytes(wide) + 64; }
+char* saved_gain(const Plan& plan, Type wide, void* saved) { return (char*)saved + 3 * plan.G * bytes(wide); }
 // A bytes object for it: one of the last calls' that nobody holds any more, since to allocate a few kilobytes takes as
 // long as to normalize them.
 PyObject* make_saved(Plan& plan, Type wide) {
@@ -1418,7 +1420,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call = {};
   Layout layout;
   if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
-  Type wide = call.type == Type::f64 ? Type::f64 : Type::f32;
+  Type wide = wide_of(call.type);
   if (!read_parameter(weight, plan->channels, call.weight, call.weight_type)) return refuse("this gain");
   if (!read_parameter(bias, plan->channels, call.bias, call.bias_type)) return refuse("this bias");
   const bool streams = state != Py_None;
@@ -1440,7 +1442,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.saved = PyBytes_AsString(saved);
   if (call.weight) {
     char* gain = saved_gain(*plan, wide, call.saved);
-    if (call.weight_type == wide) memcpy(gain, call.weight, plan->channels * (wide == Type::f64 ? 8 : 4));
+    if (call.weight_type == wide) memcpy(gain, call.weight, plan->channels * bytes(wide));
     else
       for (int64_t i = 0; i < plan->channels; i++) set_number(gain, wide, i, number(call.weight, call.weight_type, i));
     call.weight = gain;
@@ -1477,7 +1479,7 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   Call call = {};
   Layout layout;
   if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
-  Type wide = call.type == Type::f64 ? Type::f64 : Type::f32;
+  Type wide = wide_of(call.type);
   call.saved = PyBytes_AsString(saved);
   if (!call.saved) return nullptr;
   if (!borrow(dy_object, dy) || type_of(dy) != call.type || size_of(dy) != plan->numel) return refuse("this output gradient");
