@@ -14,11 +14,12 @@ INTEGRATION_TESTS := tests/integrations tests/test_docs.py
 # What an installation depends on; Python sources are read where they lie.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/ops/*.cpp src/streamnorm/ops/*.h)
 
-.PHONY: help install demo test lint types pytest sanitize test-integrations compatibility format bench cuda docs clean
+.PHONY: help install demo test lint types pytest search sanitize test-integrations compatibility format bench cuda docs clean
 
 help:
 	@echo "make demo    train one sample at a time on scikit-learn's digits; writes demo/"
 	@echo "make test    lint, types and tests"
+	@echo "make search  tests of properties with new random examples"
 	@echo "make sanitize  tests of the C++ engine under AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Linux)"
 	@echo "make test-integrations  tests beside other libraries (timm, Lightning, …), in .venv-integrations"
 	@echo "make compatibility      the same, and the table in docs/compatibility.md anew"
@@ -50,6 +51,10 @@ types: install
 # One thread for each process: the processes share the cores between them.
 pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# Tests draw their examples anew, where `make test` always takes the same.
+search: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile search tests/test_properties.py
 
 # A build of its own in build/sanitize. Python itself leaks by design, and its allocator would hide bytes objects from view.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
