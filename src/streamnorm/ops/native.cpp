@@ -106,7 +106,7 @@ struct Kernels {
   void (*narrow_bfloat16)(const float*, void*, int64_t count);
   void (*narrow_float16)(const float*, void*, int64_t count);
 
-  void (*gather)(const Block&, const void* from, void* to);
+  void (*gather)(const Block&, int64_t count, int64_t from_apart, int64_t to_apart, const void* from, void* to);
   double (*sum)(const Block&, const void* x);
   double (*powers)(const Block&, const void* x, double centre, double p);
   void (*output)(const Block&, const void* x, void* y, double mu, double scale, double shift);
@@ -429,15 +429,17 @@ struct Totals {
 
 // Runs: a statistic owns A runs of B elements, each of them contiguous.
 struct Runs : Walk {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18;
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18, panel_bytes = 1 << 16;
 
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
   // A chunk is what one partial sum covers: a piece of a long run, or several short runs. Pieces are made of whole units,
   // the channels of a run, or divide them where they are long.
   const int64_t unit, divided, units, pieces, runs, chunks;
-  // Short runs of one statistic are copied together first: they would push each other out of the cache.
+  // Short runs of one statistic are copied together first: they would push each other out of the cache. This is done for
+  // a panel of statistics whose runs lie side by side, so that memory is read in longer stretches.
   const bool gathered;
+  const int64_t panel_step, panel;  // bytes that a statistic's copy takes, and statistics
   // The loops work on a copy of a chunk where its type is narrow, or its runs are shorter than a pack.
   const bool copied;
   const int64_t copied_stride;
@@ -459,6 +461,7 @@ struct Runs : Walk {
         chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
         gathered(affine == Affine::uniform &&
                  (at.B < lanes || (at.A > 1 && (at.B < short_run || (at.B < longest_gathered && c.n * wide_width <= gather_bytes))))),
+        panel_step((c.n + lanes) * wide_width), panel(larger(1, smaller(8, panel_bytes / panel_step))),
         copied(narrow || at.B < lanes), copied_stride(larger(at.B, lanes)), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
@@ -526,17 +529,19 @@ struct Runs : Walk {
     return Parameter(data, type, wide, affine == Affine::elements ? at.C : 0, spread, at.B < lanes, otherwise);
   }
 
-  // Copy the runs of a statistic together.
-  void gather(const void* from, int64_t g, void* to) const {
-    if (copied) copy_in(move(from, start(g)), at.sa, to, at.B, at.A, at.B);
-    else loops.gather({at.A, at.B, at.sa, at.B, 0, false}, move(from, start(g)), to);
+  // fn(from, to) for panels of neighbouring statistics.
+  template <class Fn> void each_panel(const Fn& fn) const {
+    const int64_t panels = (at.G2 + panel - 1) / panel;
+    parallel(at.G1 * panels, call.threads, [&](int64_t i) {
+      int64_t first = i / panels * at.G2, from = i % panels * panel;
+      fn(first + from, first + smaller(at.G2, from + panel));
+    });
   }
-  // Ask for the runs that are copied together next. Inline, or GCC drops the call: it sees no effect.
-  __attribute__((always_inline)) inline void fetch(const void* from, int64_t g) const {
-    if (g >= at.G) return;
-    const char* run = (const char*)move(from, start(g));
-    for (int64_t a = 0; a < at.A; a++, run += at.sa * width)
-      for (int64_t i = 0; i < at.B * width; i += 64) __builtin_prefetch(run + i);
+  // Copy the runs of each statistic of a panel together.
+  void gather(const void* tensor, int64_t from, int64_t to, char* out) const {
+    const void* first = move(tensor, start(from));
+    if (!copied) return loops.gather({at.A, at.B, at.sa, at.B, 0, false}, to - from, at.sg2, panel_step / wide_width, first, out);
+    for (int64_t i = 0; i < to - from; i++) copy_in(move(first, i * at.sg2), at.sa, out + i * panel_step, at.B, at.A, at.B);
   }
 
   template <class Fn> void each_chunk(const Fn& fn) const {
@@ -593,23 +598,27 @@ struct Runs : Walk {
     };
 
     if (gathered) {
-      parallel(at.G, call.threads, [&](int64_t g) {
-        const int64_t size = (call.n + lanes) * wide_width;
-        Scratch scratch(2 * size);
-        char *x = scratch.data, *y = x + size;
-        gather(call.x, g, x);
-        fetch(call.x, g + 1);
+      each_panel([&](int64_t from, int64_t to) {
+        Scratch scratch((to - from + 1) * panel_step);
+        char *x = scratch.data, *y = x + (to - from) * panel_step;
         Block together = {1, call.n, 0, 0, 0, false};
-        sums[g] = loops.sum(together, x);
-        loops.locations(call, g, g + 1, &sums[g]);
-        powers[g] = loops.powers(together, x, centered ? saved(0, g) : 0, p);
-        loops.scales(call, g, g + 1, &sums[g], &powers[g], true, true);
-        int64_t c = group(g) * at.Bc;
-        double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
-        void* to = move(call.y, start(g));
-        if (!copied) return loops.output({at.A, at.B, at.B, at.sa, 0, past_cache}, x, to, mu, scale, shift);
-        loops.output(together, x, y, mu, scale, shift);
-        copy_out(y, at.B, to, at.sa, at.A, at.B);
+        gather(call.x, from, to, x);
+        for (int64_t g = from; g < to; g++) sums[g] = loops.sum(together, x + (g - from) * panel_step);
+        loops.locations(call, from, to, sums + from);
+        for (int64_t g = from; g < to; g++)
+          powers[g] = loops.powers(together, x + (g - from) * panel_step, centered ? saved(0, g) : 0, p);
+        loops.scales(call, from, to, sums + from, powers + from, true, true);
+        for (int64_t g = from; g < to; g++, x += panel_step) {
+          int64_t c = group(g) * at.Bc;
+          double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
+          void* out = move(call.y, start(g));
+          if (!copied) {
+            loops.output({at.A, at.B, at.B, at.sa, 0, past_cache}, x, out, mu, scale, shift);
+            continue;
+          }
+          loops.output(together, x, y, mu, scale, shift);
+          copy_out(y, at.B, out, at.sa, at.A, at.B);
+        }
       });
     } else if (known) {
       loops.locations(call, 0, at.G, sums);
@@ -646,7 +655,7 @@ struct Runs : Walk {
     const int64_t copies = affine == Affine::uniform ? 1 : blocks;
     Buffer totals, parameters, coefficients;
     Totals* partial = (Totals*)totals.allocate(at.G * (chunks + 1) * sizeof(Totals));
-    Totals* sums = partial + at.G * chunks;
+    double *of_dy = (double*)(partial + at.G * chunks), *of_from_mu = of_dy + at.G, *of_u = of_from_mu + at.G;
     double* dw = (double*)parameters.zeroed(2 * copies * stride * sizeof(double));
     double* db = dw + copies * stride;
     char* constant = (char*)coefficients.zeroed(2 * at.G * wide_width);
@@ -697,43 +706,53 @@ struct Runs : Walk {
       Scratch scratch(3 * copy_bytes());
       put(g, chunk(g, k, scratch, true, call.dx, next_again));
     };
-    // From the sums of a statistic to dw, db, what dx needs, and the state.
-    auto finish = [&](int64_t g) {
-      Totals& t = sums[g];
-      if (affine == Affine::uniform) {
-        dw[g] = t.from_mu * saved(1, g);
-        db[g] = t.dy;
-        t.dy *= gain(group(g) * at.Bc);
-        t.from_mu *= gain(group(g) * at.Bc);
+    // From the sums of statistics to dw, db, what dx needs, and the state.
+    auto finish = [&](int64_t from, int64_t to) {
+      for (int64_t g = from; affine == Affine::uniform && g < to; g++) {
+        double w = gain(group(g) * at.Bc);
+        dw[g] = of_from_mu[g] * saved(1, g);
+        db[g] = of_dy[g];
+        of_dy[g] *= w;
+        of_from_mu[g] *= w;
       }
       if (call.dx)
-        loops.stream_gradients(call, g, g + 1, &t.dy, &t.from_mu, &t.u, move_wide(constant, g), move_wide(along, g), true, true);
+        loops.stream_gradients(call, from, to, of_dy + from, of_from_mu + from, of_u + from, move_wide(constant, from), move_wide(along, from), true, true);
     };
+    auto set_sums = [&](int64_t g, const Totals& t) { of_dy[g] = t.dy, of_from_mu[g] = t.from_mu, of_u[g] = t.u; };
     auto fold = [&](int64_t g) {
-      sums[g] = {0, 0, 0};
-      for (int64_t k = 0; k < chunks; k++) sums[g].add(&partial[g * chunks + k].dy);
-      finish(g);
+      Totals sum = {0, 0, 0};
+      for (int64_t k = 0; k < chunks; k++) sum.add(&partial[g * chunks + k].dy);
+      set_sums(g, sum);
+      finish(g, g + 1);
     };
 
     if (gathered) {
-      parallel(at.G, call.threads, [&](int64_t g) {
-        const int64_t size = (call.n + lanes) * wide_width;
-        Scratch scratch(3 * size);
-        char *x = scratch.data, *dy = x + size, *dx = dy + size;
-        gather(call.x, g, x);
-        gather(call.dy, g, dy);
-        fetch(call.x, g + 1);
-        double mu = saved(0, g), centre = centered ? mu : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
+      each_panel([&](int64_t from, int64_t to) {
+        Scratch scratch((2 * (to - from) + 1) * panel_step);
+        char *x = scratch.data, *dy = x + (to - from) * panel_step, *dx = dy + (to - from) * panel_step;
         Block together = {1, call.n, 0, 0, 0, false};
-        loops.gradients(together, x, dy, mu, centre, p, &sums[g].dy);
-        fetch(call.dy, g + 1);
-        finish(g);
+        gather(call.x, from, to, x);
+        gather(call.dy, from, to, dy);
+        for (int64_t g = from; g < to; g++) {
+          double mu = saved(0, g);
+          int64_t offset = (g - from) * panel_step;
+          Totals t;
+          loops.gradients(together, x + offset, dy + offset, mu, centered ? mu : 0, p, &t.dy);
+          set_sums(g, t);
+        }
+        finish(from, to);
         if (!call.dx) return;
-        double b = number(constant, wide, g), u = number(along, wide, g);
-        void* to = move(call.dx, start(g));
-        if (!copied) return loops.input({at.A, at.B, at.B, at.sa, 0, past_cache}, x, dy, to, centre, scale, b, u, p);
-        loops.input(together, x, dy, dx, centre, scale, b, u, p);
-        copy_out(dx, at.B, to, at.sa, at.A, at.B);
+        for (int64_t g = from; g < to; g++, x += panel_step, dy += panel_step) {
+          double centre = centered ? saved(0, g) : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
+          double b = number(constant, wide, g), u = number(along, wide, g);
+          void* out = move(call.dx, start(g));
+          if (!copied) {
+            loops.input({at.A, at.B, at.B, at.sa, 0, past_cache}, x, dy, out, centre, scale, b, u, p);
+            continue;
+          }
+          loops.input(together, x, dy, dx, centre, scale, b, u, p);
+          copy_out(dx, at.B, out, at.sa, at.A, at.B);
+        }
       });
     } else if (known && call.dx) {
       Buffer zeros;

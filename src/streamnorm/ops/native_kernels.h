@@ -304,11 +304,16 @@ template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pac
 
 // --- loops over a block: `rows` stretches of `length` contiguous elements -------------------------------------------------
 
-template <class F> void gather(const Block& block, const void* from_, void* to_) {
+// From `count` neighbours, so far apart, of each stretch: theirs together.
+template <class F> void gather(const Block& block, int64_t count, int64_t from_apart, int64_t to_apart, const void* from_, void* to_) {
   const F* from = (const F*)from_;
   F* to = (F*)to_;
   for (int64_t r = 0; r < block.rows; r++, from += block.from, to += block.to)
-    map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(to + i, load(from + i)); });
+    for (int64_t i = 0; i < count; i++) {
+      const F* x = from + i * from_apart;
+      F* copy = to + i * to_apart;
+      map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(copy + i, load(x + i)); });
+    }
 }
 
 template <class F> double sum(const Block& block, const void* x_) {
