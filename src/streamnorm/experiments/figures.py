@@ -144,6 +144,8 @@ def _label(axes: Axes, labels: list[tuple[float, Method]], x: float) -> None:
     low, high = axes.get_ylim()
     ordered = sorted(labels, key=lambda label: label[0])
     heights = _apart([value for value, _ in ordered], 0.055 * (high - low))
+    too_high = max(0.0, heights[-1] - high)  # the title stands above
+    heights = [height - too_high for height in heights]
     for (value, method), height in zip(ordered, heights, strict=True):
         axes.plot([x + 0.03, x + 0.11], [value, height], color=method.colour, alpha=0.6, linewidth=0.9, clip_on=False)
         axes.text(x + 0.14, height, method.label, color=method.colour, fontweight="bold", va="center")

@@ -806,7 +806,7 @@ struct Runs : Walk {
 
 // Rows: a statistic is a column of a matrix whose rows are contiguous.
 struct Rows : Walk {
-  static constexpr int64_t task_size = 65536, strip_size = 8192;
+  static constexpr int64_t task_size = 65536, strip_size = 4096;
 
   const int64_t columns, stride;  // stride: columns, in whole packs
   const bool copied;              // as in Runs
@@ -970,42 +970,7 @@ template <class W> void walk(const Call& call, bool forward) {
   else kernel.backward();
 }
 
-// How many columns of rows to walk at a time. Each is read several times; a panel of whole cache lines that fits the cache
-// is fetched once. Not for the one-pass mode, nor where even a panel one line wide is too long.
-int64_t panel_columns(const Call& call) {
-  constexpr int64_t panel_size = 1 << 19, longest = 1 << 23, line = 64;
-  const Layout& at = *call.layout;
-  const int64_t column = at.A * at.B * bytes(call.type), columns_per_line = line / bytes(call.type);
-  if (at.G1 > 1 || is_one_pass(call) || column * at.C <= panel_size || column * columns_per_line > longest) return at.C;
-  return smaller(at.C, larger(1, panel_size / column / columns_per_line) * columns_per_line);
-}
-// The call for some of the columns of another.
-struct Panel {
-  Layout layout;
-  Call call;
-  Panel(const Call& whole, int64_t from, int64_t columns, int threads) : layout(*whole.layout), call(whole) {
-    auto move = [from](auto& p, int64_t width) { if (p) p = (decltype(+p))((char*)p + from * width); };
-    const int64_t wide = bytes(wide_of(call.type));
-    layout.C = columns;
-    call.layout = &layout;
-    call.threads = threads;
-    move(call.x, bytes(call.type)), move(call.dy, bytes(call.type)), move(call.y, bytes(call.type)), move(call.dx, bytes(call.type));
-    move(call.weight, bytes(call.weight_type)), move(call.bias, bytes(call.bias_type));
-    move(call.dw, bytes(call.dw_type)), move(call.db, bytes(call.bias_type));
-    move(call.lasting, wide), move(call.recent, wide), move(call.saved, wide);
-    move(call.count, sizeof *call.count), move(call.moments, sizeof *call.moments);
-  }
-};
-void walk_rows(const Call& call, bool forward) {
-  const int64_t columns = call.layout->C, width = panel_columns(call), panels = (columns + width - 1) / width;
-  if (panels == 1) return walk<Rows>(call, forward);
-  const bool apart = panels >= call.threads;  // a thread takes whole panels, or all share each panel
-  parallel(panels, apart ? call.threads : 1, [&](int64_t i) {
-    Panel panel(call, i * width, smaller(width, columns - i * width), apart ? 1 : call.threads);
-    walk<Rows>(panel.call, forward);
-  });
-}
-void run(const Call& call, bool forward) { call.layout->rows ? walk_rows(call, forward) : walk<Runs>(call, forward); }
+void run(const Call& call, bool forward) { call.layout->rows ? walk<Rows>(call, forward) : walk<Runs>(call, forward); }
 
 // --- from a view and a tensor's strides to a layout ----------------------------------------------------------------------
 

@@ -446,6 +446,7 @@ template <int N> struct Count {
 template <class F, class Fn> INLINE void tiles(int64_t columns, const Fn& fn) {
   constexpr int L = Pack<F>::lanes;
   int64_t c = 0;
+  for (; c + 4 * L <= columns; c += 4 * L) fn(All{}, Count<4>{}, c);
   for (; c + 2 * L <= columns; c += 2 * L) fn(All{}, Count<2>{}, c);
   for (; c < columns; c += L) {
     int64_t at = larger(0, smaller(c, columns - L));
@@ -457,7 +458,6 @@ template <class F, class Fn> INLINE void tiles(int64_t columns, const Fn& fn) {
 template <int K, int W, class F, class M, class Body>
 INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double* sums, int64_t stride, const Body& body) {
   constexpr int L = Pack<F>::lanes;
-  Sum<F> sum[W][K];
   for (int64_t r = 0; r < block.rows; r += 8) {
     Pack<F> few[W][K] = {};
     int64_t end = smaller(8, block.rows - r);
@@ -467,9 +467,12 @@ INLINE void add_rows(const Block& block, const M& lanes, int64_t offset, double*
         body(w, offset + w * L, q);
         EACH(k, K, few[w][k] = few[w][k] + q[k]);
       });
-    EACH(w, W, EACH(k, K, sum[w][k].add(lanes(few[w][k]))));
+    EACH(w, W, EACH(k, K, {
+      Sum<F> sum;
+      sum.add(lanes(few[w][k]));
+      sum.add_to(sums + k * stride + w * L);
+    }));
   }
-  EACH(w, W, EACH(k, K, sum[w][k].add_to(sums + k * stride + w * L)));
 }
 
 template <class F> void sum_columns(const Block& block, const void* x_, double* out) {
