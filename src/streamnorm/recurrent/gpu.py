@@ -36,7 +36,7 @@ MOST_UNITS = 8
 MOST_ROWS = 64
 """Sequences of a tile."""
 
-ELEMENTS_PER_WARP = 256
+ELEMENTS_PER_WARP = 512
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
@@ -46,7 +46,9 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and weights.hr is None
         and norms.cell is None
         and all(norm is None or _is_known(norm) for norm in norms)
-        and all(type(t) in (Tensor, nn.Parameter) and gpu._on_device(t) for t in (data, *hidden, *weights) if t is not None)
+        and all(
+            type(t) in (Tensor, nn.Parameter) and gpu._on_device(t) for t in (data, *hidden, *weights) if t is not None
+        )
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
@@ -55,10 +57,12 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
     )
 
 
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and gpu._on_device(t)
+
+
 def _is_known(norm: nn.Module) -> bool:
-    return (
-        isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and gpu._on_device(norm.long)
-    )
+    return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and gpu._on_device(norm.long)
 
 
 def run(
@@ -140,7 +144,7 @@ class _Run:
         self.starts = [0, *accumulate(sizes)]
         self.hidden, self.features = t.w_hh.shape[1], GATES[kind] * t.w_hh.shape[1]
         self.cut = _cut(sizes[0], self.hidden, GATES[kind])
-        self.h0, self.c0 = t.h.contiguous(), None if t.c is None else t.c.contiguous()
+        self.h0, self.c0 = t.h.resolve_neg().contiguous(), gpu._flat(t.c)
         new = t.data.new_empty
         self.cells = new(self.starts[-1], self.hidden) if kind == "LSTM" else None
         self.x = self._path(norms.ih, t.data @ t.w_ih.t(), t.gain_ih, t.b_ih)
@@ -199,28 +203,24 @@ class _Run:
 
     def backward(
         self, t: Tensors, needs: Tensors, output: Tensor, d_output: Tensor | None, d_finals: tuple[Tensor | None, ...]
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Tensor]:
         """All steps in reverse: the gradients by the names of what they belong to."""
-        d_hidden, *d_cells = (
-            torch.zeros_like(start) if d is None else d.clone(memory_format=torch.contiguous_format)
-            for d, start in zip(d_finals, (self.h0, self.c0))
+        d_hidden, d_cells = (
+            None if start is None else torch.zeros_like(start) if d is None else _copy(d)
+            for d, start in zip((*d_finals, None), (self.h0, self.c0))
         )
+        assert d_hidden is not None
         flows_into_x, first_flows = needs.data or needs.w_ih, needs.w_hh or needs.h
-        into_x, into_h = self._into(flows_into_x, output)
+        d_x, d_h = torch.empty_like(self.x.products), torch.empty_like(self.h.products)
+        into_x, into_h = self._into(d_x if flows_into_x else None, d_h)
         x, h = (_backward_stream(path, norm) for path, norm in zip((self.x, self.h), self.norms))
-        constants, total = self._constants("beta"), self.starts[-1]
-        d_products = into_h.dx.split(self.sizes) if into_h.dx is not None else ()
+        constants, total, d_products = self._constants("beta"), self.starts[-1], d_h.split(self.sizes)
         for number in reversed(range(len(self.sizes))):
-            flows = number > 0 or first_flows
-            into = (into_x, into_h if flows else into_h._replace(dx=None))
+            into = (into_x, into_h if number > 0 or first_flows else into_h._replace(dx=None))
             states = (output, self.cells, *self._states_before(number, output))
             numbers = self._numbers(number, after=total - self.starts[number])
-            _launch(
-                "backward_step",
-                self.cut,
-                (x, h, *into, *states, d_output, d_hidden, *(d_cells or [None]), *numbers),
-                constants,
-            )
+            arguments = (x, h, *into, *states, d_output, d_hidden, d_cells, *numbers)
+            _launch("backward_step", self.cut, arguments, constants)
             if number > 0 or needs.h:
                 d_hidden[: self.sizes[number]].addmm_(d_products[number], t.w_hh)
         if flows_into_x:
@@ -228,24 +228,28 @@ class _Run:
         _count(h, total if first_flows else total - self.sizes[0])
 
         found = {"gain_ih": into_x.d_gain, "b_ih": into_x.d_bias, "gain_hh": into_h.d_gain, "b_hh": into_h.d_bias}
-        found.update(zip(("h", "c"), (d_hidden, *d_cells)))
+        found["h"] = d_hidden
+        if d_cells is not None:
+            found["c"] = d_cells
         if needs.data:
-            found["data"] = into_x.dx @ t.w_ih
+            found["data"] = d_x @ t.w_ih
         if needs.w_ih:
-            found["w_ih"] = into_x.dx.t() @ t.data
+            found["w_ih"] = d_x.t() @ t.data
         if needs.w_hh:
-            found["w_hh"] = into_h.dx.t() @ torch.cat(self._before(output))
+            found["w_hh"] = d_h.t() @ torch.cat(self._before(output))
         return found
 
-    def _into(self, flows_into_x: bool, like: Tensor) -> tuple[_Into, _Into]:
-        """Room for the gradients of both paths. Only in a GRU their gates' gradients differ."""
-        d_affine = like.new_zeros(4, self.features)
-        dy_x = like.new_empty(self.sizes[0], self.features)
+    def _into(self, d_x: Tensor | None, d_h: Tensor) -> tuple[_Into, _Into]:
+        """Room for the gradients of both paths. Only in a GRU those of their gates differ."""
+        d_affine = d_h.new_zeros(4, self.features)
+        dy_x = d_h.new_empty(self.sizes[0], self.features)
         dy_h = torch.empty_like(dy_x) if self.kind == "GRU" else dy_x
-        dx = torch.empty_like(self.x.products) if flows_into_x else None
-        dh = torch.empty_like(self.h.products)
-        scales = [_grad_scale(norm, like) for norm in self.norms[:2]]
-        return _Into(dy_x, dx, d_affine[0], d_affine[1], scales[0]), _Into(dy_h, dh, d_affine[2], d_affine[3], scales[1])
+        scale_x, scale_h = (_grad_scale(norm, d_h) for norm in self.norms[:2])
+        return _Into(dy_x, d_x, d_affine[0], d_affine[1], scale_x), _Into(dy_h, d_h, d_affine[2], d_affine[3], scale_h)
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _forward_stream(path: _Path, norm: nn.Module | None) -> _Path:

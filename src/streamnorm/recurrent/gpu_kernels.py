@@ -2,8 +2,8 @@
 
 A program works on a few hidden units, in all gates and for all sequences of a step. With one statistic per feature
 nothing of a unit depends on another one but by the matrix products, which PyTorch makes between the launches: no sum
-crosses programs. For statistics the units of all gates lie side by side in a tile, ``ROWS × COLS``, so that a path takes
-one reduction for all of them; the gates themselves are computed on tiles of ``ROWS × UNITS``.
+crosses programs. For statistics the units of all gates lie side by side in a tile, ``ROWS × COLS``, so that a sum takes
+one reduction for all gates; the gates themselves are computed on tiles of ``ROWS × UNITS``.
 
 What one part of a kernel finds and the next one reads goes through memory, where the cache keeps it: mu and 1/s of
 every feature (which backward reads too), and backward the gradients of the gates.
@@ -84,9 +84,7 @@ def _collect_statistics(
         total += _load(path.products, (first + row) * G + g, exists & live, WIDE)
     b_mu = _total(total, True) / rows
     seen = _seen(path.samples, use.window) + after
-    mu = _location(
-        b_mu, g, live, rows, path.long, path.short, path.count, seen, use.w1, use.w2, use.w3, use.window
-    )
+    mu = _location(b_mu, g, live, rows, path.long, path.short, path.count, seen, use.w1, use.w2, use.w3, use.window)
 
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(TILES):
@@ -212,10 +210,7 @@ def forward_step(
             state = output * _tanh(cell)
         else:
             state = _sum_of_paths(x, h, number, 0, row, exists, unit, live, H, G, WIDE)
-            if KIND == "RNN_TANH":
-                state = _tanh(state)
-            else:
-                state = tl.where(state < 0, 0, state)  # NaN stays
+            state = _tanh(state) if KIND == "RNN_TANH" else tl.where(state < 0, 0, state)  # NaN stays
         tl.store(output_ptr + at, state, mask=inside)
 
 
@@ -281,17 +276,14 @@ def backward_step(
             d_forget = d_cell * _load(previous_cells_ptr, at_before, inside, WIDE) * forget * (1 - forget)
             d_candidate = d_cell * input * (1 - candidate * candidate)
             _store_gates(d_x, H, inside, (d_input, d_forget, d_candidate, d * squashed * output * (1 - output)))
-            into_past = d * 0
+            into_past = tl.zeros_like(d)
             _wait_for_readers()
             tl.store(d_cells_ptr + at_gradient, d_cell * forget, mask=inside)
         else:
             state = _load(output_ptr, at, inside, WIDE)
-            if KIND == "RNN_TANH":
-                d_sum = d * (1 - state * state)
-            else:
-                d_sum = tl.where(state > 0, d, 0)
+            d_sum = d * (1 - state * state) if KIND == "RNN_TANH" else tl.where(state > 0, d, 0)
             tl.store(d_x, d_sum, mask=inside)
-            into_past = d * 0
+            into_past = tl.zeros_like(d)
         _wait_for_readers()
         tl.store(d_hidden_ptr + at_gradient, into_past, mask=inside)
     _wait_for_writers()
