@@ -81,6 +81,11 @@ def check_order(name: str, ptx: str) -> None:
     for write in stores[-1:] if name == "commit_streams" else stores:
         read = stores[-2] if name == "commit_streams" else max(at for at in loads if at < write)
         assert "bar.sync" in ptx[read:write], f"{name} writes a stream that a slow warp may still read"
+    if name == "forward_step":  # the last counts are followed by the statistics, and these by the gates that read them
+        read = ptx.index("ld.global", stores[-1])
+        write = ptx.rindex("st.global", 0, read)
+        assert write > stores[-1], f"{name} leaves no statistics"
+        assert "bar.sync" in ptx[write:read], f"{name} reads statistics that a slow warp may still write"
 
 
 def step(layer: Any, x: Tensor) -> None:
