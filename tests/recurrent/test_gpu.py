@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import streamnorm as sn
 from streamnorm import ops
@@ -278,6 +279,42 @@ def test_backward_twice_and_second_derivatives() -> None:
         (gradient,) = torch.autograd.grad(model(x)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         gradient.sum().backward()
+
+
+def test_backward_belongs_to_its_forward() -> None:
+    """Whatever happened in between: another use, a commit, other constants."""
+    model: Any = sn.GRU(3, 4, dtype=WIDE, window=30)
+    first, second = torch.randn(2, 2, 3, 3, dtype=WIDE).to(DEVICE)
+    results = []
+    for name in ("triton", "plain"):
+        twin = copy.deepcopy(model).to(DEVICE)
+        with ops.force(name):
+            loss = twin(first)[0].square().sum()
+            twin(second)
+            sn.commit(twin)
+            for norm in (twin.norm_ih_l0, twin.norm_hh_l0):
+                norm.set_stream(sn.Stream(window=5))
+            loss.backward()
+        results.append([*(parameter.grad for parameter in twin.parameters()), *twin.state_dict().values()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    model: Any = sn.GRU(3, 4, dtype=WIDE, window=30)
+    x = torch.randn(2, 3, 3, dtype=WIDE)
+    results = []
+    for region in (False, True):
+        twin, own_x = copy.deepcopy(model).to(DEVICE), _leaf(x)
+        with ops.force("triton"):
+            if region:
+                output, _ = checkpoint(twin, own_x, use_reentrant=False, context_fn=sn.checkpoint_context_fn)
+            else:
+                output, _ = twin(own_x)
+            output.square().sum().backward()
+        results.append([own_x.grad, *(p.grad for p in twin.parameters()), *twin.state_dict().values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_without_a_gradient() -> None:

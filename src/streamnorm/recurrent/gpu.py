@@ -141,6 +141,7 @@ class _Run:
 
     def __init__(self, kind: str, sizes: list[int], norms: Norms, t: Tensors) -> None:
         self.kind, self.sizes, self.norms = kind, sizes, norms
+        self.formulas = [norm.formula if isinstance(norm, Norm) else None for norm in norms[:2]]
         self.starts = [0, *accumulate(sizes)]
         self.hidden, self.features = t.w_hh.shape[1], GATES[kind] * t.w_hh.shape[1]
         self.cut = _cut(sizes[0], self.hidden, GATES[kind])
@@ -172,13 +173,10 @@ class _Run:
     def _constants(self, weights: str) -> dict[str, Any]:
         """What the kernels of one direction must know beforehand."""
         dtype, tl = self.h.products.dtype, gpu._kernels().tl
-        uses = []
-        for norm in self.norms[:2]:
-            formula = norm.formula if isinstance(norm, Norm) else None
-            uses.append(None if formula is None else _use(formula, getattr(formula, weights), dtype))
+        of_x, of_h = (f if f is None else _use(f, getattr(f, weights), dtype) for f in self.formulas)
         return {
-            "OF_X": uses[0],
-            "OF_H": uses[1],
+            "OF_X": of_x,
+            "OF_H": of_h,
             "KIND": self.kind,
             "GATES": GATES[self.kind],
             "ROWS": self.cut.rows,
