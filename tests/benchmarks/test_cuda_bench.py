@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from streamnorm import ops
 from streamnorm.benchmarks import cuda
+from streamnorm.benchmarks import cuda_cases as cuda_cases_module
 from streamnorm.benchmarks.cuda_cases import (
     POOL_BYTES,
     SUITES,
@@ -25,6 +28,8 @@ from streamnorm.benchmarks.cuda_cases import (
 )
 from streamnorm.benchmarks.cuda_timing import Device, Effort, copy_speed, ratio, time_in_turns
 from streamnorm.cli import main
+from streamnorm.ops import gpu
+from streamnorm.recurrent import gpu as recurrent_gpu
 
 CPU = torch.device("cpu")
 EFFORT = Effort(block=0.1, rounds=4, warm_up=0.2)
@@ -169,6 +174,24 @@ def test_every_contestant_trains() -> None:
         steps = build()
         assert steps.needs_host is name.startswith("loop")
         steps.together[0]()
+
+
+@pytest.mark.skipif(gpu.status().startswith("not available"), reason=gpu.status())
+def test_the_gru_is_timed_on_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted where there is no GPU, which has to be forced."""
+    launched = []
+    launch = recurrent_gpu._launch
+
+    def noted(name: str, *arguments: Any) -> None:
+        launched.append(name)
+        launch(name, *arguments)
+
+    monkeypatch.setattr(recurrent_gpu, "_launch", noted)
+    monkeypatch.setattr(cuda_cases_module, "STEPS", 2)
+    device = torch.device("cpu" if gpu.INTERPRETED else "cuda")
+    with ops.force("triton") if gpu.INTERPRETED else nullcontext():
+        _recurrent(1, 4, device)["sn.GRU streaming"]().together[0]()
+    assert launched == ["forward_step"] * 2 + ["backward_step"] * 2
 
 
 def test_inputs_exceed_the_cache() -> None:

@@ -12,50 +12,59 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import streamnorm as sn
 from streamnorm import ops
 from streamnorm.ops import gpu
+from streamnorm.recurrent import gpu as recurrent_gpu
 
-HOPPER = GPUTarget("cuda", 90, 32)
-NAMES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-}
-done: set[tuple[Any, ...]] = set()
+done: set[str] = set()
+
+
+class Hopper:
+    """In the place of Triton's driver: a GPU for which it compiles and on which nothing runs."""
+
+    def get_current_target(self) -> GPUTarget:
+        """What it is."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """Its number."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Never used."""
+        return 0
+
+
+def compile_layer_kernel(
+    name: str, grid: tuple[int, ...], cut: gpu.Cut | None, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """In the place of ``gpu._launch``."""
+    kernel = getattr(gpu._kernels(), name)
+    wanted = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    compile_instead(kernel, grid, arguments, wanted, 4 if cut is None else cut.warps)
+
+
+def compile_recurrent_kernel(
+    name: str, cut: recurrent_gpu.Cut, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """In the place of ``recurrent.gpu._launch``."""
+    kernel = getattr(recurrent_gpu._kernels(), name)
+    compile_instead(kernel, (cut.programs,), arguments, constants, cut.warps)
 
 
 def compile_instead(
-    name: str, grid: tuple[int, ...], cut: gpu.Cut | None, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int
 ) -> None:
-    """In the place of ``gpu._launch``: specialize the arguments as Triton does, and compile."""
-    kernel = getattr(gpu._kernels(), name)
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, (key, value) in enumerate(zip(kernel.arg_names, arguments)):
-        if value is None or (not isinstance(value, Tensor) and value == 1):
-            signature[key], constexprs[i,] = "constexpr", value
-        else:
-            signature[key] = NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
-                attributes[i,] = [["tt.divisibility", 16]]
-    for i, key in enumerate(kernel.arg_names):
-        if i >= len(arguments):
-            signature[key], constexprs[i,] = "constexpr", constants[key]
-    known = (name, tuple(signature.items()), str(constexprs), str(attributes))
-    if known in done:
+    """Do what a launch does, up to the launch itself."""
+    compiled = kernel.warmup(*arguments, **constants, grid=grid, num_warps=warps)
+    if compiled.hash in done:
         return
-    done.add(known)
-    warps = 4 if cut is None else cut.warps
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps})
-    check_order(name, compiled.asm["ptx"])
-    loads = sorted(set(re.findall(r"ld\.global\.(?:v\d\.)?b\d+", compiled.asm["ptx"])))
+    done.add(compiled.hash)
+    name, ptx = kernel.__name__, compiled.asm["ptx"]
+    check_order(name, ptx)
+    loads = sorted(set(re.findall(r"ld\.global\.(?:v\d\.)?b\d+", ptx)))
     print(name, f"warps {warps}, shared {compiled.metadata.shared}", *loads)
 
 
@@ -67,27 +76,35 @@ def check_order(name: str, ptx: str) -> None:
     """
     loads = [match.start() for match in re.finditer(r"ld\.global(\.v\d)?\.b64", ptx)]
     stores = [match.start() for match in re.finditer(r"st\.global(\.v\d)?\.b64", ptx)]
-    if not stores or (".f64" in ptx and name != "commit_streams"):
+    if ".f64" in ptx and name != "commit_streams":
         return
-    write = stores[-1] if name == "commit_streams" else stores[0]
-    read = stores[-2] if name == "commit_streams" else max(at for at in loads if at < write)
-    assert "bar.sync" in ptx[read:write], f"{name} writes a stream that a slow warp may still read"
+    for write in stores[-1:] if name == "commit_streams" else stores:
+        read = stores[-2] if name == "commit_streams" else max(at for at in loads if at < write)
+        assert "bar.sync" in ptx[read:write], f"{name} writes a stream that a slow warp may still read"
+    if name == "forward_step":  # the last counts are followed by the statistics, and these by the gates that read them
+        read = ptx.index("ld.global", stores[-1])
+        write = ptx.rindex("st.global", 0, read)
+        assert write > stores[-1], f"{name} leaves no statistics"
+        assert "bar.sync" in ptx[write:read], f"{name} reads statistics that a slow warp may still write"
 
 
-def step(layer: sn.Norm, x: Tensor) -> None:
+def step(layer: Any, x: Tensor) -> None:
     """Forward, backward, commit."""
     x = x.requires_grad_()
     y = layer(x)
+    y = y[0] if isinstance(y, tuple) else y
     y.backward(torch.empty_like(y))
     sn.commit(layer)
 
 
 def main() -> None:
-    """Each way, layout and dtype at least once."""
+    """Each way, layout and dtype at least once, and each network."""
     gpu.INTERPRETED = True  # this engine takes CPU tensors; nothing is interpreted, since nothing is launched
     gpu._missing = lambda: None  # type: ignore[assignment]
     gpu._processors = lambda device: 132  # type: ignore[assignment]
-    gpu._launch = compile_instead
+    gpu._launch = compile_layer_kernel
+    recurrent_gpu._launch = compile_recurrent_kernel
+    triton.runtime.driver.set_active(Hopper())
     last = torch.channels_last
     past: dict[str, Any] = {"alpha": (1, 0, 0), "beta": (1, 0, 0)}
     with ops.force("triton"):
@@ -97,6 +114,10 @@ def main() -> None:
         step(sn.StreamingNorm2d(256, p=1.2, center="zero"), torch.empty(16, 256, 14, 14))
         step(sn.StreamingNorm1d(256, affine=False), torch.empty(1, 256))
         step(sn.StreamingNorm2d(8, ref="layer", dtype=torch.float64), torch.empty(2, 8, 7, 7, dtype=torch.float64))
+        step(sn.GRU(64, 128), torch.empty(2, 32, 64))
+        step(sn.LSTM(64, 37, p=2, window=100), torch.empty(2, 150, 64))
+        step(sn.RNN(64, 128, p=1.5, center="zero", dtype=torch.float64), torch.empty(2, 1, 64, dtype=torch.float64))
+        step(sn.RNN(64, 128, nonlinearity="relu"), torch.empty(1, 1, 64))
 
 
 if __name__ == "__main__":

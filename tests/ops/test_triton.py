@@ -494,6 +494,7 @@ def test_every_kernel_compiles() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
     assert {"forward_whole", "backward_whole", "output", "input_gradient", "commit_streams"} <= kernels
+    assert {"forward_step", "backward_step"} <= kernels
 
 
 @pytest.mark.cuda
@@ -546,15 +547,16 @@ def test_a_captured_training_step_gives_what_eager_gives(engine: str, stream: st
 
 
 def test_recurrent_layers_take_these_kernels(launched: list[str]) -> None:
+    """Those that the engine for whole sequences leaves alone (``tests/recurrent/test_gpu.py``)."""
     results = []
     for engine in ("triton", "torch"):
         torch.manual_seed(0)
-        network = sn.LSTM(3, 4).double().to(DEVICE)
+        network = sn.LSTM(3, 4, norm_cell=True).double().to(DEVICE)
         x = torch.randn(2, 3, 3, dtype=torch.float64).to(DEVICE).requires_grad_()
         with ops.force(engine):
             output = network(x)[0]
             gradients = torch.autograd.grad(output.square().sum(), [x, *network.parameters()])
         results.append([output, *gradients, *network.buffers()])
-    assert launched == ["forward_whole"] * 4 + ["backward_whole"] * 4  # two paths, two steps
+    assert launched == ["forward_whole"] * 6 + ["backward_whole"] * 6  # two paths and the cell, two steps
     for mine, theirs in zip(*results):
         assert near(mine, theirs, 1e-11)

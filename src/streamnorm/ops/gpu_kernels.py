@@ -132,11 +132,20 @@ def _slope(m, inverse, finite, P: tl.constexpr, K_P: tl.constexpr, TINY: tl.cons
 
 
 @triton.jit
+def _seen(samples_ptr, WINDOW: tl.constexpr):
+    """Samples since the last weight update, those of this call included; the window rule alone asks for them."""
+    seen = 0
+    if WINDOW > 0.0:
+        seen = tl.load(samples_ptr)
+    return seen
+
+
+@triton.jit
 def _mixed(
     long,
     short,
     present,
-    samples_ptr,
+    seen,
     W1: tl.constexpr,
     W2: tl.constexpr,
     W3: tl.constexpr,
@@ -144,7 +153,7 @@ def _mixed(
 ):
     """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
     if WINDOW > 0.0:
-        seen = tl.load(samples_ptr).to(long.dtype)
+        seen = seen.to(long.dtype)
         mixed = (WINDOW / (WINDOW + seen)) * long + (seen / (WINDOW + seen)) * short
     else:
         mixed = tl.zeros_like(present)
@@ -183,7 +192,7 @@ def _location(
     long_ptr,
     short_ptr,
     count_ptr,
-    samples_ptr,
+    seen,
     A1: tl.constexpr,
     A2: tl.constexpr,
     A3: tl.constexpr,
@@ -195,7 +204,7 @@ def _location(
     else:
         count = tl.load(count_ptr + g, mask=live, other=0)
         short = _fresh(tl.load(short_ptr + g, mask=live, other=0), count, b_mu, n)
-        mu = _mixed(tl.load(long_ptr + g, mask=live, other=0), short, b_mu, samples_ptr, A1, A2, A3, WINDOW)
+        mu = _mixed(tl.load(long_ptr + g, mask=live, other=0), short, b_mu, seen, A1, A2, A3, WINDOW)
     return mu
 
 
@@ -210,7 +219,7 @@ def _advance(
     long_ptr,
     short_ptr,
     count_ptr,
-    samples_ptr,
+    seen,
     A1: tl.constexpr,
     A2: tl.constexpr,
     A3: tl.constexpr,
@@ -226,7 +235,7 @@ def _advance(
         count = tl.load(count_ptr + g, mask=live, other=0)
         short_mu = _fresh(tl.load(short_ptr + g, mask=live, other=0), count, b_mu, n)
         short_m = _fresh(tl.load(short_ptr + G + g, mask=live, other=0), count, b_m, n)
-        m = _mixed(tl.load(long_ptr + G + g, mask=live, other=0), short_m, b_m, samples_ptr, A1, A2, A3, WINDOW)
+        m = _mixed(tl.load(long_ptr + G + g, mask=live, other=0), short_m, b_m, seen, A1, A2, A3, WINDOW)
         _wait_for_readers()
         tl.store(short_ptr + g, short_mu, mask=live & finite)
         tl.store(short_ptr + G + g, short_m, mask=live & finite)
@@ -317,7 +326,8 @@ def forward_whole(
         offsets, inside = _tile(t, block, A, C, B, COLUMNS, ROWS, COLS)
         rest += tl.where(inside, _load(x_ptr, offsets, inside, WIDE) - shift, 0)
     b_mu = shift + _total(rest, COLUMNS) / n
-    mu = _location(b_mu, c, live, n, long_ptr, short_ptr, count_ptr, samples_ptr, A1, A2, A3, WINDOW)
+    seen = _seen(samples_ptr, WINDOW)
+    mu = _location(b_mu, c, live, n, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
 
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(TILES):
@@ -327,7 +337,7 @@ def forward_whole(
             d = d - mu
         powers += tl.where(inside, _power(tl.abs(d), P), 0)
     b_m = _total(powers, COLUMNS) / n
-    m, finite = _advance(b_mu, b_m, c, live, n, C, long_ptr, short_ptr, count_ptr, samples_ptr, A1, A2, A3, WINDOW)
+    m, finite = _advance(b_mu, b_m, c, live, n, C, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
 
     inverse = _save(saved_ptr, c, live, C, mu, m, finite, P, K_P, EPS, TINY)
     gain, bias = _gain_and_bias(weight_ptr, bias_ptr, c, live, WIDE)
@@ -483,6 +493,7 @@ def combine_statistics(
     rows = parts * C
     part = tl.arange(0, PARTS)[:, None]
 
+    seen = _seen(samples_ptr, WINDOW)
     if LOCATION:
         # About the first shift of all: shifts are near each other, so their differences are small and exact.
         origin = tl.load(partial_ptr + g * K)
@@ -494,7 +505,7 @@ def combine_statistics(
             rest = tl.load(partial_ptr + rows + at, mask=inside, other=0)
             total += rest + count * (shift - origin)
         b_mu = origin + _sum_all(total) / n
-        mu = _location(b_mu, g, live, n, long_ptr, short_ptr, count_ptr, samples_ptr, A1, A2, A3, WINDOW)
+        mu = _location(b_mu, g, live, n, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
         if not MOMENT:
             tl.store(saved_ptr + g, mu)
             tl.store(saved_ptr + 3 * G + g, b_mu)
@@ -516,7 +527,7 @@ def combine_statistics(
         b_m = _sum_all(total) / n
         if ABOUT_SHIFT:
             b_m = tl.where(b_m < 0, 0, b_m)  # by rounding alone; NaN stays
-        m, finite = _advance(b_mu, b_m, g, live, n, G, long_ptr, short_ptr, count_ptr, samples_ptr, A1, A2, A3, WINDOW)
+        m, finite = _advance(b_mu, b_m, g, live, n, G, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
         _save(saved_ptr, g, live, G, mu, m, finite, P, K_P, EPS, TINY)
 
 
@@ -609,7 +620,7 @@ def _paths(
     long_ptr,
     short_ptr,
     count_ptr,
-    samples_ptr,
+    seen,
     P: tl.constexpr,
     CENTERED: tl.constexpr,
     B1: tl.constexpr,
@@ -631,7 +642,7 @@ def _paths(
         count = tl.load(count_ptr + g, mask=live, other=0)
         short_m = _fresh(tl.load(short_ptr + G + g, mask=live, other=0), count, g_m, n)
         long_m = tl.load(long_ptr + G + g, mask=live, other=0)
-        moment_path = _mixed(long_m, short_m, g_m, samples_ptr, B1, B2, B3, WINDOW)
+        moment_path = _mixed(long_m, short_m, g_m, seen, B1, B2, B3, WINDOW)
     moment_path = tl.where(cut, 0, moment_path) * P
     if CENTERED:
         g_mu = g_mu - moment_path * (tl.where(cut, 0, sum_u) / n)
@@ -640,7 +651,7 @@ def _paths(
     else:
         short_mu = _fresh(tl.load(short_ptr + g, mask=live, other=0), count, g_mu, n)
         long_mu = tl.load(long_ptr + g, mask=live, other=0)
-        location_path = _mixed(long_mu, short_mu, g_mu, samples_ptr, B1, B2, B3, WINDOW)
+        location_path = _mixed(long_mu, short_mu, g_mu, seen, B1, B2, B3, WINDOW)
         takes = live & _finite(g_m) & _finite(g_mu)
         _wait_for_readers()
         tl.store(short_ptr + g, short_mu, mask=takes)
@@ -739,7 +750,7 @@ def backward_whole(
         long_ptr,
         short_ptr,
         count_ptr,
-        samples_ptr,
+        _seen(samples_ptr, WINDOW),
         P,
         CENTERED,
         B1,
@@ -890,7 +901,7 @@ def combine_gradients(
         long_ptr,
         short_ptr,
         count_ptr,
-        samples_ptr,
+        _seen(samples_ptr, WINDOW),
         P,
         CENTERED,
         B1,

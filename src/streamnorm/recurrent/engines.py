@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import checkpoint, ops
 from ..norm import Norm
-from . import fused, loop, native
+from . import fused, gpu, loop, native
 from .steps import Hidden, Norms, Weights
 
 
@@ -20,6 +20,8 @@ def run(
     first = ops._active[0]
     if first is ops.native and native.supports(kind, data, sizes, hidden, weights, norms):
         engine = native.run
+    elif ops.gpu in ops._active and gpu.supports(kind, data, sizes, hidden, weights, norms):
+        engine = gpu.run
     elif first is not ops.plain and fused.supports(data, sizes, hidden, weights, norms):
         engine = fused.run
     else:  # step by step: the norms' own forward does the rest

@@ -1,0 +1,319 @@
+"""The whole-sequence engine on NVIDIA GPUs, which gives what ``fused`` gives in fewer launches.
+
+Each time step is one matrix product with the hidden state and one Triton kernel: statistics of both paths and their
+streams, gates, the new state; backward likewise, from the last step to the first. The input's products of all steps
+are one product, and so are the weights' gradients. ``gpu_kernels.py`` has the kernels, and ``ops/gpu.py`` says when
+Triton runs here. Nothing is read back from the device, so a training step can be captured into a CUDA graph: what the
+window rule asks for is a counter on the device, to which a kernel adds how far the sequence has come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..norm import Norm
+from ..normref import NormRef
+from ..ops import gpu
+from ..ops.first_order import first_order_only
+from ..ops.spec import Formula
+from . import fused
+from .steps import GATES, Hidden, Norms, Weights
+from .traced import Tensors
+
+KINDS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
+_PER_FEATURE = NormRef.batch("channel")
+
+MOST_UNITS = 8
+"""Hidden units of a program: few, since there are few of them for so many processors, but whole sectors of memory."""
+
+MOST_ROWS = 64
+"""Sequences of a tile."""
+
+ELEMENTS_PER_WARP = 512
+
+
+def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
+    """Plain tensors on the device and streaming norms of each feature; ``fused`` takes what it supports besides."""
+    return (
+        kind in KINDS
+        and weights.hr is None
+        and norms.cell is None
+        and all(norm is None or _is_known(norm) for norm in norms)
+        and all(
+            type(t) in (Tensor, nn.Parameter) and gpu._on_device(t) for t in (data, *hidden, *weights) if t is not None
+        )
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and fused.supports(data, sizes, hidden, weights, norms)
+    )
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and gpu._on_device(t)
+
+
+def _is_known(norm: nn.Module) -> bool:
+    return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and gpu._on_device(norm.long)
+
+
+def run(
+    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
+) -> tuple[Tensor, Hidden]:
+    """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
+    output, *finals = _Sequence.apply(kind, sizes, norms, *fused.arguments(data, hidden, weights, norms))
+    return output, tuple(finals)
+
+
+class _Path(NamedTuple):
+    """A path as the kernels see it; without a norm it has products and a bias alone. The stream is one direction's."""
+
+    products: Tensor
+    gain: Tensor | None
+    bias: Tensor | None
+    saved: Tensor | None = None
+    long: Tensor | None = None
+    short: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]  # a tuple method of that name is of no use here
+    samples: Tensor | None = None
+
+
+class _Into(NamedTuple):
+    """Where the gradients of a path go: ``dy`` has room for the gates of one step, ``dx`` for the products of all."""
+
+    dy: Tensor
+    dx: Tensor | None
+    d_gain: Tensor
+    d_bias: Tensor
+    scale: Tensor | None
+
+
+class _Use(NamedTuple):
+    """The constants of a norm's use in one direction: the formula's, and α or β."""
+
+    p: float
+    centered: bool
+    k: float
+    eps: float
+    tiny: float
+    w1: float
+    w2: float
+    w3: float
+    window: float
+
+
+def _use(formula: Formula, weights: tuple[float, float, float] | None, dtype: torch.dtype) -> _Use:
+    mix = (0.0, 0.0, 0.0) if weights is None else weights
+    tiny = torch.finfo(dtype).tiny
+    return _Use(formula.p, formula.centered, formula.k, formula.eps, tiny, *mix, formula.window or 0.0)
+
+
+class Cut(NamedTuple):
+    """How a step is cut into programs."""
+
+    units: int
+    rows: int
+    tiles: int
+    programs: int
+    warps: int
+    columns: int
+
+
+@lru_cache(maxsize=4096)
+def _cut(rows: int, hidden: int, gates: int) -> Cut:
+    units = min(MOST_UNITS, gpu._power_of_two(hidden))
+    columns = units * gpu._power_of_two(gates)
+    tile = min(MOST_ROWS, gpu._power_of_two(rows))
+    warps = max(1, min(8, tile * columns // ELEMENTS_PER_WARP))
+    return Cut(units, tile, gpu._ceil(rows, tile), gpu._ceil(hidden, units), warps, columns)
+
+
+class _Run:
+    """A pass over a sequence: what forward leaves for backward, inputs and outputs apart."""
+
+    def __init__(self, kind: str, sizes: list[int], norms: Norms, t: Tensors) -> None:
+        self.kind, self.sizes, self.norms = kind, sizes, norms
+        self.formulas = [norm.formula if isinstance(norm, Norm) else None for norm in norms[:2]]
+        self.starts = [0, *accumulate(sizes)]
+        self.hidden, self.features = t.w_hh.shape[1], GATES[kind] * t.w_hh.shape[1]
+        self.cut = _cut(sizes[0], self.hidden, GATES[kind])
+        self.h0, self.c0 = t.h.resolve_neg().contiguous(), gpu._flat(t.c)
+        new = t.data.new_empty
+        self.cells = new(self.starts[-1], self.hidden) if kind == "LSTM" else None
+        self.x = self._path(norms.ih, t.data @ t.w_ih.t(), t.gain_ih, t.b_ih)
+        self.h = self._path(norms.hh, new(self.starts[-1], self.features), t.gain_hh, t.b_hh)
+
+    def _path(self, norm: nn.Module | None, products: Tensor, gain: Tensor | None, bias: Tensor | None) -> _Path:
+        saved = None if norm is None else products.new_empty(len(self.sizes), 4, self.features)
+        return _Path(products, gpu._flat(gain), gpu._flat(bias), saved)
+
+    def forward(self, w_hh: Tensor) -> tuple[Tensor, ...]:
+        """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
+        output = self.h.products.new_empty(self.starts[-1], self.hidden)
+        x, h = (_forward_stream(path, norm) for path, norm in zip((self.x, self.h), self.norms))
+        constants = self._constants("alpha")
+        w_t, products = w_hh.t(), self.h.products.split(self.sizes)
+        for number, before in enumerate(self._before(output)):
+            torch.mm(before, w_t, out=products[number])
+            states = self._states_before(number, output)
+            numbers = self._numbers(number, after=self.starts[number + 1])
+            _launch("forward_step", self.cut, (x, h, output, self.cells, *states, *numbers), constants)
+        for path in (x, h):
+            _count(path, self.starts[-1])
+        return output, *(_after_last(states, self.sizes) for states in (output, self.cells) if states is not None)
+
+    def _constants(self, weights: str) -> dict[str, Any]:
+        """What the kernels of one direction must know beforehand."""
+        dtype, tl = self.h.products.dtype, gpu._kernels().tl
+        of_x, of_h = (f if f is None else _use(f, getattr(f, weights), dtype) for f in self.formulas)
+        return {
+            "OF_X": of_x,
+            "OF_H": of_h,
+            "KIND": self.kind,
+            "GATES": GATES[self.kind],
+            "ROWS": self.cut.rows,
+            "TILES": self.cut.tiles,
+            "UNITS": self.cut.units,
+            "COLS": self.cut.columns,
+            "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        }
+
+    def _before(self, output: Tensor) -> list[Tensor]:
+        """The hidden states before each step."""
+        return [self.h0, *(state[:rows] for state, rows in zip(output.split(self.sizes), self.sizes[1:]))]
+
+    def _states_before(self, number: int, output: Tensor) -> tuple[Tensor | None, ...]:
+        """The tensors in which the hidden states before a step lie, and the cells."""
+        return (self.h0, self.c0) if number == 0 else (output, self.cells)
+
+    def _numbers(self, number: int, after: int) -> tuple[int, ...]:
+        """Where a step is, in numbers."""
+        before = self.starts[number - 1] if number else 0
+        return number, self.starts[number], before, self.sizes[number], after, self.hidden
+
+    def backward(
+        self, t: Tensors, needs: Tensors, output: Tensor, d_output: Tensor | None, d_finals: tuple[Tensor | None, ...]
+    ) -> dict[str, Tensor]:
+        """All steps in reverse: the gradients by the names of what they belong to."""
+        d_hidden, d_cells = (
+            None if start is None else torch.zeros_like(start) if d is None else _copy(d)
+            for d, start in zip((*d_finals, None), (self.h0, self.c0))
+        )
+        assert d_hidden is not None
+        flows_into_x, first_flows = needs.data or needs.w_ih, needs.w_hh or needs.h
+        d_x, d_h = torch.empty_like(self.x.products), torch.empty_like(self.h.products)
+        into_x, into_h = self._into(d_x if flows_into_x else None, d_h)
+        x, h = (_backward_stream(path, norm) for path, norm in zip((self.x, self.h), self.norms))
+        constants, total, d_products = self._constants("beta"), self.starts[-1], d_h.split(self.sizes)
+        for number in reversed(range(len(self.sizes))):
+            into = (into_x, into_h if number > 0 or first_flows else into_h._replace(dx=None))
+            states = (output, self.cells, *self._states_before(number, output))
+            numbers = self._numbers(number, after=total - self.starts[number])
+            arguments = (x, h, *into, *states, d_output, d_hidden, d_cells, *numbers)
+            _launch("backward_step", self.cut, arguments, constants)
+            if number > 0 or needs.h:
+                d_hidden[: self.sizes[number]].addmm_(d_products[number], t.w_hh)
+        if flows_into_x:
+            _count(x, total)
+        _count(h, total if first_flows else total - self.sizes[0])
+
+        found = {"gain_ih": into_x.d_gain, "b_ih": into_x.d_bias, "gain_hh": into_h.d_gain, "b_hh": into_h.d_bias}
+        found["h"] = d_hidden
+        if d_cells is not None:
+            found["c"] = d_cells
+        if needs.data:
+            found["data"] = d_x @ t.w_ih
+        if needs.w_ih:
+            found["w_ih"] = d_x.t() @ t.data
+        if needs.w_hh:
+            found["w_hh"] = d_h.t() @ torch.cat(self._before(output))
+        return found
+
+    def _into(self, d_x: Tensor | None, d_h: Tensor) -> tuple[_Into, _Into]:
+        """Room for the gradients of both paths. Only in a GRU those of their gates differ."""
+        d_affine = d_h.new_zeros(4, self.features)
+        dy_x = d_h.new_empty(self.sizes[0], self.features)
+        dy_h = torch.empty_like(dy_x) if self.kind == "GRU" else dy_x
+        scale_x, scale_h = (_grad_scale(norm, d_h) for norm in self.norms[:2])
+        return _Into(dy_x, d_x, d_affine[0], d_affine[1], scale_x), _Into(dy_h, d_h, d_affine[2], d_affine[3], scale_h)
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _forward_stream(path: _Path, norm: nn.Module | None) -> _Path:
+    if not isinstance(norm, Norm):
+        return path
+    state = norm.state
+    return path._replace(long=state.long, short=state.short, count=state.count, samples=state.samples)
+
+
+def _backward_stream(path: _Path, norm: nn.Module | None) -> _Path:
+    if not isinstance(norm, Norm):
+        return path
+    s = norm.state
+    return path._replace(long=s.long_grad, short=s.short_grad, count=s.grad_count, samples=s.grad_samples)
+
+
+def _count(path: _Path, samples: int) -> None:
+    """Once the kernels of a sequence have counted for themselves."""
+    if path.samples is not None:
+        path.samples.add_(samples)
+
+
+def _grad_scale(norm: nn.Module | None, like: Tensor) -> Tensor | None:
+    scale = norm._grad_scale if isinstance(norm, Norm) else None
+    return None if scale is None else scale.to(like.device)
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kind: str, sizes: list[int], norms: Norms, *tensors: Any) -> Any:
+        t = Tensors(*tensors)
+        with gpu._device(t.data):
+            run = _Run(kind, sizes, norms, t)
+            output, *finals = run.forward(t.w_hh)
+        ctx.save_for_backward(output, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.run = run
+        return output, *finals
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
+        output, *saved = ctx.saved_tensors
+        needs = Tensors(*ctx.needs_input_grad[3:])
+        if d_output is not None:
+            d_output = d_output.resolve_neg().contiguous()
+        with gpu._device(output):
+            found = ctx.run.backward(Tensors(*saved), needs, output, d_output, d_finals)
+        return None, None, None, *(found[name] if need else None for name, need in zip(Tensors._fields, needs))
+
+
+def _after_last(states: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Of the hidden tensors of all steps those after each sequence's own last step."""
+    following = [*sizes[1:], 0]
+    ended = [state[rows:] for state, rows in zip(states.split(sizes), following) if len(state) > rows]
+    return torch.cat(ended[::-1])
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType:
+    """The kernels, imported when they are needed: Triton takes a while to import."""
+    from . import gpu_kernels
+
+    return gpu_kernels
+
+
+def _launch(name: str, cut: Cut, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Launch the kernel of a step."""
+    getattr(_kernels(), name)[cut.programs,](*arguments, **constants, num_warps=cut.warps)

@@ -1,0 +1,396 @@
+"""The Triton kernels of recurrent networks: one time step a launch; ``gpu.py`` launches them.
+
+A program works on a few hidden units, in all gates and for all sequences of a step. With one statistic per feature
+nothing of a unit depends on another one but by the matrix products, which PyTorch makes between the launches: no sum
+crosses programs. For statistics the units of all gates lie side by side in a tile, ``ROWS × COLS``, so that a sum takes
+one reduction for all gates; the gates themselves are computed on tiles of ``ROWS × UNITS``.
+
+What one part of a kernel finds and the next one reads goes through memory, where the cache keeps it: mu and 1/s of
+every feature (which backward reads too), and backward the gradients of the gates.
+
+The formulas of the normalization are explained in ``ops/plain.py`` and computed by the functions of the other layers'
+kernels; those of the networks are explained in ``steps.py``, their derivatives in ``traced.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..ops.gpu_kernels import (
+    _advance,
+    _derivative_of_power,
+    _gain_and_bias,
+    _input_gradient_tile,
+    _load,
+    _location,
+    _paths,
+    _power,
+    _save,
+    _seen,
+    _total,
+    _wait_for_readers,
+)
+
+
+@triton.jit
+def _wait_for_writers():
+    """Before a value is read that another warp of this program has written."""
+    tl.debug_barrier()
+
+
+@triton.jit
+def _features(H, GATES: tl.constexpr, UNITS: tl.constexpr, COLS: tl.constexpr):
+    """The features of a program's units, gate after gate, and which of them exist."""
+    column = tl.arange(0, COLS)[None, :]
+    gate, unit = column // UNITS, tl.program_id(0) * UNITS + column % UNITS
+    return gate * H + unit, (gate < GATES) & (unit < H)
+
+
+@triton.jit
+def _units(H, UNITS: tl.constexpr):
+    """The hidden units of a program, and which of them exist."""
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[None, :]
+    return unit, unit < H
+
+
+@triton.jit
+def _rows(t, rows, ROWS: tl.constexpr):
+    """The sequences of tile t, and which of them have this step. 64 bits: offsets may be large."""
+    row = t * ROWS + tl.arange(0, ROWS)[:, None]
+    return row.to(tl.int64), row < rows
+
+
+@triton.jit
+def _collect_statistics(
+    path,
+    use,
+    number,
+    first,
+    rows,
+    after,
+    g,
+    live,
+    G,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One use of a path's norm: the stream advances, and mu, 1/s, the slope and m of each feature are saved."""
+    total = tl.zeros((ROWS, COLS), WIDE)
+    for t in range(TILES):
+        row, exists = _rows(t, rows, ROWS)
+        total += _load(path.products, (first + row) * G + g, exists & live, WIDE)
+    b_mu = _total(total, True) / rows
+    seen = _seen(path.samples, use.window) + after
+    mu = _location(b_mu, g, live, rows, path.long, path.short, path.count, seen, use.w1, use.w2, use.w3, use.window)
+
+    powers = tl.zeros((ROWS, COLS), WIDE)
+    for t in range(TILES):
+        row, exists = _rows(t, rows, ROWS)
+        d = _load(path.products, (first + row) * G + g, exists & live, WIDE)
+        if use.centered:
+            d = d - mu
+        powers += tl.where(exists, _power(tl.abs(d), use.p), 0)
+    b_m = _total(powers, True) / rows
+    m, finite = _advance(
+        b_mu, b_m, g, live, rows, G, path.long, path.short, path.count, seen, use.w1, use.w2, use.w3, use.window
+    )
+    _save(_saved_at(path, number, G), g, live, G, mu, m, finite, use.p, use.k, use.eps, use.tiny)
+
+
+@triton.jit
+def _saved_at(path, number, G):
+    """Where a step's statistics lie: ``saved`` is (steps, 4, G)."""
+    return path.saved + number.to(tl.int64) * 4 * G
+
+
+@triton.jit
+def _normalized(path, number, gate, row, exists, unit, live, H, G, WIDE: tl.constexpr):
+    """N(products) + bias of some units in one gate."""
+    g = gate * H + unit
+    value = _load(path.products, row * G + g, exists & live, WIDE)
+    gain, bias = _gain_and_bias(path.gain, path.bias, g, live, WIDE)
+    if path.saved is not None:
+        saved = _saved_at(path, number, G)
+        inverse = tl.load(saved + G + g, mask=live, other=0)
+        value = (value - tl.load(saved + g, mask=live, other=0)) * (inverse * gain)
+    return value + bias
+
+
+@triton.jit
+def _sum_of_paths(x, h, number, gate, row, exists, unit, live, H, G, WIDE: tl.constexpr):
+    """What both paths bring to a gate."""
+    from_x = _normalized(x, number, gate, row, exists, unit, live, H, G, WIDE)
+    return from_x + _normalized(h, number, gate, row, exists, unit, live, H, G, WIDE)
+
+
+@triton.jit
+def _tanh(x):
+    """By the first terms of its series near 0, where 1 − e^(−2|x|) has lost digits."""
+    small: tl.constexpr = 0.01 if x.dtype == tl.float64 else 0.125
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    square = x * x
+    near = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    return tl.where(tl.abs(x) < small, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _gru_gates(x, h, number, row, exists, unit, live, H, G, WIDE: tl.constexpr):
+    """Reset and update gate, what the past brings to the new state, and the new state."""
+    reset = tl.sigmoid(_sum_of_paths(x, h, number, 0, row, exists, unit, live, H, G, WIDE))
+    update = tl.sigmoid(_sum_of_paths(x, h, number, 1, row, exists, unit, live, H, G, WIDE))
+    past = _normalized(h, number, 2, row, exists, unit, live, H, G, WIDE)
+    new = _tanh(_normalized(x, number, 2, row, exists, unit, live, H, G, WIDE) + reset * past)
+    return reset, update, past, new
+
+
+@triton.jit
+def _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE: tl.constexpr):
+    """Input and forget gate, the candidate, and the output gate."""
+    input = tl.sigmoid(_sum_of_paths(x, h, number, 0, row, exists, unit, live, H, G, WIDE))
+    forget = tl.sigmoid(_sum_of_paths(x, h, number, 1, row, exists, unit, live, H, G, WIDE))
+    candidate = _tanh(_sum_of_paths(x, h, number, 2, row, exists, unit, live, H, G, WIDE))
+    output = tl.sigmoid(_sum_of_paths(x, h, number, 3, row, exists, unit, live, H, G, WIDE))
+    return input, forget, candidate, output
+
+
+@triton.jit(do_not_specialize=["number", "first", "before", "rows", "after"])
+def forward_step(
+    x,
+    h,
+    output_ptr,
+    cells_ptr,
+    previous_ptr,
+    previous_cells_ptr,
+    number,
+    first,
+    before,
+    rows,
+    after,
+    H,
+    OF_X: tl.constexpr,
+    OF_H: tl.constexpr,
+    KIND: tl.constexpr,
+    GATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A step, from the products of both paths to the hidden state.
+
+    Its rows begin at ``first``, those of the state before it at ``before`` of ``previous``; ``after`` samples of this
+    sequence have been seen once it is done.
+    """
+    G = GATES * H
+    g, live = _features(H, GATES, UNITS, COLS)
+    if x.saved is not None:
+        _collect_statistics(x, OF_X, number, first, rows, after, g, live, G, ROWS, COLS, TILES, WIDE)
+    if h.saved is not None:
+        _collect_statistics(h, OF_H, number, first, rows, after, g, live, G, ROWS, COLS, TILES, WIDE)
+    _wait_for_writers()
+
+    unit, live = _units(H, UNITS)
+    for t in range(TILES):
+        row, exists = _rows(t, rows, ROWS)
+        inside = exists & live
+        at, at_before = (first + row) * H + unit, (before + row) * H + unit
+        row = first + row
+        if KIND == "GRU":
+            _, update, _, new = _gru_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
+            state = new + update * (_load(previous_ptr, at_before, inside, WIDE) - new)
+        elif KIND == "LSTM":
+            input, forget, candidate, output = _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
+            cell = forget * _load(previous_cells_ptr, at_before, inside, WIDE) + input * candidate
+            tl.store(cells_ptr + at, cell, mask=inside)
+            state = output * _tanh(cell)
+        else:
+            state = _sum_of_paths(x, h, number, 0, row, exists, unit, live, H, G, WIDE)
+            state = _tanh(state) if KIND == "RNN_TANH" else tl.where(state < 0, 0, state)  # NaN stays
+        tl.store(output_ptr + at, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["number", "first", "before", "rows", "after"])
+def backward_step(
+    x,
+    h,
+    into_x,
+    into_h,
+    output_ptr,
+    cells_ptr,
+    previous_ptr,
+    previous_cells_ptr,
+    d_output_ptr,
+    d_hidden_ptr,
+    d_cells_ptr,
+    number,
+    first,
+    before,
+    rows,
+    after,
+    H,
+    OF_X: tl.constexpr,
+    OF_H: tl.constexpr,
+    KIND: tl.constexpr,
+    GATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A step, from the gradient of its hidden state to those of the products.
+
+    ``d_hidden`` comes in as what the later steps send to the state, to which the gradient of the output is added, and
+    goes out as what goes to the state before past the matrix product. The gates are computed again: to keep them would
+    cost more memory than time.
+    """
+    G = GATES * H
+    unit, live = _units(H, UNITS)
+    for t in range(TILES):
+        local, exists = _rows(t, rows, ROWS)
+        inside = exists & live
+        row = first + local
+        at, at_before, at_gradient = row * H + unit, (before + local) * H + unit, local * H + unit
+        d = _load(d_hidden_ptr, at_gradient, inside, WIDE)
+        if d_output_ptr is not None:
+            d += _load(d_output_ptr, at, inside, WIDE)
+        d_x, d_h = into_x.dy + local * G + unit, into_h.dy + local * G + unit
+        if KIND == "GRU":
+            reset, update, past, new = _gru_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
+            d_new = d * (1 - update) * (1 - new * new)
+            d_update = d * (_load(previous_ptr, at_before, inside, WIDE) - new) * update * (1 - update)
+            d_reset = d_new * past * reset * (1 - reset)
+            _store_gates(d_x, H, inside, (d_reset, d_update, d_new))
+            _store_gates(d_h, H, inside, (d_reset, d_update, d_new * reset))
+            into_past = d * update
+        elif KIND == "LSTM":
+            input, forget, candidate, output = _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
+            squashed = _tanh(_load(cells_ptr, at, inside, WIDE))
+            d_cell = _load(d_cells_ptr, at_gradient, inside, WIDE) + d * output * (1 - squashed * squashed)
+            d_input = d_cell * candidate * input * (1 - input)
+            d_forget = d_cell * _load(previous_cells_ptr, at_before, inside, WIDE) * forget * (1 - forget)
+            d_candidate = d_cell * input * (1 - candidate * candidate)
+            _store_gates(d_x, H, inside, (d_input, d_forget, d_candidate, d * squashed * output * (1 - output)))
+            into_past = tl.zeros_like(d)
+            _wait_for_readers()
+            tl.store(d_cells_ptr + at_gradient, d_cell * forget, mask=inside)
+        else:
+            state = _load(output_ptr, at, inside, WIDE)
+            d_sum = d * (1 - state * state) if KIND == "RNN_TANH" else tl.where(state > 0, d, 0)
+            tl.store(d_x, d_sum, mask=inside)
+            into_past = tl.zeros_like(d)
+        _wait_for_readers()
+        tl.store(d_hidden_ptr + at_gradient, into_past, mask=inside)
+    _wait_for_writers()
+
+    g, live = _features(H, GATES, UNITS, COLS)
+    _path_backward(h, into_h, OF_H, number, first, rows, after, g, live, G, ROWS, COLS, TILES, WIDE)
+    _path_backward(x, into_x, OF_X, number, first, rows, after, g, live, G, ROWS, COLS, TILES, WIDE)
+
+
+@triton.jit
+def _store_gates(pointers, H, inside, gradients):
+    """The gradients of a unit's gates, one after the other."""
+    for gate in tl.static_range(len(gradients)):
+        tl.store(pointers + gate * H, gradients[gate], mask=inside)
+
+
+@triton.jit
+def _path_backward(
+    path,
+    into,
+    use,
+    number,
+    first,
+    rows,
+    after,
+    g,
+    live,
+    G,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """From the gradient behind gain and bias to that of the products, where it is wanted; the stream advances then.
+
+    The gradients of gain and bias grow by those of this step.
+    """
+    mu = tl.zeros((1, COLS), WIDE)
+    inverse = tl.full((1, COLS), 1, WIDE)
+    slope = tl.zeros((1, COLS), WIDE)
+    if path.saved is not None:
+        saved = _saved_at(path, number, G)
+        mu = tl.load(saved + g, mask=live, other=0)
+        inverse = tl.load(saved + G + g, mask=live, other=0)
+        slope = tl.load(saved + 2 * G + g, mask=live, other=0)
+    gain, _ = _gain_and_bias(path.gain, None, g, live, WIDE)
+
+    sum_dy = tl.zeros((ROWS, COLS), WIDE)
+    sum_dyx = tl.zeros((ROWS, COLS), WIDE)
+    sum_u = tl.zeros((ROWS, COLS), WIDE)
+    for t in range(TILES):
+        row, exists = _rows(t, rows, ROWS)
+        inside = exists & live
+        dy = _load(into.dy, row * G + g, inside, WIDE)
+        sum_dy += dy
+        if path.saved is not None:
+            from_mu = _load(path.products, (first + row) * G + g, inside, WIDE) - mu
+            sum_dyx += tl.where(exists, dy * from_mu, 0)
+            if use.centered:
+                sum_u += tl.where(exists, _derivative_of_power(from_mu, use.p), 0)
+    d_bias, d_gain = _total(sum_dy, True), _total(sum_dyx, True)
+    _grow(into.d_bias, g, live, d_bias)
+    if path.saved is not None:
+        _grow(into.d_gain, g, live, d_gain * inverse)
+        location_path = tl.zeros((1, COLS), WIDE)
+        moment_path = tl.zeros((1, COLS), WIDE)
+        if into.dx is not None:
+            location_path, moment_path = _paths(
+                gain * d_bias,
+                gain * d_gain,
+                _total(sum_u, True),
+                g,
+                live,
+                rows,
+                G,
+                inverse,
+                slope,
+                into.scale,
+                path.long,
+                path.short,
+                path.count,
+                _seen(path.samples, use.window) + after,
+                use.p,
+                use.centered,
+                use.w1,
+                use.w2,
+                use.w3,
+                use.window,
+            )
+    if into.dx is not None:
+        cut = slope != slope  # NaN
+        for t in range(TILES):
+            row, exists = _rows(t, rows, ROWS)
+            inside = exists & live
+            dx = _load(into.dy, row * G + g, inside, WIDE)
+            at = (first + row) * G + g
+            if path.saved is not None:
+                x = _load(path.products, at, inside, WIDE)
+                dx = _input_gradient_tile(
+                    dx, x, mu, gain * inverse, location_path, moment_path, cut, use.p, use.centered
+                )
+            tl.store(into.dx + at, dx, mask=inside)
+
+
+@triton.jit
+def _grow(pointer, g, live, more):
+    """Add to what earlier steps have left."""
+    grown = tl.load(pointer + g, mask=live, other=0) + more
+    _wait_for_readers()
+    tl.store(pointer + g, grown, mask=live)
