@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -141,6 +142,15 @@ def test_best_rate_at_the_edge_of_the_grid_is_warned_of(finished):
     """Two rates only: whichever is best is at an edge."""
     said = " ".join(warnings(load_results(finished)))
     assert "a better one may lie beyond" in said
+
+
+def test_the_largest_rate_that_trains_is_nearer_to_the_best_score_than_to_guessing(finished):
+    results = load_results(finished)
+    cell = results.cells["layer", results.settings[0]]
+    # Ten classes: 0.1 is guessing, and half-way to the best lies 0.5.
+    tuned = replace(cell, rate=0.01, tuning={0.001: 0.3, 0.01: 0.9, 0.1: 0.51, 1.0: 0.49, 10.0: 0.1})
+    assert results.largest_rate(tuned) == 0.1
+    assert results.largest_rate(replace(cell, rate=None, tuning={})) is None
 
 
 def test_missing_runs_and_seeds_are_warned_of(finished):

@@ -194,16 +194,20 @@ def _rates(results: Results) -> str:
     )
     return (
         f"<p>Grid: {', '.join(f'{rate:g}' for rate in grid)}. Each method got, at each setting, the rate with "
-        f"{results.experiment.words.chosen_by}. An arrow marks a best rate at the edge of the grid.</p>\n"
-        + html_table(_head(results), rows)
+        f"{results.experiment.words.chosen_by}. An arrow marks a best rate at the edge of the grid. "
+        "The last number is the largest rate that still trains: with a validation score nearer to the best one than to "
+        "guessing.</p>\n" + html_table(_head(results), rows)
     )
 
 
 def _rate(results: Results, cell: Cell) -> str:
     value = results.experiment.score.value
     arrow = {"lowest": "↓ ", "highest": "↑ ", None: ""}[cell.edge]
-    best = f"<br><small>{value(cell.tuning[cell.rate])}</small>" if cell.rate is not None else ""
-    return f'<td class="number">{arrow}{"–" if cell.rate is None else f"{cell.rate:g}"}{best}</td>'
+    if cell.rate is None:
+        return '<td class="number">–</td>'
+    largest = results.largest_rate(cell)
+    notes = f"<br><small>{value(cell.tuning[cell.rate])}</small><br><small>up to {largest:g}</small>"
+    return f'<td class="number">{arrow}{cell.rate:g}{notes}</td>'
 
 
 def _protocol(results: Results) -> str:

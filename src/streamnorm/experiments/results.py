@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -87,6 +88,19 @@ class Results:
     def method(self, name: str) -> Method:
         """A method by its name, whether it was run or not."""
         return next((method for method in self.methods if method.name == name), self.experiment.catalogue[name])
+
+    @property
+    def guessing(self) -> float:
+        """The score of guessing among all classes alike."""
+        classes = int(self.config["data"]["classes"])
+        return math.log(classes) if self.experiment.score.key == "loss" else 1 / classes
+
+    def largest_rate(self, cell: Cell) -> float | None:
+        """The largest rate tried that still trains: its validation score is nearer to the best one than to guessing."""
+        if cell.rate is None:
+            return None
+        best = cell.tuning[cell.rate]
+        return max(rate for rate, score in cell.tuning.items() if abs(score - best) <= abs(best - self.guessing) / 2)
 
     def difference(self, ours: str, theirs: str, setting: Setting) -> Interval | None:
         """Mean paired difference in the test score; None where one of the two has no result."""

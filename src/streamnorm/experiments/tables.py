@@ -114,6 +114,7 @@ def _result_row(results: Results, cell: Cell) -> Row:
         "batches_per_update": cell.setting.batches,
         "status": "done" if cell.scores else "fails" if cell.reason else "missing",
         "rate": cell.rate,
+        "largest_rate": results.largest_rate(cell),
         "seeds": len(cell.scores),
         results.experiment.score.key: score,
         "half_interval": half,
