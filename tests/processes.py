@@ -36,7 +36,7 @@ class Processes:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def __call__(self, function: Callable[..., Any], *args: Any, world: int = 2, patience: float = 60) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *args: Any, world: int = 2, patience: float = 300) -> list[Any]:
         """Run ``function(rank, *args)`` in ``world`` processes; the results in the order of the ranks.
 
         Args:
