@@ -247,14 +247,15 @@ template <class F> NOINLINE double total(const Sum<F>& sum) {
 template <int K, class F, class Body> INLINE void reduce(int64_t n, Sum<F>* sums, const Body& body) {
   constexpr int L = Pack<F>::lanes;
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    Pack<F> four[K] = {};
-    _Pragma("GCC unroll 1") for (int j = 0; j < 4; j++) {
+  while (i + 4 * L <= n) {
+    const int64_t end = i + (i + 8 * L <= n ? 8 : 4) * L;
+    Pack<F> few[K] = {};
+    _Pragma("GCC unroll 1") for (; i < end; i += L) {
       Pack<F> q[K];
-      body(All{}, i + j * L, q);
-      EACH(k, K, four[k] = four[k] + q[k]);
+      body(All{}, i, q);
+      EACH(k, K, few[k] = few[k] + q[k]);
     }
-    EACH(k, K, sums[k].add(four[k]));
+    EACH(k, K, sums[k].add(few[k]));
   }
   for (; i < n; i += L) {
     int64_t at = larger(0, smaller(i, n - L));
