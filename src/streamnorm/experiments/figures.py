@@ -18,6 +18,7 @@ from streamnorm.experiments.files import replacing
 from streamnorm.experiments.methods import Method
 from streamnorm.experiments.results import Cell, Results
 from streamnorm.experiments.runlog import LoggedRun
+from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.stats import Interval
 
 INK = "#222222"
@@ -102,9 +103,10 @@ def _height_range(results: Results) -> tuple[float, float]:
     means = [cell.mean.mean for cell in results.cells.values() if cell.mean is not None]
     low, high = min(means, default=0.0), max(means, default=1.0)
     room = max(high - low, 0.05)
+    words = (0.15 + 0.07 * max(len(_failing(results, setting)) for setting in results.settings)) * room
     if results.experiment.score.lower_is_better:
-        return low - 0.1 * room, min(high, _guessing(results)) + 0.25 * room
-    return max(0.0, low - 0.25 * room), min(1.005, high + 0.1 * room)
+        return low - 0.1 * room, min(high, _guessing(results)) + words
+    return max(0.0, low - words), min(1.005, high + 0.1 * room)
 
 
 def _summary_titles(results: Results) -> tuple[str, str]:
@@ -167,22 +169,31 @@ def _mark_failures(axes: Axes, results: Results) -> None:
     """Crosses at the worse end of the axis where a method cannot run."""
     lower_is_better = results.experiment.score.lower_is_better
     end = axes.get_ylim()[1 if lower_is_better else 0]
+    away, edge = (-1, "top") if lower_is_better else (1, "bottom")
     for place, setting in enumerate(results.settings):
-        cells = [results.cells[method.name, setting] for method in results.methods if method.trained_as == method.name]
-        failing = [cell.method for cell in cells if cell.mean is None and cell.reason is not None]
-        for number, method in enumerate(failing):  # side by side, and their names one below the other
-            x, distance = place + 0.09 * number, 9 + 28 * number
-            axes.plot([x], [end], "x", color=method.colour, markersize=9, markeredgewidth=2.4, clip_on=False)
+        failing = _failing(results, setting)
+        lines = [("cannot train", "#666666"), *((method.label, method.colour) for method in reversed(failing))]
+        for number, (text, colour) in enumerate(lines if failing else []):
             axes.annotate(
-                f"{method.label}\ncannot train",
+                text,
                 (place, end),
-                (0, -distance if lower_is_better else distance),
+                (0, away * (9 + 13 * number)),
                 textcoords="offset points",
                 ha="center",
-                va="top" if lower_is_better else "bottom",
+                va=edge,
                 fontsize=9.5,
-                color=method.colour,
+                color=colour,
             )
+        for number, method in enumerate(failing):
+            x = place + 0.09 * (number - (len(failing) - 1) / 2)
+            axes.plot([x], [end], "x", color=method.colour, markersize=9, markeredgewidth=2.4, clip_on=False)
+
+
+def _failing(results: Results, setting: Setting) -> list[Method]:
+    """The methods that cannot run at a setting."""
+    trained = [method for method in results.methods if method.trained_as == method.name]
+    cells = (results.cells[method.name, setting] for method in trained)
+    return [cell.method for cell in cells if cell.mean is None and cell.reason is not None]
 
 
 def curves(results: Results) -> Figure:
