@@ -190,7 +190,14 @@ class Norm(nn.Module):
 
     def _forward_traced(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """As forward, in a graph that is being compiled: nothing is kept from call to call but the state."""
+        if self._per_batch and self.training and not self.frozen:
+            _make_boundary()
+            return _outside_the_graph(self, x, mask)
         self._check_input(x)
+        if self.stream is not None and self.training:
+            self._watch_while_tracing()
+            if not self._watched:
+                raise AssertionError("a layer that trains notices weight updates")
         if x.numel() == 0:
             return self._pass_empty(x)
         mask = None if mask is None else _full_mask(mask, x)
@@ -199,9 +206,6 @@ class Norm(nn.Module):
             return self._evaluate(x, mask, view)
         if self.stream is None:
             return self._train(x, mask, view)
-        self._watch_while_tracing()
-        if not self._watched:
-            raise AssertionError("a layer that trains notices weight updates")
         return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
 
     @as_constant
@@ -212,8 +216,8 @@ class Norm(nn.Module):
 
     def _pass_empty(self, x: Tensor) -> Tensor:
         """An empty output that still leads back to gain and bias, so that their gradients are zero and not missing."""
-        if self.training and self.stream is not None:
-            updates.notice(self)  # a process without data takes part in the weight updates of the others
+        if self.training and self.stream is not None:  # without data too, a process takes part in weight updates
+            ops.traced.take_part(self.state) if is_compiling() else updates.notice(self)
         for parameter in self.parameters(recurse=False):
             x = x * parameter.sum().to(x.dtype)
         return x * 1
@@ -370,6 +374,25 @@ class Norm(nn.Module):
             parts.append(self.stream.describe())
         modes = ["frozen"] * self.frozen + ["adapting"] * (self._adapting is not None)
         return ", ".join([*parts, f"eps={self.eps}", f"affine={self.affine}", *modes])
+
+
+_outside_the_graph: Any = None
+"""``Norm.forward``, once ``torch.compile`` has met a layer with ``every="batch"``: there it breaks the graph."""
+
+
+@as_constant
+def _make_boundary() -> bool:
+    """While a graph is made. Before, it would import the compiler, which takes seconds."""
+    global _outside_the_graph
+    if _outside_the_graph is None:
+        _outside_the_graph = torch.compiler.disable(Norm.forward, reason=_WAITS)
+    return True
+
+
+_WAITS = (
+    'streamnorm.synchronize(model, "batch") waits for other processes inside the layer, which is no part of a graph: '
+    "leave fullgraph=True away, and what lies between these layers is compiled"
+)
 
 
 class SampleNorm(Norm):

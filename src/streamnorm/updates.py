@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from . import agreement, ops
+from .ops import traced
 
 if TYPE_CHECKING:
     from .norm import Norm
@@ -53,6 +54,16 @@ def notice(layer: Norm) -> None:
         layer._ddp = weakref.ref(ddp)  # also where the model does not register it
     if not layer._watched:
         watch(layer)
+
+
+def notice_active() -> None:
+    """As ``notice``, where a compiled graph runs: it knows no layers, and all of a model are noticed at once."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is not None and not agreement.is_adopted(ddp):
+        adopt(ddp)
+
+
+traced.before_use.append(notice_active)
 
 
 def adopt(ddp: DistributedDataParallel) -> None:

@@ -9,6 +9,7 @@ where their gradients arrive, in the backward part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ REPEATED = (
     "calls torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=sn.checkpoint_context_fn)"
 )
 
+before_use: list[Callable[[], None]] = []
+"""What happens at each use in training when a graph runs, and is not written into it: its answer may change."""
+
 _library = torch.library.Library("streamnorm", "FRAGMENT")
 _library.define("hold(Tensor values) -> Tensor")
 
@@ -42,6 +46,8 @@ def _hold(values: Tensor) -> Tensor:
     """A copy. It runs once for each use in training, which is the place to notice a use that is a repetition."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(REPEATED)
+    for function in before_use:
+        function()
     return values.clone()
 
 
@@ -66,6 +72,11 @@ def normalize(
     if stats is not None:
         stats.copy_(torch.ops.streamnorm.hold(used))
     return y
+
+
+def take_part(state: State) -> None:
+    """A use without data: it collects nothing, and is noticed like any other."""
+    state.samples.copy_(torch.ops.streamnorm.hold(state.samples))
 
 
 class _Normalize(torch.autograd.Function):
