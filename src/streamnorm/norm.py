@@ -568,7 +568,7 @@ class GeneralBatchNorm(Norm):
         known = mean.isfinite() & variance.isfinite()
         if isinstance(n, Tensor):
             known &= n.flatten() > 0
-        self.num_batches_tracked += known.any()
+        self.num_batches_tracked.add_(known.any())  # in place: a checkpointed region in a graph sets no attributes
         share = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             value = value.masked_fill(~known, torch.nan).view(-1, len(running)).nanmean(0)  # over ghost batches

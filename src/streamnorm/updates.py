@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -56,14 +56,14 @@ def notice(layer: Norm) -> None:
         watch(layer)
 
 
-def notice_active() -> None:
-    """As ``notice``, where a compiled graph runs: it knows no layers, and all of a model are noticed at once."""
+def notice_in_graph(_: Tensor) -> None:
+    """As ``notice``, where a compiled graph runs: it knows no layers. All of a model are noticed at once."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None and not agreement.is_adopted(ddp):
         adopt(ddp)
 
 
-traced.before_use.append(notice_active)
+traced.listeners.append(notice_in_graph)
 
 
 def adopt(ddp: DistributedDataParallel) -> None:
@@ -134,7 +134,7 @@ def bind(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | 
         layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)
 
 
-def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> torch.Tensor | None:
+def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> Tensor | None:
     """The scaler's own tensor, which it changes in place; made by the first call of ``scale``."""
     if not scaler.is_enabled():
         return None

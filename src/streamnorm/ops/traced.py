@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from . import eager
 from .plain import at_least_one, elements, hide, mix, num_samples, running_average, wide
@@ -28,32 +27,26 @@ def status() -> str:
     return "available: PyTorch operations without a graph break, under torch.compile and torch.export"
 
 
-REPEATED = (
-    "a streamnorm layer that trains stands in a part that is both compiled and checkpointed: its samples would count "
-    "twice. Leave the checkpointed part out of the graph: torch.compiler.disable(region), with region a function that "
-    "calls torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=sn.checkpoint_context_fn)"
-)
+listeners: list[Callable[[Tensor], Tensor | None]] = []
+"""Told of each use in training when a graph runs, with its statistics; what they do is not written into the graph.
 
-before_use: list[Callable[[], None]] = []
-"""What happens at each use in training when a graph runs, and is not written into it: its answer may change."""
+An answer says that the use is a repetition, and with which statistics: then it changes no state.
+"""
 
 _library = torch.library.Library("streamnorm", "FRAGMENT")
-_library.define("hold(Tensor values) -> Tensor")
+_library.define("hold(Tensor values) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(_library, "hold", "CompositeExplicitAutograd")
-def _hold(values: Tensor) -> Tensor:
-    """A copy. It runs once for each use in training, which is the place to notice a use that is a repetition."""
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(REPEATED)
-    for function in before_use:
-        function()
-    return values.clone()
+def _hold(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy, or the statistics of the use that this one repeats; and whether it is a use of its own."""
+    earlier = [answer for answer in [listener(values) for listener in listeners] if answer is not None]
+    return (earlier[0] if earlier else values).clone(), values.new_full((), not earlier, dtype=torch.bool)
 
 
-@torch.library.register_torch_dispatch("streamnorm::hold", _CachingTorchDispatchMode)
-def _hold_in_a_checkpoint(mode: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    raise RuntimeError(REPEATED)
+@torch.library.impl(_library, "hold", "Meta")
+def _hold_while_tracing(values: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(values), values.new_empty((), dtype=torch.bool)
 
 
 def normalize(
@@ -70,13 +63,15 @@ def normalize(
     """As ``plain.normalize``."""
     y, used = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale)
     if stats is not None:
-        stats.copy_(torch.ops.streamnorm.hold(used))
+        held, counts = torch.ops.streamnorm.hold(used)
+        stats.copy_(torch.where(counts, held, torch.nan))
     return y
 
 
 def take_part(state: State) -> None:
     """A use without data: it collects nothing, and is noticed like any other."""
-    state.samples.copy_(torch.ops.streamnorm.hold(state.samples))
+    held, counts = torch.ops.streamnorm.hold(state.samples)
+    state.samples.copy_(torch.where(counts, held, state.samples))
 
 
 class _Normalize(torch.autograd.Function):
@@ -118,10 +113,11 @@ class _Normalize(torch.autograd.Function):
         inverse = (formula.k**2 * m ** (2 / formula.p) + formula.eps).rsqrt()
         values = torch.stack((mu, inverse, eager.slope_of(m, inverse, finite, formula)))
         if state is not None:
-            values = torch.ops.streamnorm.hold(values)
-            state.short.copy_(torch.where(finite, torch.stack((short_mu, short_m)), state.short))
-            state.count.add_(per_index * finite)
-            state.samples.copy_(seen)
+            values, counts = torch.ops.streamnorm.hold(values)
+            enters = finite & counts
+            state.short.copy_(torch.where(enters, torch.stack((short_mu, short_m)), state.short))
+            state.count.add_(per_index * enters)
+            state.samples.copy_(torch.where(counts, seen, state.samples))
 
         y = (v - values[0].view(view.stats_shape)) * values[1].view(view.stats_shape)
         if weight is not None:
