@@ -51,6 +51,14 @@ class Masked(Twice):
         return y
 
 
+class InPlace(nn.Sequential):
+    """As most networks have it."""
+
+    def __init__(self) -> None:
+        norms = sn.StreamingNorm1d(6), sn.GeneralBatchNorm(6)
+        super().__init__(*(part for norm in norms for part in (nn.Linear(6, 6), norm, nn.ReLU(inplace=True))))
+
+
 class Cells(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -87,6 +95,7 @@ MODELS: dict[str, tuple[Model, list[tuple[int, ...]]]] = {
     "batch": (lambda: convolutional(sn.GeneralBatchNorm(6)), IMAGES[:2]),
     "ghosts": (lambda: Twice(sn.GeneralBatchNorm(6, ghosts=2, momentum=None)), [(4, 6), (6, 6)]),
     "cells": (Cells, VECTORS[:2]),
+    "in place": (InPlace, VECTORS[:2]),
 }
 
 
@@ -202,6 +211,29 @@ def test_a_copy_notices_its_own_updates() -> None:
         assert int(layer.samples) == 0
 
 
+@torch._dynamo.config.patch(recompile_limit=64)  # of a piece of code, for all models together
+def test_models_with_other_constants() -> None:
+    """The same code with other numbers: a compiler that notices it would make them inputs of the graph."""
+    norms: list[sn.Norm] = [
+        sn.StreamingNorm1d(6),
+        sn.GeneralBatchNorm(6),
+        sn.StreamingNorm1d(6, p=2, window=50),
+        sn.StreamingNorm1d(6, p=3, eps=1e-3, scale="gaussian", beta=(0.5, 0.2, 0.3)),
+        sn.SampleNorm(6, eps=1e-2),
+    ]
+    for norm in norms:
+        model = nn.Sequential(nn.Linear(6, 6), norm).double()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_same(model, compiled, VECTORS[:1])
+        x = torch.randn(4, 6, dtype=torch.float64)
+        torch.testing.assert_close(compiled.eval()(x), model(x), rtol=1e-10, atol=1e-10)
+    layer = norms[0].train()
+    layer.set_stream(sn.Stream(window=7))
+    layer.zero_grad()
+    model = nn.Sequential(nn.Linear(6, 6), layer).double()
+    assert_same(model, torch.compile(model, backend="aot_eager", fullgraph=True), VECTORS[:1])
+
+
 def test_a_recurrent_layer_is_a_boundary() -> None:
     """As torch.nn's own are: the graph breaks there, and the engine of eager mode runs."""
 
@@ -244,6 +276,7 @@ REGIONS: dict[str, Callable[[], Regions]] = {
     "streaming": lambda: Regions(Twice(sn.StreamingNorm1d(6)), sn.StreamingNorm1d(6)),
     "batch": lambda: Regions(Twice(sn.GeneralBatchNorm(6)), sn.GeneralBatchNorm(6)),
     "cells": lambda: Regions(Cells(), sn.StreamingNorm1d(6)),
+    "in place": lambda: Regions(InPlace(), sn.StreamingNorm1d(6)),
 }
 
 

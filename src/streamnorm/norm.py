@@ -133,7 +133,7 @@ class Norm(nn.Module):
                 stream.new_state(ref.num_stats(num_features), device, _state_dtype(dtype))._asdict().items()
             ):
                 self.register_buffer(name, tensor)
-        self.formula = self._make_formula()
+        self._set_formula()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -156,11 +156,29 @@ class Norm(nn.Module):
         if self.stream is None:
             raise ValueError(f"{type(self).__name__} carries no stream; make the layer with one")
         self.stream = stream
-        self.formula = self._make_formula()
+        self._set_formula()
 
-    def _make_formula(self) -> Formula:
+    def _set_formula(self) -> None:
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
-        return Formula(*constants) if self.stream is None else self.stream.formula(*constants)
+        self.formula = Formula(*constants) if self.stream is None else self.stream.formula(*constants)
+        self._formula_text = repr(self.formula)
+
+    def _formula_in_graph(self) -> Formula:
+        """The formula, as constants where a graph is being made.
+
+        A compiler that has met other constants would make numbers of the graph's inputs out of them, which it then
+        cannot bring into a function with a backward pass of its own. It does not do so with a text, and a graph that
+        depends on the text is made anew for another formula.
+        """
+        if not is_compiling():
+            return self.formula
+        if not self._formula_text:
+            raise AssertionError("a layer has a formula")
+        return self._formula_while_tracing()
+
+    @as_constant
+    def _formula_while_tracing(self) -> Formula:
+        return self.formula
 
     @property
     def state(self) -> State:
@@ -206,7 +224,8 @@ class Norm(nn.Module):
             return self._evaluate(x, mask, view)
         if self.stream is None:
             return self._train(x, mask, view)
-        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
+        formula = self._formula_in_graph()
+        return ops.normalize(x, self.weight, self.bias, mask, view, formula, self.state, self._grad_scale)
 
     @as_constant
     def _watch_while_tracing(self) -> bool:
@@ -247,12 +266,13 @@ class Norm(nn.Module):
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""
-        if self.training and self.formula.centered and view.num_elements == 1:
+        formula = self._formula_in_graph()
+        if self.training and formula.centered and view.num_elements == 1:
             raise ValueError(
                 f"{type(self).__name__} has one value per statistic for an input of shape {tuple(x.shape)}, and a "
                 "value less its own mean is 0. Use StreamingNorm, which remembers earlier samples, or a wider reference"
             )
-        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, stats=stats)
+        return ops.normalize(x, self.weight, self.bias, mask, view, formula, stats=stats)
 
     @property
     def _joins_batches(self) -> bool:
@@ -309,7 +329,8 @@ class Norm(nn.Module):
         if self.stream is None:
             raise ValueError(f"{type(self).__name__} takes its statistics from each input and keeps none")
         mu, m = self.stream.evaluation(self.state)
-        return mu, self.formula.k**2 * m ** (2 / self.formula.p)
+        formula = self._formula_in_graph()
+        return mu, formula.k**2 * m ** (2 / formula.p)
 
     def _check_input(self, x: Tensor) -> None:
         self._check_rank(x)
@@ -561,7 +582,7 @@ class GeneralBatchNorm(Norm):
     @torch.no_grad()
     def _track(self, stats: Tensor, n: int | Tensor) -> None:
         """Move the running statistics towards those of a call; an index without finite ones stays where it is."""
-        formula = self.formula
+        formula = self._formula_in_graph()
         mean, variance = stats[0], formula.k**2 * stats[1] ** (2 / formula.p)
         if formula.centered:
             variance = variance * (n / (n - 1) if isinstance(n, int) else (n.to(variance.dtype) / (n - 1)).flatten())

@@ -129,7 +129,9 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask, values)
         ctx.view, ctx.formula, ctx.state, ctx.grad_scale = view, formula, state, grad_scale
         ctx.n, ctx.samples, ctx.has_bias = n, samples, bias is not None
-        return hide(y, keep).view(x.shape).to(x.dtype), used
+        # A copy, which costs a compiler nothing: autograd lets no one change a view that a Function returns, and
+        # nn.ReLU(inplace=True) does.
+        return hide(y, keep).view(x.shape).to(x.dtype, copy=True), used
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
