@@ -223,7 +223,7 @@ def test_models_with_other_constants() -> None:
     ]
     for norm in norms:
         model = nn.Sequential(nn.Linear(6, 6), norm).double()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_same(model, compiled, VECTORS[:1])
         x = torch.randn(4, 6, dtype=torch.float64)
         torch.testing.assert_close(compiled.eval()(x), model(x), rtol=1e-10, atol=1e-10)
@@ -301,7 +301,7 @@ def test_checkpoints_with_the_default_backend(inside: bool) -> None:
         assert_same(model, torch.compile(model, fullgraph=True), VECTORS[:2], near=2e-4, beside=twin)
         return
     block = torch.compile(model.block, fullgraph=True)
-    model.run = lambda _, x: checkpointed(block, x)
+    model.run = lambda region, x: checkpointed(block, x)
     assert_same(model, model, VECTORS[:2], near=2e-4, beside=twin)
 
 
@@ -311,7 +311,7 @@ def test_a_graph_inside_a_checkpoint(name: str) -> None:
     model = REGIONS[name]().double()
     twin = model.without_regions()
     block = torch.compile(model.block, backend="aot_eager", fullgraph=True)
-    model.run = lambda _, x: checkpointed(block, x)
+    model.run = lambda region, x: checkpointed(block, x)
     assert_same(model, model, VECTORS[:2], beside=twin)
     assert counters["stats"]["unique_graphs"] > 0
 
@@ -331,8 +331,8 @@ def test_a_region_with_both_kinds_of_layers() -> None:
             results.square().sum().backward(retain_graph=again, inputs=[*parameters])
     for ours, theirs in zip(both.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
-    for ours, theirs in zip(both.buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    for kept, expected in zip(both.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(kept, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_region_in_a_graph_saves_memory() -> None:

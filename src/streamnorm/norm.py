@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import wraps
 from operator import itemgetter
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from .ops import joined
 from .ops.spec import Formula, State, View
 from .ops.tracing import as_constant
 from .stream import Stream
+
+_Arguments = ParamSpec("_Arguments")
 
 _state_buffers = itemgetter(*State._fields)
 _passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id
@@ -603,11 +606,28 @@ class GeneralBatchNorm(Norm):
         return f"{super().extra_repr()}, momentum={self.momentum}, ghosts={self.ghosts}"
 
 
+def _explaining_momentum(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Decorate ``__init__``: who comes from BatchNorm with a momentum learns what to write."""
+
+    @wraps(init)
+    def explained(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        if "momentum" in kwargs:
+            raise TypeError(
+                f"{type(args[0]).__name__} takes no momentum, got momentum={kwargs['momentum']!r}: it has a memory in "
+                "samples. Leave it away for window=200; a BatchNorm's momentum of 0.1 at N samples a batch is about "
+                "window=N/0.1"
+            )
+        init(*args, **kwargs)
+
+    return explained
+
+
 class _StreamingNorm(Norm):
     """What StreamingNorm1d, 2d and 3d share: the arguments, and the ranks that each accepts."""
 
     _ranks: tuple[int, ...]
 
+    @_explaining_momentum
     def __init__(
         self,
         num_features: int,

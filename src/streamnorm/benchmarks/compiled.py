@@ -110,11 +110,10 @@ def main(out: str = "runs/bench-compiled", quick: bool = False) -> None:
         load = machine_load()
         warn_if_busy(Console(stderr=True), load, 0)
         cases = [case for case in compiled_cases() if case.quick or not quick]
-        facts = {**environment(), "threads": 1, "load_before": load}
-        results = Results(measure(cases, QUICK if quick else FULL), [], facts)
-        facts |= {"load_after": machine_load(), "options": {"out": out, "quick": quick}}
+        results = Results(measure(cases, QUICK if quick else FULL), [], dict(environment()))
+        results.environment.update(threads=1, load_before=load, load_after=machine_load(), options={"quick": quick})
         save_times(results, folder)
-        write_text(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
+        write_text(folder / "environment.json", json.dumps(results.environment, indent=2) + "\n")
         print_results(results, console)
         warn_if_busy(console, load, 0)
         write_text(folder / "tables.txt", console.export_text())
