@@ -151,6 +151,8 @@ def use(layers: Iterable[Norm]) -> Iterator[None]:
 
 def _use_in_graph(statistics: Tensor) -> Tensor | None:
     """As ``use``, for a use in a compiled graph that runs: its statistics, if it has been there before."""
+    if not concerns():
+        return None
     replaying, recording = _roles()
     noted = None if replaying is None else replaying.replay_statistics(statistics)
     if noted is None and torch._C._current_graph_task_id() != -1:

@@ -28,25 +28,36 @@ def status() -> str:
 
 
 listeners: list[Callable[[Tensor], Tensor | None]] = []
-"""Told of each use in training when a graph runs, with its statistics; what they do is not written into the graph.
+"""Told of each use in training when a graph runs, with what it holds; what they do is not written into the graph.
 
-An answer says that the use is a repetition, and with which statistics: then it changes no state.
+An answer says that the use is a repetition, and what was held before: then it changes no state.
 """
 
 _library = torch.library.Library("streamnorm", "FRAGMENT")
-_library.define("hold(Tensor values) -> (Tensor, Tensor)")
+_library.define("hold(Tensor values) -> Tensor")
 
 
 @torch.library.impl(_library, "hold", "CompositeExplicitAutograd")
-def _hold(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy, or the statistics of the use that this one repeats; and whether it is a use of its own."""
-    earlier = [answer for answer in [listener(values) for listener in listeners] if answer is not None]
-    return (earlier[0] if earlier else values).clone(), values.new_full((), not earlier, dtype=torch.bool)
+def _hold(values: Tensor) -> Tensor:
+    """A copy. The last row is of ones, and comes back as zeros, beside the values of before, from a repetition."""
+    for listener in listeners:
+        earlier = listener(values)
+        if earlier is not None:
+            held = earlier.clone()
+            held[-1] = 0
+            return held
+    return values.clone()
 
 
 @torch.library.impl(_library, "hold", "Meta")
-def _hold_while_tracing(values: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(values), values.new_empty((), dtype=torch.bool)
+def _hold_while_tracing(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def hold(*rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows, as no compiler computes them a second time; and for each index whether this is a use of its own."""
+    held = torch.ops.streamnorm.hold(torch.stack((*rows, torch.ones_like(rows[0]))))
+    return held[:-1], held[-1] != 0
 
 
 def normalize(
@@ -63,15 +74,15 @@ def normalize(
     """As ``plain.normalize``."""
     y, used = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale)
     if stats is not None:
-        held, counts = torch.ops.streamnorm.hold(used)
+        held, counts = hold(*used)
         stats.copy_(torch.where(counts, held, torch.nan))
     return y
 
 
 def take_part(state: State) -> None:
     """A use without data: it collects nothing, and is noticed like any other."""
-    held, counts = torch.ops.streamnorm.hold(state.samples)
-    state.samples.copy_(torch.where(counts, held, state.samples))
+    _, counts = hold(state.samples.view(1))
+    state.samples.add_(0 * counts[0])
 
 
 class _Normalize(torch.autograd.Function):
@@ -111,13 +122,15 @@ class _Normalize(torch.autograd.Function):
 
         finite = b_mu.isfinite() & b_m.isfinite()
         inverse = (formula.k**2 * m ** (2 / formula.p) + formula.eps).rsqrt()
-        values = torch.stack((mu, inverse, eager.slope_of(m, inverse, finite, formula)))
-        if state is not None:
-            values, counts = torch.ops.streamnorm.hold(values)
+        rows = mu, inverse, eager.slope_of(m, inverse, finite, formula)
+        if state is None:
+            values = torch.stack(rows)
+        else:
+            values, counts = hold(*rows)
             enters = finite & counts
             state.short.copy_(torch.where(enters, torch.stack((short_mu, short_m)), state.short))
             state.count.add_(per_index * enters)
-            state.samples.copy_(torch.where(counts, seen, state.samples))
+            state.samples.copy_(torch.where(counts[0], seen, state.samples))
 
         y = (v - values[0].view(view.stats_shape)) * values[1].view(view.stats_shape)
         if weight is not None:
