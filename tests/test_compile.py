@@ -281,8 +281,10 @@ REGIONS: dict[str, Callable[[], Regions]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*context_fn is passed")
-@pytest.mark.parametrize("name", list(REGIONS))
-@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "aot_eager") for name in REGIONS), ("streaming", "aot_eager_decomp_partition")],
+)
 def test_a_checkpoint_inside_a_graph(name: str, backend: str) -> None:
     """With the partition that saves most, and with the default backend's, which weighs memory against time."""
     model = REGIONS[name]().double()
