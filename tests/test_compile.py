@@ -51,6 +51,14 @@ class Masked(Twice):
         return y
 
 
+class InPlace(nn.Sequential):
+    """As most networks have it."""
+
+    def __init__(self) -> None:
+        norms = sn.StreamingNorm1d(6), sn.GeneralBatchNorm(6)
+        super().__init__(*(part for norm in norms for part in (nn.Linear(6, 6), norm, nn.ReLU(inplace=True))))
+
+
 class Cells(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -87,6 +95,7 @@ MODELS: dict[str, tuple[Model, list[tuple[int, ...]]]] = {
     "batch": (lambda: convolutional(sn.GeneralBatchNorm(6)), IMAGES[:2]),
     "ghosts": (lambda: Twice(sn.GeneralBatchNorm(6, ghosts=2, momentum=None)), [(4, 6), (6, 6)]),
     "cells": (Cells, VECTORS[:2]),
+    "in place": (InPlace, VECTORS[:2]),
 }
 
 
@@ -115,8 +124,15 @@ class Side:
         return [result.detach() for result in results] + [buffer.clone() for buffer in self.model.buffers()]
 
 
-def assert_same(model: nn.Module, compiled: Any, shapes: list[tuple[int, ...]], near: float = 1e-10) -> None:
-    twin = copy.deepcopy(model)
+def assert_same(
+    model: nn.Module,
+    compiled: Any,
+    shapes: list[tuple[int, ...]],
+    near: float = 1e-10,
+    beside: nn.Module | None = None,
+) -> None:
+    """``compiled``, which trains ``model``, against ``beside`` in eager mode: a copy of the model if not given."""
+    twin = copy.deepcopy(model) if beside is None else beside
     ours, theirs = Side(model, compiled), Side(twin, twin)
     dtype = next(model.parameters()).dtype
     for number, shape in enumerate(shapes):
@@ -195,6 +211,29 @@ def test_a_copy_notices_its_own_updates() -> None:
         assert int(layer.samples) == 0
 
 
+@torch._dynamo.config.patch(recompile_limit=64)  # of a piece of code, for all models together
+def test_models_with_other_constants() -> None:
+    """The same code with other numbers: a compiler that notices it would make them inputs of the graph."""
+    norms: list[sn.Norm] = [
+        sn.StreamingNorm1d(6),
+        sn.GeneralBatchNorm(6),
+        sn.StreamingNorm1d(6, p=2, window=50),
+        sn.StreamingNorm1d(6, p=3, eps=1e-3, scale="gaussian", beta=(0.5, 0.2, 0.3)),
+        sn.SampleNorm(6, eps=1e-2),
+    ]
+    for norm in norms:
+        model = nn.Sequential(nn.Linear(6, 6), norm).double()
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_same(model, compiled, VECTORS[:1])
+        x = torch.randn(4, 6, dtype=torch.float64)
+        torch.testing.assert_close(compiled.eval()(x), model(x), rtol=1e-10, atol=1e-10)
+    layer = norms[0].train()
+    layer.set_stream(sn.Stream(window=7))
+    layer.zero_grad()
+    model = nn.Sequential(nn.Linear(6, 6), layer).double()
+    assert_same(model, torch.compile(model, backend="aot_eager", fullgraph=True), VECTORS[:1])
+
+
 def test_a_recurrent_layer_is_a_boundary() -> None:
     """As torch.nn's own are: the graph breaks there, and the engine of eager mode runs."""
 
@@ -211,16 +250,111 @@ def test_a_recurrent_layer_is_a_boundary() -> None:
     assert_same(model, torch.compile(model, backend="aot_eager"), [(3, 2, 4), (3, 4, 4)], near=1e-4)
 
 
-@pytest.mark.parametrize("announced", [False, True])
-@pytest.mark.parametrize("inside", [False, True])
+def checkpointed(region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    y: Tensor = checkpoint(region, x, use_reentrant=False, context_fn=sn.checkpoint_context_fn)
+    return y
+
+
+class Regions(nn.Module):
+    """A block used in two regions, and a layer outside of them."""
+
+    def __init__(self, block: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.block, self.norm, self.run = block, norm, checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.run(self.block, self.run(self.block, x)))
+        return y
+
+    def without_regions(self) -> Regions:
+        twin = copy.deepcopy(self)
+        twin.run = lambda region, x: region(x)
+        return twin
+
+
+REGIONS: dict[str, Callable[[], Regions]] = {
+    "streaming": lambda: Regions(Twice(sn.StreamingNorm1d(6)), sn.StreamingNorm1d(6)),
+    "batch": lambda: Regions(Twice(sn.GeneralBatchNorm(6)), sn.GeneralBatchNorm(6)),
+    "cells": lambda: Regions(Cells(), sn.StreamingNorm1d(6)),
+    "in place": lambda: Regions(InPlace(), sn.StreamingNorm1d(6)),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*context_fn is passed")
-def test_a_compiled_checkpoint_is_refused(announced: bool, inside: bool) -> None:
-    """A checkpoint in a graph, and a graph in a checkpoint: both would compute the forward pass twice unseen."""
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "aot_eager") for name in REGIONS), ("streaming", "aot_eager_decomp_partition")],
+)
+def test_a_checkpoint_inside_a_graph(name: str, backend: str) -> None:
+    """With the partition that saves most, and with the default backend's, which weighs memory against time."""
+    model = REGIONS[name]().double()
+    twin = model.without_regions()
+    assert_same(model, torch.compile(model, backend=backend, fullgraph=True), VECTORS[:2], beside=twin)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler, g++")
+@pytest.mark.filterwarnings("ignore:.*context_fn is passed")
+@pytest.mark.parametrize("inside", [False, True])
+def test_checkpoints_with_the_default_backend(inside: bool) -> None:
+    model = REGIONS["streaming"]()
+    twin = model.without_regions()
+    if inside:
+        assert_same(model, torch.compile(model, fullgraph=True), VECTORS[:2], near=2e-4, beside=twin)
+        return
+    block = torch.compile(model.block, fullgraph=True)
+    model.run = lambda region, x: checkpointed(block, x)
+    assert_same(model, model, VECTORS[:2], near=2e-4, beside=twin)
+
+
+@pytest.mark.parametrize("name", list(REGIONS))
+def test_a_graph_inside_a_checkpoint(name: str) -> None:
+    """Regions of eager mode around compiled blocks; the layer outside stays as it is."""
+    model = REGIONS[name]().double()
+    twin = model.without_regions()
+    block = torch.compile(model.block, backend="aot_eager", fullgraph=True)
+    model.run = lambda region, x: checkpointed(block, x)
+    assert_same(model, model, VECTORS[:2], beside=twin)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_region_with_both_kinds_of_layers() -> None:
+    """A part of it compiled, regions within regions, a graph that is gone through backward twice."""
+    model = Twice(sn.StreamingNorm1d(6)).double()
+    plain = sn.StreamingNorm1d(6).double()
+    both = nn.ModuleList([model, plain])
+    twin = copy.deepcopy(both)
+    part = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    y = checkpointed(lambda x: part(plain(checkpointed(part, x))), x)
+    z = twin[0](twin[1](twin[0](x)))
+    for again in (True, False):
+        for results, parameters in ((y, both.parameters()), (z, twin.parameters())):
+            results.square().sum().backward(retain_graph=again, inputs=[*parameters])
+    for ours, theirs in zip(both.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+    for kept, expected in zip(both.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(kept, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_region_in_a_graph_saves_memory() -> None:
+    """Of a whole region, what goes in is kept, and what each use needs to be computed again."""
+    kept = []
+    for run in (checkpointed, lambda region, x: region(x)):
+        model = REGIONS["streaming"]()
+        model.run = run
+        torch.compiler.reset()
+        graph: Any = torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(1000, 6, requires_grad=True))
+        kept.append(sum(len(t) == 1000 for t in graph.grad_fn.saved_tensors if t.dim() == 2))
+    assert kept[0] <= 4 < kept[1]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_unannounced_checkpoint_is_refused(inside: bool) -> None:
     model = Twice(sn.StreamingNorm1d(6))
-    options: dict[str, Any] = {"context_fn": sn.checkpoint_context_fn} if announced else {}
 
     def region(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(run, x, use_reentrant=False, **options)
+        y: Tensor = checkpoint(run, x, use_reentrant=False)
         return y
 
     def train() -> None:
@@ -231,30 +365,23 @@ def test_a_compiled_checkpoint_is_refused(announced: bool, inside: bool) -> None
             y = region(torch.compile(model, backend="aot_eager", fullgraph=True), x)
         y.sum().backward()
 
-    with pytest.raises(Exception, match=r"both compiled and checkpointed.*torch\.compiler\.disable"):
+    with pytest.raises(Exception, match=r"use_reentrant=False, context_fn=sn\.checkpoint_context_fn"):
         train()
     assert int(model.norm.samples) == (0 if inside else 8)  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_outside_of_the_graph() -> None:
-    """What that error says to write."""
+def test_a_region_that_changes_its_order_is_refused() -> None:
+    """The operator by itself, which is what a compiled graph calls."""
+    times = [1, 2]
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.block, self.norm = nn.Linear(6, 6), Twice(sn.StreamingNorm1d(6)), sn.StreamingNorm1d(6)
+    def region(x: Tensor) -> Tensor:
+        for _ in range(times.pop(0)):
+            x = x + torch.ops.streamnorm.hold(x.detach())
+        return x.sin()
 
-        @torch.compiler.disable
-        def region(self, x: Tensor) -> Tensor:
-            y: Tensor = checkpoint(self.block, x, use_reentrant=False, context_fn=sn.checkpoint_context_fn)
-            return y
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.norm(self.region(self.first(x)))
-            return y
-
-    model = Model().double()
-    assert_same(model, torch.compile(model, backend="aot_eager"), VECTORS[:2])
+    y = checkpointed(region, torch.randn(3, 2, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"a compiled layer is used .* in the same order each time"):
+        y.sum().backward()
 
 
 def test_importing_does_not_import_the_compiler() -> None:

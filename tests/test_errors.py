@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -93,6 +94,14 @@ def test_constants(name: str) -> None:
 def test_a_momentum_in_the_place_of_affine_is_explained() -> None:
     with pytest.raises(TypeError, match=r"got 0\.1; .*window="):
         sn.StreamingNorm1d(4, 1e-5, 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [sn.StreamingNorm2d, sn.StreamingNormAct2d])
+def test_a_momentum_is_explained(make: Any) -> None:
+    with pytest.raises(TypeError, match=r"StreamingNorm\w*2d takes no momentum, got momentum=0\.01: .*window=N/0\.1"):
+        make(4, momentum=0.01)
+    assert "momentum" not in inspect.signature(make).parameters
+    assert "window" in inspect.signature(sn.StreamingNorm2d).parameters
 
 
 def test_rounding_is_no_error() -> None:

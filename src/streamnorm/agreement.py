@@ -96,6 +96,12 @@ def adopt(ddp: DistributedDataParallel) -> None:
         layer._ddp = weakref.ref(ddp)
     ddp.parameters_to_ignore.update(f"{name}.{buffer}".lstrip(".") for name, _ in found for buffer in State._fields)
     ddp._assign_modules_buffers()  # or it tries to broadcast a list that has become empty
+    _adopted.add(ddp)
+
+
+def is_adopted(ddp: DistributedDataParallel) -> bool:
+    """Whether :func:`adopt` has seen to the layers of this model."""
+    return ddp in _adopted
 
 
 def is_new(layer: Norm) -> bool:
@@ -298,6 +304,8 @@ class _Agreement:
 
 _settled: set[tuple[weakref.ref[Norm], ...]] = set()
 """The sets of layers that were selected before."""
+
+_adopted: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 _agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, _Agreement]]
 _agreements = weakref.WeakKeyDictionary()

@@ -4,6 +4,10 @@
 with a stream would then collect its samples twice, and normalize them by statistics that have moved on. The remedy is
 a tape: the first pass notes the state that each use of a layer starts from, and the second pass works on copies of
 these states, in the same order, so that its outputs are those of the first bit for bit.
+
+A compiled graph changes buffers by itself. Of its uses the tape notes the statistics, and the operator ``hold`` takes
+them from there in the second pass. Where the region is a part of a graph, there is no second pass: the compiler takes
+what it computes again from the graph, and has to be told that the statistics are none of it.
 """
 
 from __future__ import annotations
@@ -11,12 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachingTorchDispatchMode,
+    create_selective_checkpoint_contexts,
+)
 
-from .ops.traced import REPEATED
+from .ops import traced
 
 if TYPE_CHECKING:
     from .norm import Norm
@@ -31,9 +40,6 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[None], AbstractConte
     Outputs, gradients and statistics are those of the same training without checkpointing. Give it as
     ``context_fn``, together with ``use_reentrant=False``; the reentrant form has no place for it.
 
-    Raises:
-        RuntimeError: under ``torch.compile``, which knows another kind of checkpointing.
-
     Returns:
         A context for the forward pass, and one for its recomputation.
 
@@ -47,13 +53,19 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[None], AbstractConte
         4
     """
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # a graph is being made
-        raise RuntimeError(REPEATED)
-    tape: Tape = []
+        return create_selective_checkpoint_contexts(_keep_statistics, allow_cache_entry_mutation=True)
+    tape = Tape()
     return _Pass(tape, replays=False), _Pass(tape, replays=True)
 
 
-Tape = list[tuple["Norm", dict[str, Tensor]]]
-"""The uses of layers in one region, in order: the layer, and copies of the buffers that it started from."""
+class Tape:
+    """The uses of layers in one region, in order."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[Norm, dict[str, Tensor]]] = []
+        """In eager mode: the layer, and copies of the buffers that it started from."""
+        self.statistics: list[Tensor] = []
+        """In compiled graphs."""
 
 
 class _Pass:
@@ -61,10 +73,9 @@ class _Pass:
 
     def __init__(self, tape: Tape, replays: bool) -> None:
         self.tape, self.replays = tape, replays
-        self.position = 0
 
     def __enter__(self) -> None:
-        self.position = 0
+        self.starts, self.statistics = iter(self.tape.starts), iter(self.tape.statistics)
         self.token: Token[tuple[_Pass, ...]] = passes.set((*passes.get(), self))
 
     def __exit__(self, *_: object) -> None:
@@ -72,18 +83,22 @@ class _Pass:
 
     def record(self, layer: Norm) -> None:
         """Note what a use starts from."""
-        self.tape.append((layer, {name: layer._buffers[name].clone() for name in _READ_FORWARD}))  # type: ignore[union-attr]
+        start = {name: layer._buffers[name].clone() for name in _READ_FORWARD}  # type: ignore[union-attr]
+        self.tape.starts.append((layer, start))
 
     def replay(self, layer: Norm) -> dict[str, Tensor]:
         """What the next use starts from."""
-        position, self.position = self.position, self.position + 1
-        if position >= len(self.tape) or self.tape[position][0] is not layer:
-            raise RuntimeError(
-                f"{type(layer).__name__} is used in the second pass through a checkpointed region where it was not "
-                "in the first: a region has to use its layers in the same order each time, and torch.compile has to "
-                "take the model together with its checkpoints"
-            )
-        return {name: buffer.clone() for name, buffer in self.tape[position][1].items()}
+        noted, start = next(self.starts, (None, {}))
+        if noted is not layer:
+            raise RuntimeError(_ANOTHER_ORDER.format(type(layer).__name__))
+        return {name: buffer.clone() for name, buffer in start.items()}
+
+    def replay_statistics(self, like: Tensor) -> Tensor:
+        """The statistics of the next use in a graph."""
+        noted = next(self.statistics, None)
+        if noted is None or noted.shape != like.shape:
+            raise RuntimeError(_ANOTHER_ORDER.format("a compiled layer"))
+        return noted
 
 
 passes: ContextVar[tuple[_Pass, ...]] = ContextVar("streamnorm_passes", default=())
@@ -95,6 +110,13 @@ def concerns() -> bool:
     return bool(passes.get()) or torch._C._current_graph_task_id() != -1  # the second: autograd runs a backward pass
 
 
+def _roles() -> tuple[_Pass | None, tuple[_Pass, ...]]:
+    """The pass that a use repeats, if any, and those that note it: a region may lie in another."""
+    inside = passes.get()
+    replaying = [number for number, each in enumerate(inside) if each.replays]
+    return (inside[replaying[-1]], inside[replaying[-1] + 1 :]) if replaying else (None, inside)
+
+
 @contextmanager
 def use(layers: Iterable[Norm]) -> Iterator[None]:
     """Around a training use of layers: note what they start from, or let them start from what was noted.
@@ -104,20 +126,18 @@ def use(layers: Iterable[Norm]) -> Iterator[None]:
     Raises:
         RuntimeError: in a second pass that nobody announced.
     """
-    inside = passes.get()
-    replaying = [number for number, each in enumerate(inside) if each.replays]
-    recording = inside[replaying[-1] + 1 :] if replaying else inside
+    replaying, recording = _roles()
     own: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
     try:
         for layer in layers:
             if not layer._buffers:
                 continue
-            if replaying:
+            if replaying is not None:
                 own.append((layer._buffers, dict(layer._buffers)))
                 copies = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
                 layer._buffers.update(copies)
                 if layer.stream is not None:
-                    layer._buffers.update(inside[replaying[-1]].replay(layer))
+                    layer._buffers.update(replaying.replay(layer))
             elif torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(_UNANNOUNCED.format(type(layer).__name__))
             if layer.stream is not None:
@@ -129,8 +149,43 @@ def use(layers: Iterable[Norm]) -> Iterator[None]:
             buffers.update(before)
 
 
+def _use_in_graph(statistics: Tensor) -> Tensor | None:
+    """As ``use``, for a use in a compiled graph that runs: its statistics, if it has been there before."""
+    if not concerns():
+        return None
+    replaying, recording = _roles()
+    noted = None if replaying is None else replaying.replay_statistics(statistics)
+    if noted is None and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(_UNANNOUNCED.format("a compiled streamnorm layer"))
+    for each in recording:
+        each.tape.statistics.append((statistics if noted is None else noted).clone())  # a graph reuses its memory
+    return noted
+
+
+traced.listeners.append(_use_in_graph)
+
+
+def _keep_statistics(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """For a region in a graph: statistics are saved, and all else is computed a second time."""
+    held = operator is torch.ops.streamnorm.hold.default
+    return CheckpointPolicy.MUST_SAVE if held else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@torch.library.register_torch_dispatch("streamnorm::hold", _CachingTorchDispatchMode)
+def _hold_in_region(mode: Any, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """A region in a graph whose policy is not ours would have statistics computed a second time."""
+    if mode.policy_fn is not _keep_statistics:
+        raise RuntimeError(_UNANNOUNCED.format("a compiled streamnorm layer"))
+    return mode.__torch_dispatch__(operator, types, args, kwargs)
+
+
 _UNANNOUNCED = (
-    "{} runs inside a backward pass: activation checkpointing computes its forward pass a second time, and its samples "
-    "would count twice. Write torch.utils.checkpoint.checkpoint(..., use_reentrant=False, "
-    "context_fn=sn.checkpoint_context_fn), with streamnorm imported as sn"
+    "{} is computed a second time, by activation checkpointing, and its samples would count twice. Write "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=sn.checkpoint_context_fn), with streamnorm "
+    "imported as sn"
+)
+
+_ANOTHER_ORDER = (
+    "{} is used in the second pass through a checkpointed region where it was not in the first: a region has to use "
+    "its layers in the same order each time, and be compiled or not each time"
 )

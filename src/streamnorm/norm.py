@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import wraps
 from operator import itemgetter
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from .ops import joined
 from .ops.spec import Formula, State, View
 from .ops.tracing import as_constant
 from .stream import Stream
+
+_Arguments = ParamSpec("_Arguments")
 
 _state_buffers = itemgetter(*State._fields)
 _passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id
@@ -133,7 +136,7 @@ class Norm(nn.Module):
                 stream.new_state(ref.num_stats(num_features), device, _state_dtype(dtype))._asdict().items()
             ):
                 self.register_buffer(name, tensor)
-        self.formula = self._make_formula()
+        self._set_formula()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -156,11 +159,29 @@ class Norm(nn.Module):
         if self.stream is None:
             raise ValueError(f"{type(self).__name__} carries no stream; make the layer with one")
         self.stream = stream
-        self.formula = self._make_formula()
+        self._set_formula()
 
-    def _make_formula(self) -> Formula:
+    def _set_formula(self) -> None:
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
-        return Formula(*constants) if self.stream is None else self.stream.formula(*constants)
+        self.formula = Formula(*constants) if self.stream is None else self.stream.formula(*constants)
+        self._formula_text = repr(self.formula)
+
+    def _formula_in_graph(self) -> Formula:
+        """The formula, as constants where a graph is being made.
+
+        A compiler that has met other constants would make numbers of the graph's inputs out of them, which it then
+        cannot bring into a function with a backward pass of its own. It does not do so with a text, and a graph that
+        depends on the text is made anew for another formula.
+        """
+        if not is_compiling():
+            return self.formula
+        if not self._formula_text:
+            raise AssertionError("a layer has a formula")
+        return self._formula_while_tracing()
+
+    @as_constant
+    def _formula_while_tracing(self) -> Formula:
+        return self.formula
 
     @property
     def state(self) -> State:
@@ -190,7 +211,14 @@ class Norm(nn.Module):
 
     def _forward_traced(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """As forward, in a graph that is being compiled: nothing is kept from call to call but the state."""
+        if self._per_batch and self.training and not self.frozen:
+            _make_boundary()
+            return _outside_the_graph(self, x, mask)
         self._check_input(x)
+        if self.stream is not None and self.training:
+            self._watch_while_tracing()
+            if not self._watched:
+                raise AssertionError("a layer that trains notices weight updates")
         if x.numel() == 0:
             return self._pass_empty(x)
         mask = None if mask is None else _full_mask(mask, x)
@@ -199,10 +227,8 @@ class Norm(nn.Module):
             return self._evaluate(x, mask, view)
         if self.stream is None:
             return self._train(x, mask, view)
-        self._watch_while_tracing()
-        if not self._watched:
-            raise AssertionError("a layer that trains notices weight updates")
-        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, self.state, self._grad_scale)
+        formula = self._formula_in_graph()
+        return ops.normalize(x, self.weight, self.bias, mask, view, formula, self.state, self._grad_scale)
 
     @as_constant
     def _watch_while_tracing(self) -> bool:
@@ -212,8 +238,8 @@ class Norm(nn.Module):
 
     def _pass_empty(self, x: Tensor) -> Tensor:
         """An empty output that still leads back to gain and bias, so that their gradients are zero and not missing."""
-        if self.training and self.stream is not None:
-            updates.notice(self)  # a process without data takes part in the weight updates of the others
+        if self.training and self.stream is not None:  # without data too, a process takes part in weight updates
+            ops.traced.take_part(self.state) if is_compiling() else updates.notice(self)
         for parameter in self.parameters(recurse=False):
             x = x * parameter.sum().to(x.dtype)
         return x * 1
@@ -243,12 +269,13 @@ class Norm(nn.Module):
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""
-        if self.training and self.formula.centered and view.num_elements == 1:
+        formula = self._formula_in_graph()
+        if self.training and formula.centered and view.num_elements == 1:
             raise ValueError(
                 f"{type(self).__name__} has one value per statistic for an input of shape {tuple(x.shape)}, and a "
                 "value less its own mean is 0. Use StreamingNorm, which remembers earlier samples, or a wider reference"
             )
-        return ops.normalize(x, self.weight, self.bias, mask, view, self.formula, stats=stats)
+        return ops.normalize(x, self.weight, self.bias, mask, view, formula, stats=stats)
 
     @property
     def _joins_batches(self) -> bool:
@@ -305,7 +332,8 @@ class Norm(nn.Module):
         if self.stream is None:
             raise ValueError(f"{type(self).__name__} takes its statistics from each input and keeps none")
         mu, m = self.stream.evaluation(self.state)
-        return mu, self.formula.k**2 * m ** (2 / self.formula.p)
+        formula = self._formula_in_graph()
+        return mu, formula.k**2 * m ** (2 / formula.p)
 
     def _check_input(self, x: Tensor) -> None:
         self._check_rank(x)
@@ -370,6 +398,25 @@ class Norm(nn.Module):
             parts.append(self.stream.describe())
         modes = ["frozen"] * self.frozen + ["adapting"] * (self._adapting is not None)
         return ", ".join([*parts, f"eps={self.eps}", f"affine={self.affine}", *modes])
+
+
+_outside_the_graph: Any = None
+"""``Norm.forward``, once ``torch.compile`` has met a layer with ``every="batch"``: there it breaks the graph."""
+
+
+@as_constant
+def _make_boundary() -> bool:
+    """While a graph is made. Before, it would import the compiler, which takes seconds."""
+    global _outside_the_graph
+    if _outside_the_graph is None:
+        _outside_the_graph = torch.compiler.disable(Norm.forward, reason=_WAITS)
+    return True
+
+
+_WAITS = (
+    'streamnorm.synchronize(model, "batch") waits for other processes inside the layer, which is no part of a graph: '
+    "leave fullgraph=True away, and what lies between these layers is compiled"
+)
 
 
 class SampleNorm(Norm):
@@ -538,14 +585,14 @@ class GeneralBatchNorm(Norm):
     @torch.no_grad()
     def _track(self, stats: Tensor, n: int | Tensor) -> None:
         """Move the running statistics towards those of a call; an index without finite ones stays where it is."""
-        formula = self.formula
+        formula = self._formula_in_graph()
         mean, variance = stats[0], formula.k**2 * stats[1] ** (2 / formula.p)
         if formula.centered:
             variance = variance * (n / (n - 1) if isinstance(n, int) else (n.to(variance.dtype) / (n - 1)).flatten())
         known = mean.isfinite() & variance.isfinite()
         if isinstance(n, Tensor):
             known &= n.flatten() > 0
-        self.num_batches_tracked += known.any()
+        self.num_batches_tracked.add_(known.any())  # in place: a checkpointed region in a graph sets no attributes
         share = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             value = value.masked_fill(~known, torch.nan).view(-1, len(running)).nanmean(0)  # over ghost batches
@@ -559,11 +606,28 @@ class GeneralBatchNorm(Norm):
         return f"{super().extra_repr()}, momentum={self.momentum}, ghosts={self.ghosts}"
 
 
+def _explaining_momentum(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Decorate ``__init__``: who comes from BatchNorm with a momentum learns what to write."""
+
+    @wraps(init)
+    def explained(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        if "momentum" in kwargs:
+            raise TypeError(
+                f"{type(args[0]).__name__} takes no momentum, got momentum={kwargs['momentum']!r}: it has a memory in "
+                "samples. Leave it away for window=200; a BatchNorm's momentum of 0.1 at N samples a batch is about "
+                "window=N/0.1"
+            )
+        init(*args, **kwargs)
+
+    return explained
+
+
 class _StreamingNorm(Norm):
     """What StreamingNorm1d, 2d and 3d share: the arguments, and the ranks that each accepts."""
 
     _ranks: tuple[int, ...]
 
+    @_explaining_momentum
     def __init__(
         self,
         num_features: int,

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from . import agreement, ops
+from .ops import traced
 
 if TYPE_CHECKING:
     from .norm import Norm
@@ -53,6 +54,16 @@ def notice(layer: Norm) -> None:
         layer._ddp = weakref.ref(ddp)  # also where the model does not register it
     if not layer._watched:
         watch(layer)
+
+
+def notice_in_graph(_: Tensor) -> None:
+    """As ``notice``, where a compiled graph runs: it knows no layers. All of a model are noticed at once."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is not None and not agreement.is_adopted(ddp):
+        adopt(ddp)
+
+
+traced.listeners.append(notice_in_graph)
 
 
 def adopt(ddp: DistributedDataParallel) -> None:
@@ -123,7 +134,7 @@ def bind(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | 
         layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)
 
 
-def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> torch.Tensor | None:
+def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> Tensor | None:
     """The scaler's own tensor, which it changes in place; made by the first call of ``scale``."""
     if not scaler.is_enabled():
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamnorm.benchmarks import command
+from streamnorm.benchmarks import command, compiled
 from streamnorm.benchmarks.cases import FLOOR_FROM, Case, _layers, _networks, _recurrent, _resnet, all_cases, input_pool
 from streamnorm.benchmarks.contestants import Floor
 from streamnorm.benchmarks.memory import Memory
@@ -34,7 +34,7 @@ ROW = TimeRow(
 
 
 def test_every_target_belongs_to_a_case():
-    cases = {(case.suite, case.name) for case in all_cases()}
+    cases = {(case.suite, case.name) for case in [*all_cases(), *compiled.compiled_cases()]}
     assert {key[:2] for key in TIME_TARGETS} <= cases
     assert set(MEMORY_TARGETS) <= {suite for suite, _ in cases}
 
@@ -140,6 +140,25 @@ def test_memory_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert told == ["glibc"]
     facts = json.loads((tmp_path / "runs/bench-quick-kept/environment.json").read_text())
     assert facts["options"]["keep_memory"] is True
+
+
+def test_compiled_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Without the compiler: what is measured, and what is written."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(compiled, "QUICK", Effort(0, 3, 0, 0))
+    monkeypatch.setattr("os.getloadavg", lambda: (3.2, 0, 0))
+    compiled.main(str(tmp_path), quick=True)
+    with open(tmp_path / "times.csv") as file:
+        times = [row for row in csv.DictReader(file) if row["part"] == "together"]
+    assert [(row["ours"], row["rival"], row["target"]) for row in times] == [
+        ("streaming L1", "BatchNorm, (2, 128)", "1.7"),
+        ("sn.GRU streaming, compiled", "sn.GRU streaming, not compiled", ""),
+        ("nn.GRU, compiled", "nn.GRU, not compiled", ""),
+    ]
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    assert facts["load_before"] == facts["load_after"] == 3.2
+    assert "The machine is busy" in capsys.readouterr().out
+    assert "nn.GRU, compiled" in (tmp_path / "tables.txt").read_text()
 
 
 def test_memory_is_kept_by_glibc_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

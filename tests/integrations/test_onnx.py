@@ -53,9 +53,16 @@ def itself(model: nn.Module) -> nn.Module:
     return model
 
 
+AS_IT_IS = pytest.mark.shows("`torch.onnx.export` of streaming and sample layers and of a recurrent cell", "as it is")
+PLAIN = pytest.mark.shows("`torch.onnx.export` without a trace of us", "`sn.to_batchnorm(model)` or `sn.fold(model)`")
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
-    [*((name, itself) for name in MODELS), *((n, how) for n in list(MODELS)[:2] for how in (sn.to_batchnorm, sn.fold))],
+    [
+        *(pytest.param(name, itself, marks=AS_IT_IS) for name in MODELS),
+        *(pytest.param(n, how, marks=PLAIN) for n in list(MODELS)[:2] for how in (sn.to_batchnorm, sn.fold)),
+    ],
 )
 def test_onnxruntime_gives_what_the_model_gives(
     name: str, how: Callable[[nn.Module], nn.Module], tmp_path: Path

@@ -101,10 +101,10 @@ def bench(words: Sequence[str]) -> int:
         return bench_cuda(folder, options.quick, options.only)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        before = _load()
-        _warn(Console(stderr=True), _busy(before, 0))
+        before = machine_load()
+        warn_if_busy(Console(stderr=True), before, 0)
         results = _measure(options)
-        results.environment.update(load_before=before, load_after=_load(), options=asdict(options))
+        results.environment.update(load_before=before, load_after=machine_load(), options=asdict(options))
         save_results(results, folder)
         save_figure(results, folder)
         write_text(folder / "environment.json", json.dumps(results.environment, indent=2) + "\n")
@@ -159,7 +159,7 @@ def _keep_memory() -> None:
     libc.mallopt(slack_at_the_end, 2**31 - 1)
 
 
-def _load() -> float | None:
+def machine_load() -> float | None:
     """How many processes wanted to run in the last minute, where the system tells it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
@@ -173,6 +173,11 @@ def _busy(load: float | None, own: int) -> str | None:
         f"The machine is busy: a load average of {load:g}{share}. Such figures are not to be relied on: measure again "
         "when nothing else runs."
     )
+
+
+def warn_if_busy(console: Console, load: float | None, own: int) -> None:
+    """Say it where others keep the machine busy, of a load average to which our own threads contributed ``own``."""
+    _warn(console, _busy(load, own))
 
 
 def _warn(console: Console, warning: str | None) -> None:

@@ -1,51 +1,123 @@
-"""A compiled training step of a streaming layer against one of BatchNorm: ``python -m streamnorm.benchmarks.compiled``.
+"""What ``torch.compile`` makes of the layers: ``python -m streamnorm.benchmarks.compiled --help``.
 
-Both layers are compiled by ``torch.compile`` with its default backend, which takes a C++ compiler and some minutes.
+A compiled streaming layer beside a compiled BatchNorm, and what the end of the graph at a recurrent layer costs: a
+compiled model beside the same model as it is. The default backend takes a C++ compiler, and minutes to compile.
 """
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
+
 import torch
-from torch import nn
+import tyro
+from rich.console import Console
+from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm.benchmarks.contestants import LayerSteps, Pair
-from streamnorm.benchmarks.timing import TOGETHER, Effort, compare
+from streamnorm.benchmarks.cases import STEPS, Case, Match, batch_norm, input_pool, streaming
+from streamnorm.benchmarks.command import WIDTH, machine_load, warn_if_busy
+from streamnorm.benchmarks.contestants import LayerSteps
+from streamnorm.benchmarks.results import Results, TimeRow, time_rows
+from streamnorm.benchmarks.tables import print_results, save_times
+from streamnorm.benchmarks.timing import Effort, compare
+from streamnorm.experiments.environment import environment
+from streamnorm.experiments.files import locked, write_text
 
-CASES = {
-    (1, 128): 1.7,
-    (8, 512): 1.7,
-    (1, 64, 32, 32): 1.3,
-    (8, 64, 32, 32): 1.3,
-    (32, 256, 8, 8): 1.3,
-}
-"""Shapes, and the largest ratio that was asked for."""
+FULL = Effort(seconds=2.0, rounds=21)
+QUICK = Effort(seconds=0.1, rounds=3, warm_up=0.01)
 
-
-def steps(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerSteps:
-    """Steps of a compiled layer on four inputs."""
-    inputs = [Pair(torch.randn(shape, requires_grad=True), torch.randn(shape)) for _ in range(4)]
-    return LayerSteps(name, torch.compile(layer, fullgraph=True), inputs)  # type: ignore[arg-type]
+SHAPES = ((1, 128), (8, 512), (1, 64, 32, 32), (8, 64, 32, 32), (32, 256, 8, 8))
+RECURRENT = ((1, 128), (32, 128))
+"""Sequences, and hidden units."""
 
 
-def main() -> None:
-    """Measure and print a line for each shape."""
+class AroundRecurrent(nn.Module):
+    """A recurrent layer between two linear ones, whose part in a graph ends where the recurrent layer begins."""
+
+    def __init__(self, recurrent: nn.Module, width: int) -> None:
+        super().__init__()
+        self.before, self.recurrent, self.after = nn.Linear(width, width), recurrent, nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs of all steps."""
+        y: Tensor = self.after(torch.relu(self.recurrent(torch.relu(self.before(x)))[0]))
+        return y
+
+
+def compiled_cases() -> list[Case]:
+    """Every case; ``--quick`` keeps the first of each kind."""
+    return [
+        *(Case("compiled", f"{shape}", partial(_layers, shape), shape == SHAPES[0]) for shape in SHAPES),
+        *(
+            Case("graph break", f"GRU B{batch} H{hidden}", partial(_break, batch, hidden), batch == 1)
+            for batch, hidden in RECURRENT
+        ),
+    ]
+
+
+def _layers(shape: tuple[int, ...]) -> list[Match]:
+    """BatchNorm gets two samples where one is too few for it, and its compiled form divides by zero."""
+    fitting = (2, *shape[1:]) if len(shape) == 2 and shape[0] == 1 else shape
+    ours, rival = (torch.compile(layer, fullgraph=True) for layer in (streaming(shape), batch_norm(fitting)))
+    name = "BatchNorm" if fitting == shape else f"BatchNorm, {fitting}"
+    pair = LayerSteps("streaming L1", ours, input_pool(shape)), LayerSteps(name, rival, input_pool(fitting))  # type: ignore[arg-type]
+    return [Match(*pair, stock=True)]
+
+
+def _break(batch: int, hidden: int) -> list[Match]:
+    """torch.nn's layer is the end of a graph, too."""
+    inputs = input_pool((STEPS, batch, hidden))
+    matches = []
+    for name, layer in (
+        ("sn.GRU streaming", sn.GRU(hidden, hidden, norm="streaming")),
+        ("nn.GRU", nn.GRU(hidden, hidden)),
+    ):
+        model = AroundRecurrent(layer, hidden)
+        compiled = LayerSteps(f"{name}, compiled", torch.compile(model), inputs)  # type: ignore[arg-type]
+        matches.append(Match(compiled, LayerSteps(f"{name}, not compiled", model, inputs)))
+    return matches
+
+
+def measure(cases: list[Case], effort: Effort) -> list[TimeRow]:
+    """Every case on one thread."""
+    rows: list[TimeRow] = []
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    print("shape | ours, µs | BatchNorm, µs | ratio (quartiles) | asked")
-    for shape, target in CASES.items():
-        ours, stock = (sn.StreamingNorm2d, nn.BatchNorm2d) if len(shape) == 4 else (sn.StreamingNorm1d, nn.BatchNorm1d)
-        # BatchNorm refuses to train on one value per channel: it gets two samples.
-        fitting = shape if shape != (1, 128) else (2, 128)
-        torch.compiler.reset()
-        pair = (steps("streaming", ours(shape[1]), shape), steps("batch", stock(shape[1]), fitting))
-        result = compare(*pair, Effort(seconds=2.0, rounds=21))
-        ratio, own, rival = result.ratio[TOGETHER], result.ours[TOGETHER].median, result.rival[TOGETHER].median
-        print(
-            f"{shape} | {own * 1e6:.1f} | {rival * 1e6:.1f} | {ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f}) "
-            f"| {target}",
-            flush=True,
-        )
+    try:
+        for case in cases:
+            torch.manual_seed(0)
+            torch.compiler.reset()
+            for match in case.make():
+                rows += time_rows(case, match, 1, compare(match.ours, match.rival, effort))
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def main(out: str = "runs/bench-compiled", quick: bool = False) -> None:
+    """Measure compiled layers on one thread; leave the machine alone meanwhile.
+
+    Args:
+        out: folder for ``times.csv``, ``tables.txt`` and ``environment.json``.
+        quick: a case of each kind, measured briefly: to see that it works, not for figures to report.
+    """
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(record=True, width=WIDTH)
+    with locked(folder):
+        load = machine_load()
+        warn_if_busy(Console(stderr=True), load, 0)
+        cases = [case for case in compiled_cases() if case.quick or not quick]
+        results = Results(measure(cases, QUICK if quick else FULL), [], dict(environment()))
+        results.environment.update(threads=1, load_before=load, load_after=machine_load(), options={"quick": quick})
+        save_times(results, folder)
+        write_text(folder / "environment.json", json.dumps(results.environment, indent=2) + "\n")
+        print_results(results, console)
+        warn_if_busy(console, load, 0)
+        write_text(folder / "tables.txt", console.export_text())
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff,))

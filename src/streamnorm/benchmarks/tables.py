@@ -129,8 +129,13 @@ def _print_bandwidth(results: Results, console: Console) -> None:
 
 def save_results(results: Results, folder: Path) -> None:
     """Write ``times.csv`` and ``memory.csv``, a line per row."""
-    write_text(folder / "times.csv", _csv([asdict(row) for row in results.times]))
+    save_times(results, folder)
     write_text(folder / "memory.csv", _csv([asdict(row) for row in results.memory]))
+
+
+def save_times(results: Results, folder: Path) -> None:
+    """Write ``times.csv``, a line per row."""
+    write_text(folder / "times.csv", _csv([asdict(row) for row in results.times]))
 
 
 def _csv(rows: Iterable[dict[str, object]]) -> str:

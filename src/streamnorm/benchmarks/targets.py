@@ -25,9 +25,14 @@ TIME_TARGETS: dict[tuple[str, str, int], float] = {
         for kind in ("GRU", "LSTM", "RNN")
         for batch, hidden, bound in ((1, 128, 0.25), (1, 512, 0.5), (32, 128, 0.75), (32, 512, 0.9))
     },
+    ("compiled", "(1, 128)", 1): 1.7,
+    ("compiled", "(8, 512)", 1): 1.7,
+    ("compiled", "(1, 64, 32, 32)", 1): 1.3,
+    ("compiled", "(8, 64, 32, 32)", 1): 1.3,
+    ("compiled", "(32, 256, 8, 8)", 1): 1.3,
 }
 """By suite, case and number of threads, forward plus backward, against the stock layer: ``nn.BatchNorm`` (or
-``torch.batch_norm``), or the layer of ``torch.nn`` of the same name."""
+``torch.batch_norm``), or the layer of ``torch.nn`` of the same name; of ``compiled``, both compiled."""
 
 MEMORY_TARGETS: dict[str, float] = {"recurrent": 1.5}
 """By suite: the largest ratio of saved and of peak memory to the stock layer."""

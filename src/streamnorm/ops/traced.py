@@ -9,11 +9,11 @@ where their gradients arrive, in the backward part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from . import eager
 from .plain import at_least_one, elements, hide, mix, num_samples, running_average, wide
@@ -27,11 +27,11 @@ def status() -> str:
     return "available: PyTorch operations without a graph break, under torch.compile and torch.export"
 
 
-REPEATED = (
-    "a streamnorm layer that trains stands in a part that is both compiled and checkpointed: its samples would count "
-    "twice. Leave the checkpointed part out of the graph: torch.compiler.disable(region), with region a function that "
-    "calls torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=sn.checkpoint_context_fn)"
-)
+listeners: list[Callable[[Tensor], Tensor | None]] = []
+"""Told of each use in training when a graph runs, with what it holds; what they do is not written into the graph.
+
+An answer says that the use is a repetition, and what was held before: then it changes no state.
+"""
 
 _library = torch.library.Library("streamnorm", "FRAGMENT")
 _library.define("hold(Tensor values) -> Tensor")
@@ -39,15 +39,25 @@ _library.define("hold(Tensor values) -> Tensor")
 
 @torch.library.impl(_library, "hold", "CompositeExplicitAutograd")
 def _hold(values: Tensor) -> Tensor:
-    """A copy. It runs once for each use in training, which is the place to notice a use that is a repetition."""
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(REPEATED)
+    """A copy. The last row is of ones, and comes back as zeros, beside the values of before, from a repetition."""
+    for listener in listeners:
+        earlier = listener(values)
+        if earlier is not None:
+            held = earlier.clone()
+            held[-1] = 0
+            return held
     return values.clone()
 
 
-@torch.library.register_torch_dispatch("streamnorm::hold", _CachingTorchDispatchMode)
-def _hold_in_a_checkpoint(mode: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    raise RuntimeError(REPEATED)
+@torch.library.impl(_library, "hold", "Meta")
+def _hold_while_tracing(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def hold(*rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows, as no compiler computes them a second time; and for each index whether this is a use of its own."""
+    held = torch.ops.streamnorm.hold(torch.stack((*rows, torch.ones_like(rows[0]))))
+    return held[:-1], held[-1] != 0
 
 
 def normalize(
@@ -64,8 +74,15 @@ def normalize(
     """As ``plain.normalize``."""
     y, used = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale)
     if stats is not None:
-        stats.copy_(torch.ops.streamnorm.hold(used))
+        held, counts = hold(*used)
+        stats.copy_(torch.where(counts, held, torch.nan))
     return y
+
+
+def take_part(state: State) -> None:
+    """A use without data: it collects nothing, and is noticed like any other."""
+    _, counts = hold(state.samples.view(1))
+    state.samples.add_(0 * counts[0])
 
 
 class _Normalize(torch.autograd.Function):
@@ -105,12 +122,15 @@ class _Normalize(torch.autograd.Function):
 
         finite = b_mu.isfinite() & b_m.isfinite()
         inverse = (formula.k**2 * m ** (2 / formula.p) + formula.eps).rsqrt()
-        values = torch.stack((mu, inverse, eager.slope_of(m, inverse, finite, formula)))
-        if state is not None:
-            values = torch.ops.streamnorm.hold(values)
-            state.short.copy_(torch.where(finite, torch.stack((short_mu, short_m)), state.short))
-            state.count.add_(per_index * finite)
-            state.samples.copy_(seen)
+        rows = mu, inverse, eager.slope_of(m, inverse, finite, formula)
+        if state is None:
+            values = torch.stack(rows)
+        else:
+            values, counts = hold(*rows)
+            enters = finite & counts
+            state.short.copy_(torch.where(enters, torch.stack((short_mu, short_m)), state.short))
+            state.count.add_(per_index * enters)
+            state.samples.copy_(torch.where(counts[0], seen, state.samples))
 
         y = (v - values[0].view(view.stats_shape)) * values[1].view(view.stats_shape)
         if weight is not None:
@@ -122,7 +142,9 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask, values)
         ctx.view, ctx.formula, ctx.state, ctx.grad_scale = view, formula, state, grad_scale
         ctx.n, ctx.samples, ctx.has_bias = n, samples, bias is not None
-        return hide(y, keep).view(x.shape).to(x.dtype), used
+        # A copy, which costs a compiler nothing: autograd lets no one change a view that a Function returns, and
+        # nn.ReLU(inplace=True) does.
+        return hide(y, keep).view(x.shape).to(x.dtype, copy=True), used
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
