@@ -25,7 +25,7 @@ ENGINES = [engine.NAME for engine in ops.ENGINES]
 
 # As the layer takes them, and as the oracle does: the recursion may rely on no default.
 WINDOW: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"window": 200.0}),
+    ({"window": 200}, {"window": 200.0}),
     ({"window": 9.0}, {"window": 9.0}),
     ({"window": 30}, {"window": 30}),
 ]

@@ -85,7 +85,7 @@ def convert(
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> convert(model)[1]
-        StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=200, eps=1e-05, affine=True)
+        StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=50, eps=1e-05, affine=True)
     """
     options = {"scale": "gaussian", **options}
     for name in ("affine", "bias", "device", "dtype"):

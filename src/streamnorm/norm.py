@@ -21,7 +21,7 @@ from .normref import NormRef, RefName
 from .ops import joined
 from .ops.spec import Formula, State, View
 from .ops.tracing import as_constant
-from .stream import Stream
+from .stream import IMAGE_WINDOW, WINDOW, Stream
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -626,6 +626,7 @@ class _StreamingNorm(Norm):
     """What StreamingNorm1d, 2d and 3d share: the arguments, and the ranks that each accepts."""
 
     _ranks: tuple[int, ...]
+    _window: float  # the default
 
     @_explaining_momentum
     def __init__(
@@ -652,12 +653,13 @@ class _StreamingNorm(Norm):
             )
         reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
         _check_groups(ref, num_features)
-        stream = Stream(window, alpha, beta, kappa)
+        if window is None and alpha is None and beta is None and kappa is None:
+            window = self._window
         super().__init__(
             num_features,
             reference,
             LpMoment(p, center, scale),
-            stream,
+            Stream(window, alpha, beta, kappa),
             eps,
             affine,
             bias=bias,
@@ -689,7 +691,7 @@ _STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn
         center: ``"mean"`` or ``"zero"``, see LpMoment.
         scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
         ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
-        window: memory in samples, > 0; 200 if none of the four is given. See Stream.
+        window: memory in samples, > 0; {window:g} if none of the four is given. See Stream.
         alpha: weights of long-term, short-term and present statistics, in place of the window.
         beta: the same for their gradients.
         kappa: what a weight update keeps of the long-term and takes of the short-term average.
@@ -713,18 +715,21 @@ _STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn
 
 
 class StreamingNorm1d(_StreamingNorm):  # noqa: D101
-    __doc__ = _STREAMING_DOC.format(d=1, shape="``(N, C)`` or ``(N, C, L)``", example="1, 8")
     _ranks = (2, 3)
+    _window = WINDOW
+    __doc__ = _STREAMING_DOC.format(d=1, window=_window, shape="``(N, C)`` or ``(N, C, L)``", example="1, 8")
 
 
 class StreamingNorm2d(_StreamingNorm):  # noqa: D101
-    __doc__ = _STREAMING_DOC.format(d=2, shape="``(N, C, H, W)``", example="1, 8, 4, 4")
     _ranks = (4,)
+    _window = IMAGE_WINDOW
+    __doc__ = _STREAMING_DOC.format(d=2, window=_window, shape="``(N, C, H, W)``", example="1, 8, 4, 4")
 
 
 class StreamingNorm3d(_StreamingNorm):  # noqa: D101
-    __doc__ = _STREAMING_DOC.format(d=3, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
     _ranks = (5,)
+    _window = IMAGE_WINDOW
+    __doc__ = _STREAMING_DOC.format(d=3, window=_window, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
 
 
 def streaming_layers(model: nn.Module) -> list[Norm]:

@@ -14,6 +14,10 @@ from .ops.spec import Formula, Mix, State
 WINDOW = 200.0
 """The default memory, in samples."""
 
+IMAGE_WINDOW = 50.0
+"""The default of layers for images and volumes: each sample brings many values for a statistic, so that fewer samples
+are enough, and what is remembered for a shorter time is less stale (docs/mathematics.md)."""
+
 PAPER_ALPHA = (0.7, 0.3)
 PAPER_BETA = (0.7, 0.3, 0.0)
 PAPER_KAPPA = 0.7
