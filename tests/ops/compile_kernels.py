@@ -6,6 +6,8 @@ Run by ``test_triton.py`` in a process of its own, since Triton's interpreter an
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from typing import Any
 
 import torch
@@ -64,6 +66,8 @@ def compile_instead(
     done.add(compiled.hash)
     name, ptx = kernel.__name__, compiled.asm["ptx"]
     check_order(name, ptx)
+    check_rounding(name, ptx)
+    check_registers(name, compiled.asm["cubin"])
     loads = sorted(set(re.findall(r"ld\.global\.(?:v\d\.)?b\d+", ptx)))
     print(name, f"warps {warps}, shared {compiled.metadata.shared}", *loads)
 
@@ -86,6 +90,26 @@ def check_order(name: str, ptx: str) -> None:
         write = ptx.rindex("st.global", 0, read)
         assert write > stores[-1], f"{name} leaves no statistics"
         assert "bar.sync" in ptx[write:read], f"{name} reads statistics that a slow warp may still write"
+
+
+def check_rounding(name: str, ptx: str) -> None:
+    """Statistics come from divisions that round correctly, as the interpreter's do, whatever ``/`` compiles to.
+
+    The first average since a weight update is the value itself only if a number divided by itself is 1.
+    """
+    if name in ("forward_whole", "combine_statistics", "backward_whole", "combine_gradients") and ".f64" not in ptx:
+        assert "div.rn.f32" in ptx, f"{name} advances a stream by rough quotients"
+    assert "sqrt.approx" not in ptx, f"{name} takes a rough root"
+
+
+def check_registers(name: str, binary: bytes) -> None:
+    """What a thread works on fits into its registers: else it would go through memory again and again."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"STACK:0\b", usage), f"{name} spills registers: {usage}"
 
 
 def step(layer: Any, x: Tensor) -> None:

@@ -79,6 +79,15 @@ def _finite(value):
 
 
 @triton.jit
+def _ratio(a, b):
+    """a / b, rounded correctly. In float32 ``/`` is faster and need not give 1 for a / a."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b.to(tl.float32))
+    else:
+        return a / b
+
+
+@triton.jit
 def _power(a, P: tl.constexpr):
     """a^P for a ≥ 0; the usual orders without a logarithm."""
     if P == 0.0:
@@ -113,7 +122,12 @@ def _derivative_of_power(d, P: tl.constexpr):
 @triton.jit
 def _inverse(m, P: tl.constexpr, K_P: tl.constexpr, EPS: tl.constexpr):
     """1/s, with s = √(k²·m^(2/p) + eps)."""
-    return 1.0 / tl.sqrt(_power(m, 2.0 / P) * (K_P * K_P) + EPS)
+    square = _power(m, 2.0 / P) * (K_P * K_P) + EPS
+    if square.dtype == tl.float32:
+        s = tl.sqrt_rn(square)
+    else:
+        s = tl.sqrt(square)
+    return _ratio(tl.full(s.shape, 1, s.dtype), s)
 
 
 @triton.jit
@@ -154,7 +168,7 @@ def _mixed(
     """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
     if WINDOW > 0.0:
         seen = seen.to(long.dtype)
-        mixed = (WINDOW / (WINDOW + seen)) * long + (seen / (WINDOW + seen)) * short
+        mixed = _ratio(seen * 0 + WINDOW, WINDOW + seen) * long + _ratio(seen, WINDOW + seen) * short
     else:
         mixed = tl.zeros_like(present)
         if W1 != 0.0:
@@ -170,7 +184,7 @@ def _mixed(
 def _fresh(average, count, value, n):
     """The average over ``count`` elements so far, and over n more whose average is ``value``."""
     after = count + n
-    return average + (value - average) * ((after - count).to(average.dtype) / after.to(average.dtype))
+    return average + (value - average) * _ratio((after - count).to(average.dtype), after)
 
 
 @triton.jit

@@ -36,7 +36,8 @@ MOST_UNITS = 8
 MOST_ROWS = 64
 """Sequences of a tile."""
 
-ELEMENTS_PER_WARP = 512
+ELEMENTS_PER_WARP = 256
+"""Elements of a tile for each of at most 8 warps: with twice as many, a step does not fit into registers."""
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
