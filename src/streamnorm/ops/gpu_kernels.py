@@ -123,10 +123,7 @@ def _derivative_of_power(d, P: tl.constexpr):
 def _inverse(m, P: tl.constexpr, K_P: tl.constexpr, EPS: tl.constexpr):
     """1/s, with s = √(k²·m^(2/p) + eps)."""
     square = _power(m, 2.0 / P) * (K_P * K_P) + EPS
-    if square.dtype == tl.float32:
-        s = tl.sqrt_rn(square)
-    else:
-        s = tl.sqrt(square)
+    s = tl.sqrt_rn(square) if square.dtype == tl.float32 else tl.sqrt(square)
     return _ratio(tl.full(s.shape, 1, s.dtype), s)
 
 
