@@ -51,6 +51,16 @@ def _tile(t, block, A, C, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 
 
 @triton.jit
+def _count(t, A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """How many elements of each statistic exist in tile t."""
+    if COLUMNS:
+        return tl.minimum(A - t * ROWS, ROWS)
+    else:
+        tiles_of_a_row = tl.cdiv(B, COLS)
+        return tl.minimum(A - t // tiles_of_a_row * ROWS, ROWS) * tl.minimum(B - t % tiles_of_a_row * COLS, COLS)
+
+
+@triton.jit
 def _tiles(A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """How many tiles cover the elements of a program's channels."""
     tiles = tl.cdiv(A, ROWS)
@@ -330,7 +340,7 @@ def forward_whole(
 
     offsets, inside = _tile(0, block, A, C, B, COLUMNS, ROWS, COLS)
     first = _load(x_ptr, offsets, inside, WIDE)
-    shift = _total(first, COLUMNS) / tl.maximum(_total(inside.to(WIDE), COLUMNS), 1)
+    shift = _total(first, COLUMNS) / _count(0, A, B, COLUMNS, ROWS, COLS)
     shift = tl.where(_finite(shift), shift, 0)
     rest = tl.where(inside, first - shift, 0)
     for t in range(1, TILES):
@@ -396,36 +406,33 @@ def collect_location(
     end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
 
     offsets, inside = _tile(begin, block, A, C, B, COLUMNS, ROWS, COLS)
-    counts = inside.to(WIDE)
-    shift = _total(_load(x_ptr, offsets, inside, WIDE), COLUMNS) / tl.maximum(_total(counts, COLUMNS), 1)
+    shift = _total(_load(x_ptr, offsets, inside, WIDE), COLUMNS) / _count(begin, A, B, COLUMNS, ROWS, COLS)
     shift = tl.where(_finite(shift), shift, 0)
-    counts = tl.zeros((ROWS, COLS), WIDE)
+    count = tl.full((), 0, tl.int64)
     rest = tl.zeros((ROWS, COLS), WIDE)
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(begin, end):
         offsets, inside = _tile(t, block, A, C, B, COLUMNS, ROWS, COLS)
         x = _load(x_ptr, offsets, inside, WIDE)
         from_shift = tl.where(inside, x - shift, 0)
-        counts += inside.to(WIDE)
+        count += _count(t, A, B, COLUMNS, ROWS, COLS)
         rest += from_shift
         if not CENTERED:
             powers += _power(tl.abs(x), P)
         elif P == 2.0:
             powers += from_shift * from_shift
-    _store_partial(
-        partial_ptr, part, c, live, C, shift, _total(rest, COLUMNS), _total(powers, COLUMNS), _total(counts, COLUMNS)
-    )
+    _store_partial(partial_ptr, part, c, live, C, shift, _total(rest, COLUMNS), _total(powers, COLUMNS), count.to(WIDE))
 
 
 @triton.jit
-def _store_partial(partial_ptr, part, c, live, C, shift, rest, powers, counts):
+def _store_partial(partial_ptr, part, c, live, C, shift, rest, powers, count):
     """Partial results are (4, parts, C)."""
     rows = tl.num_programs(1) * C
     into = partial_ptr + part * C + c
     tl.store(into, shift, mask=live)
     tl.store(into + rows, rest, mask=live)
     tl.store(into + 2 * rows, powers, mask=live)
-    tl.store(into + 3 * rows, counts, mask=live)
+    tl.store(into + 3 * rows, count, mask=live)
 
 
 @triton.jit
@@ -598,7 +605,7 @@ def output(
         inverse = tl.load(saved_ptr + G + c // K, mask=live, other=0)
     gain, bias = _gain_and_bias(weight_ptr, bias_ptr, c, live, WIDE)
     scale = inverse * gain
-    counts = tl.zeros((ROWS, COLS), WIDE)
+    count = tl.full((), 0, tl.int64)
     rest = tl.zeros((ROWS, COLS), WIDE)
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(begin, end):
@@ -607,12 +614,12 @@ def output(
         from_mu = x - mu
         tl.store(y_ptr + offsets, (from_mu * scale + bias).to(y_ptr.dtype.element_ty), mask=inside)
         if ONE_PASS:
-            counts += inside.to(WIDE)
+            count += _count(t, A, B, COLUMNS, ROWS, COLS)
             rest += tl.where(inside, from_mu, 0)
             powers += tl.where(inside, _power(tl.abs(from_mu if CENTERED else x), P), 0)
     if ONE_PASS:
         _store_partial(
-            partial_ptr, part, c, live, C, mu, _total(rest, COLUMNS), _total(powers, COLUMNS), _total(counts, COLUMNS)
+            partial_ptr, part, c, live, C, mu, _total(rest, COLUMNS), _total(powers, COLUMNS), count.to(WIDE)
         )
 
 
