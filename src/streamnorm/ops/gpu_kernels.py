@@ -70,6 +70,14 @@ def _tiles(A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _range(part, tiles_each, A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The first tile of a part and the one behind its last, in 64 bits where there are so many rows."""
+    begin = part * tiles_each
+    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    return begin.to(end.dtype), end
+
+
+@triton.jit
 def _total(tile, COLUMNS: tl.constexpr):
     """The sum over the elements of each statistic of a tile."""
     total = tl.sum(tile, 0, keep_dims=True)
@@ -402,8 +410,7 @@ def collect_location(
     C, B = _sizes(C_UNITS, B_UNITS, UNIT, COLUMNS)
     block, part = tl.program_id(0), tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
 
     offsets, inside = _tile(begin, block, A, C, B, COLUMNS, ROWS, COLS)
     shift = _total(_load(x_ptr, offsets, inside, WIDE), COLUMNS) / _count(begin, A, B, COLUMNS, ROWS, COLS)
@@ -461,8 +468,7 @@ def collect_moment(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     mu = tl.load(saved_ptr + c // K, mask=live, other=0)
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(begin, end):
@@ -594,8 +600,7 @@ def output(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     G = C // K
     if ONE_PASS:
         mu = tl.load(long_ptr + c // K, mask=live, other=0)
@@ -817,8 +822,7 @@ def collect_gradients(
     C, B = _sizes(C_UNITS, B_UNITS, UNIT, COLUMNS)
     block, part = tl.program_id(0), tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     G = C // K
     mu = tl.load(saved_ptr + c // K, mask=live, other=0)
     if ONE_PASS:
@@ -958,8 +962,7 @@ def input_gradient(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     g = c // K
     G = C // K
     mu = tl.load(saved_ptr + g, mask=live, other=0)
