@@ -138,6 +138,9 @@ def main() -> None:
         step(sn.StreamingNorm2d(64, **past), torch.empty(48, 64, 28, 28, dtype=torch.float16))
         step(sn.StreamingNorm2d(256, p=1.2, center="zero"), torch.empty(16, 256, 14, 14))
         step(sn.StreamingNorm1d(256, affine=False), torch.empty(1, 256))
+        # Channels of several tiles, which take all warps that a program may have.
+        step(sn.StreamingNorm2d(128, dtype=torch.float64), torch.empty(32, 128, 28, 28, dtype=torch.float64))
+        step(sn.StreamingNorm1d(512), torch.empty(2000, 512))
         step(sn.StreamingNorm2d(8, ref="layer", dtype=torch.float64), torch.empty(2, 8, 7, 7, dtype=torch.float64))
         step(sn.GRU(64, 128), torch.empty(2, 32, 64))
         step(sn.LSTM(64, 37, p=2, window=100), torch.empty(2, 150, 64))

@@ -51,6 +51,9 @@ WHOLE_ELEMENTS = 1 << 14
 WHOLE_ELEMENTS_OF_MANY = 1 << 17
 """The same where the channels alone keep the device busy."""
 
+WHOLE_TILE = 8192
+"""Elements that a program of the whole way takes at a time; half as many float64, of which more do not fit."""
+
 TILE = 4096
 """Elements that a program of the split way takes at a time; 8 warps of 16 each."""
 
@@ -195,7 +198,7 @@ def _dense(x: Tensor) -> tuple[Tensor, Layout]:
 
 
 @lru_cache(maxsize=4096)
-def _whole(layout: Layout, processors: int) -> Cut | None:
+def _whole(layout: Layout, processors: int, tile: int) -> Cut | None:
     """The cut of the whole way, or None where channels are too large for it."""
     elements = layout.rows * layout.places
     many = layout.channels >= 3 * processors // 4 and not layout.columns
@@ -203,16 +206,17 @@ def _whole(layout: Layout, processors: int) -> Cut | None:
         return None
     if layout.columns:
         rows = min(_power_of_two(layout.rows), 256)
-        cols = max(1, min(32, _power_of_two(layout.channels), 8192 // rows))
+        cols = max(1, min(32, _power_of_two(layout.channels), tile // rows))
         tiles, blocks = _ceil(layout.rows, rows), _ceil(layout.channels, cols)
     else:
-        cols = min(_power_of_two(layout.places), 8192)
-        if cols * layout.rows > 8192:
-            cols = _side_by_side(layout.places, 8192)
-        rows = min(_power_of_two(layout.rows), max(1, 8192 // cols))
+        cols = min(_power_of_two(layout.places), tile)
+        if cols * layout.rows > tile:
+            cols = _side_by_side(layout.places, tile)
+        rows = min(_power_of_two(layout.rows), max(1, tile // cols))
         tiles, blocks = _ceil(layout.rows, rows) * _ceil(layout.places, cols), layout.channels
     # All warps of a multiprocessor on one channel where it takes several tiles: fewer channels then share the cache.
-    warps = 32 if tiles > 2 else max(1, min(16, rows * cols // 512))
+    most = 16 if layout.columns else 32
+    warps = most if tiles > 2 else max(1, min(16, rows * cols // 512))
     return Cut(rows, cols, tiles, blocks, 1, warps)
 
 
@@ -295,7 +299,8 @@ def _plan(
     processors = _processors(device)
     per_statistic = _channels_per_statistic(view)
     one_pass = formula.window is None and streams
-    whole = _whole(layout, processors) if per_statistic == 1 else None
+    double = wide(dtype) == torch.float64
+    whole = _whole(layout, processors, WHOLE_TILE // 2 if double else WHOLE_TILE) if per_statistic == 1 else None
     collect = _split(layout, PROGRAMS_PER_PROCESSOR * processors)
     write = _split(layout, 0, TILES_OF_AN_OUTPUT)
     side = layout.channels if layout.columns else layout.places
@@ -303,7 +308,6 @@ def _plan(
     sizes = (
         (layout.rows, side // unit, layout.places) if layout.columns else (layout.rows, layout.channels, side // unit)
     )
-    double = wide(dtype) == torch.float64
     constants = {"P": formula.p, "CENTERED": formula.centered}
     return _Plan(
         whole,
