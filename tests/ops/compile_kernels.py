@@ -6,6 +6,8 @@ Run by ``test_triton.py`` in a process of its own, since Triton's interpreter an
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from typing import Any
 
 import torch
@@ -64,6 +66,8 @@ def compile_instead(
     done.add(compiled.hash)
     name, ptx = kernel.__name__, compiled.asm["ptx"]
     check_order(name, ptx)
+    check_rounding(name, ptx)
+    check_registers(name, compiled.asm["cubin"])
     loads = sorted(set(re.findall(r"ld\.global\.(?:v\d\.)?b\d+", ptx)))
     print(name, f"warps {warps}, shared {compiled.metadata.shared}", *loads)
 
@@ -86,6 +90,27 @@ def check_order(name: str, ptx: str) -> None:
         write = ptx.rindex("st.global", 0, read)
         assert write > stores[-1], f"{name} leaves no statistics"
         assert "bar.sync" in ptx[write:read], f"{name} reads statistics that a slow warp may still write"
+
+
+def check_rounding(name: str, ptx: str) -> None:
+    """Statistics come from divisions that round correctly, as the interpreter's do, whatever ``/`` compiles to.
+
+    The first average since a weight update is the value itself only if a number divided by itself is 1.
+    """
+    if name in ("forward_whole", "combine_statistics", "backward_whole", "combine_gradients") and ".f64" not in ptx:
+        assert "div.rn.f32" in ptx, f"{name} advances a stream by rough quotients"
+    assert "sqrt.approx" not in ptx, f"{name} takes a rough root"
+
+
+def check_registers(name: str, binary: bytes) -> None:
+    """What a thread works on fits into its registers: else it would go through memory again and again."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    assert int(stack) <= 32, f"{name} spills registers: {usage}"
 
 
 def step(layer: Any, x: Tensor) -> None:
@@ -113,6 +138,9 @@ def main() -> None:
         step(sn.StreamingNorm2d(64, **past), torch.empty(48, 64, 28, 28, dtype=torch.float16))
         step(sn.StreamingNorm2d(256, p=1.2, center="zero"), torch.empty(16, 256, 14, 14))
         step(sn.StreamingNorm1d(256, affine=False), torch.empty(1, 256))
+        # Channels of several tiles, which take all warps that a program may have.
+        step(sn.StreamingNorm2d(128, dtype=torch.float64), torch.empty(32, 128, 28, 28, dtype=torch.float64))
+        step(sn.StreamingNorm1d(512), torch.empty(2000, 512))
         step(sn.StreamingNorm2d(8, ref="layer", dtype=torch.float64), torch.empty(2, 8, 7, 7, dtype=torch.float64))
         step(sn.GRU(64, 128), torch.empty(2, 32, 64))
         step(sn.LSTM(64, 37, p=2, window=100), torch.empty(2, 150, 64))

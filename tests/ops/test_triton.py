@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from beside import Beside
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
 import streamnorm as sn
 from streamnorm import ops
@@ -372,6 +374,35 @@ def test_which_inputs_it_takes() -> None:
     assert not takes(x, mask=torch.ones(2, dtype=torch.bool))
     assert not takes(x.as_subclass(Special))
     assert not takes(x.to("meta"))
+    with torch.device(DEVICE):  # a mode, as torch.set_default_device leaves one
+        assert takes(x)
+        with BaseTorchFunctionMode():
+            assert not takes(x)
+
+
+def test_a_layer_on_another_device_is_refused() -> None:
+    """Before anything changes. A kernel would read addresses of the other device."""
+    layer = sn.StreamingNorm1d(3).to(DEVICE)
+    layer.weight = nn.Parameter(torch.ones(3, device="meta"))
+    with ops.force("triton"), pytest.raises(RuntimeError, match=r"move the layer with .to\('(cpu|cuda:0)'\)"):
+        layer(torch.randn(4, 3).to(DEVICE))
+    assert layer.samples == 0
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_saved_tensors_may_come_back_in_another_layout(layout: str) -> None:
+    """Hooks such as torch's save_on_cpu do not keep the strides of what autograd saves."""
+    x, dy = (LAYOUTS[layout](torch.randn(4, 3, 5, 2)).to(DEVICE) for _ in range(2))
+    other = LAYOUTS["channels_last" if layout == "contiguous" else "contiguous"]
+    results = []
+    for pack in (lambda t: t, lambda t: other(t) if t.dim() == 4 else t):
+        layer, own = sn.StreamingNorm2d(3).to(DEVICE), x.clone().requires_grad_()
+        with ops.force("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = layer(own)
+        results.append([*torch.autograd.grad(y, [own, *layer.parameters()], dy), *layer.state])
+    for one, another in zip(*results):
+        assert near(another, one, 1e-5)
 
 
 def test_how_many_kernels_a_step_takes(split: str, launched: list[str]) -> None:
@@ -419,6 +450,24 @@ def test_one_kernel_commits_all_layers(launched: list[str]) -> None:
         assert near(mine, theirs, 1e-12 if mine.dtype == torch.float64 else 1e-6)
 
 
+def test_a_graph_keeps_what_its_commit_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of layers on the device, which would be freed else when many others have committed since."""
+    layer, other = sn.StreamingNorm1d(3).to(DEVICE), sn.StreamingNorm1d(2).to(DEVICE)
+    with ops.force("triton"):
+        ops.commit([(layer.state, layer.formula)])
+        table = weakref.ref(gpu._table((gpu._row((layer.state, layer.formula)),), layer.long.device)[0])
+        monkeypatch.setattr(gpu, "_captured", {})
+        monkeypatch.setattr(gpu, "_is_capturing", lambda: True)
+        ops.commit([(layer.state, layer.formula)])
+        with pytest.raises(RuntimeError, match="run a few whole training steps first"):
+            ops.commit([(other.state, other.formula)])
+    gpu._table.cache_clear()
+    assert table() is not None
+    gpu._captured.clear()
+    assert table() is None
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a value would wait for the device. On the CPU: nobody asks a tensor for one."""
     layers: list[nn.Module] = [sn.StreamingNorm1d(3, p=1), sn.StreamingNorm1d(3, p=2, **STREAMS["one pass"])]
@@ -501,7 +550,9 @@ def test_every_kernel_compiles() -> None:
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("engine", ["triton", "torch"])
 @pytest.mark.parametrize("stream", ["window", "one pass"])
-def test_a_captured_training_step_gives_what_eager_gives(engine: str, stream: str) -> None:
+def test_a_captured_training_step_gives_what_eager_gives(
+    engine: str, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole step is in the graph, the commit after the optimizer's step included."""
 
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -520,6 +571,8 @@ def test_a_captured_training_step_gives_what_eager_gives(engine: str, stream: st
 
     inputs = [torch.randn(8, 3, 12, 12, device=DEVICE) for _ in range(6)]
     results = []
+    # What is compared are the layers: convolutions that add in any order differ by themselves.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with ops.force(engine):
         for captured in (False, True):
             model, optimizer = build()
@@ -544,6 +597,54 @@ def test_a_captured_training_step_gives_what_eager_gives(engine: str, stream: st
             results.append([t.clone() for t in (*model.parameters(), *model.buffers())])
     for mine, theirs in zip(*results):
         assert near(mine, theirs, 1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.usefixtures("way")
+def test_a_device_that_is_not_the_current_one() -> None:
+    """Kernels run where the tensors are: forward, backward on autograd's thread, and the commit."""
+    results = []
+    x, dy = torch.randn(2, 6, 3)
+    for device in ("cuda:0", "cuda:1"):
+        layer, own = sn.StreamingNorm1d(3).to(device), x.to(device).requires_grad_()
+        with ops.force("triton"):
+            layer(own).backward(dy.to(device))
+            before = [buffer.clone() for buffer in layer.state]
+            sn.commit(layer)
+        assert own.grad is not None
+        results.append([t.cpu() for t in (own.grad, *before, *layer.state)])
+    for one, other in zip(*results):
+        assert near(other, one, 1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_more_elements_than_32_bits_count() -> None:
+    """The last channel, which ends behind element 2^31, beside that channel alone. One test: it takes much memory."""
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free memory")
+    shapes: list[tuple[int, ...]] = [(2, 64, (1 << 24) + 64), ((1 << 25) + 3, 64), (1, 1, (1 << 31) + 8)]
+    for shape in shapes:
+        for stream in ("present", "one pass"):
+            x, dy = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+            whole = _last_channel(x, dy, stream)
+            # A single channel has as many elements: its places become those of two samples.
+            x, dy = (t.view(2, 1, -1) if shape[1] == 1 else t[:, -1:].contiguous() for t in (x, dy))
+            for one, other in zip(whole, _last_channel(x, dy, stream)):
+                assert near(one, other, 1e-2 if one.dtype == torch.bfloat16 else 1e-4), (shape, stream)
+
+
+def _last_channel(x: Tensor, dy: Tensor, stream: str) -> list[Tensor]:
+    """The last 30 values of output and input gradient, and the state."""
+    layer = sn.StreamingNorm1d(x.shape[1], p=2, **STREAMS[stream]).to(DEVICE)
+    x = x.detach().requires_grad_()
+    with ops.force("triton"):
+        y = layer(x)
+        y.backward(dy)
+    assert x.grad is not None
+    ends = [t.detach()[-1, -1].flatten()[-30:].clone() for t in (y, x.grad)]
+    return [*ends, *(buffer[..., -1] for buffer in (layer.short, layer.short_grad, layer.count))]
 
 
 def test_recurrent_layers_take_these_kernels(launched: list[str]) -> None:

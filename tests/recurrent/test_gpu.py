@@ -358,6 +358,7 @@ def test_other_engines_are_left_alone(launched: list[str]) -> None:
     assert launched == (["forward_step"] if DEVICE == "cuda" else [])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a value would wait for the device, which no graph can hold. On the CPU: nobody asks a tensor for one."""
     model = sn.GRU(3, 4, window=30).to(DEVICE)

@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import eager
 from .first_order import first_order_only
@@ -48,6 +50,9 @@ WHOLE_ELEMENTS = 1 << 14
 
 WHOLE_ELEMENTS_OF_MANY = 1 << 17
 """The same where the channels alone keep the device busy."""
+
+WHOLE_TILE = 8192
+"""Elements that a program of the whole way takes at a time; half as many float64, of which more do not fit."""
 
 TILE = 4096
 """Elements that a program of the split way takes at a time; 8 warps of 16 each."""
@@ -112,7 +117,7 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
         and not is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
+        and not is_watched()
         and torch._C._get_tracing_state() is None
         and _channels_per_statistic(view) > 0
         and (state is None or _on_device(state.long))
@@ -122,6 +127,13 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
 
 def _on_device(t: Tensor) -> bool:
     return t.device.type == ("cpu" if INTERPRETED else "cuda") and _missing() is None
+
+
+def is_watched() -> bool:
+    """Whether a mode wants to see PyTorch's functions. A default device is a mode too, but only places new tensors."""
+    return torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -175,8 +187,18 @@ def _layout(x: Tensor) -> Layout | None:
     return None
 
 
+def _dense(x: Tensor) -> tuple[Tensor, Layout]:
+    """The input, copied if it has gaps, and how it lies in memory."""
+    layout = _layout(x)
+    if layout is None:
+        x = x.contiguous()
+        layout = _layout(x)
+        assert layout is not None
+    return x, layout
+
+
 @lru_cache(maxsize=4096)
-def _whole(layout: Layout, processors: int) -> Cut | None:
+def _whole(layout: Layout, processors: int, tile: int) -> Cut | None:
     """The cut of the whole way, or None where channels are too large for it."""
     elements = layout.rows * layout.places
     many = layout.channels >= 3 * processors // 4 and not layout.columns
@@ -184,16 +206,17 @@ def _whole(layout: Layout, processors: int) -> Cut | None:
         return None
     if layout.columns:
         rows = min(_power_of_two(layout.rows), 256)
-        cols = max(1, min(32, _power_of_two(layout.channels), 8192 // rows))
+        cols = max(1, min(32, _power_of_two(layout.channels), tile // rows))
         tiles, blocks = _ceil(layout.rows, rows), _ceil(layout.channels, cols)
     else:
-        cols = min(_power_of_two(layout.places), 8192)
-        if cols * layout.rows > 8192:
-            cols = _side_by_side(layout.places, 8192)
-        rows = min(_power_of_two(layout.rows), max(1, 8192 // cols))
+        cols = min(_power_of_two(layout.places), tile)
+        if cols * layout.rows > tile:
+            cols = _side_by_side(layout.places, tile)
+        rows = min(_power_of_two(layout.rows), max(1, tile // cols))
         tiles, blocks = _ceil(layout.rows, rows) * _ceil(layout.places, cols), layout.channels
     # All warps of a multiprocessor on one channel where it takes several tiles: fewer channels then share the cache.
-    warps = 32 if tiles > 2 else max(1, min(16, rows * cols // 512))
+    most = 16 if layout.columns else 32
+    warps = most if tiles > 2 else max(1, min(16, rows * cols // 512))
     return Cut(rows, cols, tiles, blocks, 1, warps)
 
 
@@ -276,7 +299,8 @@ def _plan(
     processors = _processors(device)
     per_statistic = _channels_per_statistic(view)
     one_pass = formula.window is None and streams
-    whole = _whole(layout, processors) if per_statistic == 1 else None
+    double = wide(dtype) == torch.float64
+    whole = _whole(layout, processors, WHOLE_TILE // 2 if double else WHOLE_TILE) if per_statistic == 1 else None
     collect = _split(layout, PROGRAMS_PER_PROCESSOR * processors)
     write = _split(layout, 0, TILES_OF_AN_OUTPUT)
     side = layout.channels if layout.columns else layout.places
@@ -284,7 +308,6 @@ def _plan(
     sizes = (
         (layout.rows, side // unit, layout.places) if layout.columns else (layout.rows, layout.channels, side // unit)
     )
-    double = wide(dtype) == torch.float64
     constants = {"P": formula.p, "CENTERED": formula.centered}
     return _Plan(
         whole,
@@ -339,11 +362,8 @@ class _Normalize(torch.autograd.Function):
         grad_scale: Tensor | None,
         stats: Tensor | None,
     ) -> Tensor:
-        layout = _layout(x)
-        if layout is None:
-            x = x.contiguous()
-            layout = _layout(x)
-            assert layout is not None
+        _refuse_other_devices(x, weight, bias, None if state is None else state.long)
+        x, layout = _dense(x)
         plan = _plan(layout, view, formula, x.dtype, x.device, state is not None)
         with _device(x):
             if state is not None:
@@ -364,9 +384,13 @@ class _Normalize(torch.autograd.Function):
         if not ctx.needs_input_grad[0] or type(dy) is not Tensor or torch._C._are_functorch_transforms_active():
             return eager._Normalize.backward(ctx, dy)
         x, weight, _, saved = ctx.saved_tensors
+        state = ctx.state
+        x, layout = _dense(x)
+        plan: _Plan = ctx.plan
+        if layout != plan.layout:  # hooks on saved tensors bring x back as they like, such as torch's save_on_cpu
+            plan = _plan(layout, ctx.view, ctx.formula, x.dtype, x.device, state is not None)
         if dy.stride() != x.stride() or dy.is_neg():
             dy = torch.empty_like(x).copy_(dy)
-        state = ctx.state
         with _device(x):
             if state is not None:
                 state.grad_samples.add_(ctx.samples)
@@ -375,8 +399,18 @@ class _Normalize(torch.autograd.Function):
             dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants_weight else None
             dbias = torch.empty(x.shape[1], dtype=saved.dtype, device=x.device) if wants_bias else None
             scale = None if ctx.grad_scale is None else ctx.grad_scale.to(x.device)
-            dx = _backward(ctx.plan, x, dy, _flat(weight), dweight, dbias, saved, state, scale)
+            dx = _backward(plan, x, dy, _flat(weight), dweight, dbias, saved, state, scale)
         return dx, dweight, dbias, None, None, None, None, None, None
+
+
+def _refuse_other_devices(x: Tensor, *others: Tensor | None) -> None:
+    """A kernel that read another GPU's memory would fail later, and everything after it."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"the input is on {x.device}, and the layer has a tensor on {other.device}: move the layer with "
+                f".to({str(x.device)!r})"
+            )
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:
@@ -588,7 +622,8 @@ def commit(uses: Sequence[tuple[State, Formula]]) -> None:
     if others:
         eager.commit(others)
     for (device, dtype), group in groups.items():
-        pointers, rates, largest = _table(tuple(map(_row, group)), device)
+        rows = tuple(map(_row, group))
+        pointers, rates, largest = _table(rows, device)
         tl = _kernels().tl
         block = min(1024, _power_of_two(largest))
         constants = {
@@ -597,6 +632,8 @@ def commit(uses: Sequence[tuple[State, Formula]]) -> None:
             "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         }
         with _device(pointers):
+            if _is_capturing():
+                _captured[rows] = pointers, rates
             _launch("commit_streams", (len(pointers),), None, (pointers, rates), constants)
 
 
@@ -615,7 +652,25 @@ def _row(use: tuple[State, Formula]) -> _Row:
 
 @lru_cache(maxsize=256)
 def _table(rows: tuple[_Row, ...], device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """The rows on the device, and the largest G. Copying them there waits for the device: it happens once."""
+    """The rows on the device, and the largest G. Copying them there waits for the device: it happens once.
+
+    Raises:
+        RuntimeError: within the capture of a CUDA graph, which cannot hold the copy.
+    """
+    if _is_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and these layers have not committed together before: run a few whole "
+            "training steps first, the optimizer's step included"
+        )
     pointers = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device).view(-1, 5)
     rates = torch.tensor([row[1] for row in rows], dtype=torch.float64, device=device).view(-1, 3)
     return pointers, rates, max(row[0][4] for row in rows)
+
+
+_captured: dict[tuple[_Row, ...], tuple[Tensor, Tensor]] = {}
+"""Tables that CUDA graphs read. A graph does not keep what was there before it, nor does the bounded cache."""
+
+
+def _is_capturing() -> bool:
+    """Whether kernels go into a CUDA graph at present."""
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()

@@ -51,12 +51,30 @@ def _tile(t, block, A, C, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 
 
 @triton.jit
+def _count(t, A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """How many elements of each statistic exist in tile t."""
+    if COLUMNS:
+        return tl.minimum(A - t * ROWS, ROWS)
+    else:
+        tiles_of_a_row = tl.cdiv(B, COLS)
+        return tl.minimum(A - t // tiles_of_a_row * ROWS, ROWS) * tl.minimum(B - t % tiles_of_a_row * COLS, COLS)
+
+
+@triton.jit
 def _tiles(A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """How many tiles cover the elements of a program's channels."""
     tiles = tl.cdiv(A, ROWS)
     if not COLUMNS:
         tiles *= tl.cdiv(B, COLS)
     return tiles
+
+
+@triton.jit
+def _range(part, tiles_each, A, B, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The first tile of a part and the one behind its last, in 64 bits where there are so many rows."""
+    begin = part * tiles_each
+    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    return begin.to(end.dtype), end
 
 
 @triton.jit
@@ -76,6 +94,15 @@ def _load(pointer, offsets, inside, WIDE: tl.constexpr):
 @triton.jit
 def _finite(value):
     return tl.abs(value) < INF  # not so for NaN either
+
+
+@triton.jit
+def _ratio(a, b):
+    """a / b, rounded correctly. In float32 ``/`` is faster and need not give 1 for a / a."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b.to(tl.float32))
+    else:
+        return a / b
 
 
 @triton.jit
@@ -113,7 +140,9 @@ def _derivative_of_power(d, P: tl.constexpr):
 @triton.jit
 def _inverse(m, P: tl.constexpr, K_P: tl.constexpr, EPS: tl.constexpr):
     """1/s, with s = √(k²·m^(2/p) + eps)."""
-    return 1.0 / tl.sqrt(_power(m, 2.0 / P) * (K_P * K_P) + EPS)
+    square = _power(m, 2.0 / P) * (K_P * K_P) + EPS
+    s = tl.sqrt_rn(square) if square.dtype == tl.float32 else tl.sqrt(square)
+    return _ratio(tl.full(s.shape, 1, s.dtype), s)
 
 
 @triton.jit
@@ -154,7 +183,7 @@ def _mixed(
     """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
     if WINDOW > 0.0:
         seen = seen.to(long.dtype)
-        mixed = (WINDOW / (WINDOW + seen)) * long + (seen / (WINDOW + seen)) * short
+        mixed = _ratio(seen * 0 + WINDOW, WINDOW + seen) * long + _ratio(seen, WINDOW + seen) * short
     else:
         mixed = tl.zeros_like(present)
         if W1 != 0.0:
@@ -170,7 +199,7 @@ def _mixed(
 def _fresh(average, count, value, n):
     """The average over ``count`` elements so far, and over n more whose average is ``value``."""
     after = count + n
-    return average + (value - average) * ((after - count).to(average.dtype) / after.to(average.dtype))
+    return average + (value - average) * _ratio((after - count).to(average.dtype), after)
 
 
 @triton.jit
@@ -319,7 +348,7 @@ def forward_whole(
 
     offsets, inside = _tile(0, block, A, C, B, COLUMNS, ROWS, COLS)
     first = _load(x_ptr, offsets, inside, WIDE)
-    shift = _total(first, COLUMNS) / tl.maximum(_total(inside.to(WIDE), COLUMNS), 1)
+    shift = _total(first, COLUMNS) / _count(0, A, B, COLUMNS, ROWS, COLS)
     shift = tl.where(_finite(shift), shift, 0)
     rest = tl.where(inside, first - shift, 0)
     for t in range(1, TILES):
@@ -381,40 +410,36 @@ def collect_location(
     C, B = _sizes(C_UNITS, B_UNITS, UNIT, COLUMNS)
     block, part = tl.program_id(0), tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
 
     offsets, inside = _tile(begin, block, A, C, B, COLUMNS, ROWS, COLS)
-    counts = inside.to(WIDE)
-    shift = _total(_load(x_ptr, offsets, inside, WIDE), COLUMNS) / tl.maximum(_total(counts, COLUMNS), 1)
+    shift = _total(_load(x_ptr, offsets, inside, WIDE), COLUMNS) / _count(begin, A, B, COLUMNS, ROWS, COLS)
     shift = tl.where(_finite(shift), shift, 0)
-    counts = tl.zeros((ROWS, COLS), WIDE)
+    count = tl.full((), 0, tl.int64)
     rest = tl.zeros((ROWS, COLS), WIDE)
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(begin, end):
         offsets, inside = _tile(t, block, A, C, B, COLUMNS, ROWS, COLS)
         x = _load(x_ptr, offsets, inside, WIDE)
         from_shift = tl.where(inside, x - shift, 0)
-        counts += inside.to(WIDE)
+        count += _count(t, A, B, COLUMNS, ROWS, COLS)
         rest += from_shift
         if not CENTERED:
             powers += _power(tl.abs(x), P)
         elif P == 2.0:
             powers += from_shift * from_shift
-    _store_partial(
-        partial_ptr, part, c, live, C, shift, _total(rest, COLUMNS), _total(powers, COLUMNS), _total(counts, COLUMNS)
-    )
+    _store_partial(partial_ptr, part, c, live, C, shift, _total(rest, COLUMNS), _total(powers, COLUMNS), count.to(WIDE))
 
 
 @triton.jit
-def _store_partial(partial_ptr, part, c, live, C, shift, rest, powers, counts):
+def _store_partial(partial_ptr, part, c, live, C, shift, rest, powers, count):
     """Partial results are (4, parts, C)."""
     rows = tl.num_programs(1) * C
     into = partial_ptr + part * C + c
     tl.store(into, shift, mask=live)
     tl.store(into + rows, rest, mask=live)
     tl.store(into + 2 * rows, powers, mask=live)
-    tl.store(into + 3 * rows, counts, mask=live)
+    tl.store(into + 3 * rows, count, mask=live)
 
 
 @triton.jit
@@ -443,8 +468,7 @@ def collect_moment(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     mu = tl.load(saved_ptr + c // K, mask=live, other=0)
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(begin, end):
@@ -576,8 +600,7 @@ def output(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     G = C // K
     if ONE_PASS:
         mu = tl.load(long_ptr + c // K, mask=live, other=0)
@@ -587,7 +610,7 @@ def output(
         inverse = tl.load(saved_ptr + G + c // K, mask=live, other=0)
     gain, bias = _gain_and_bias(weight_ptr, bias_ptr, c, live, WIDE)
     scale = inverse * gain
-    counts = tl.zeros((ROWS, COLS), WIDE)
+    count = tl.full((), 0, tl.int64)
     rest = tl.zeros((ROWS, COLS), WIDE)
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(begin, end):
@@ -596,12 +619,12 @@ def output(
         from_mu = x - mu
         tl.store(y_ptr + offsets, (from_mu * scale + bias).to(y_ptr.dtype.element_ty), mask=inside)
         if ONE_PASS:
-            counts += inside.to(WIDE)
+            count += _count(t, A, B, COLUMNS, ROWS, COLS)
             rest += tl.where(inside, from_mu, 0)
             powers += tl.where(inside, _power(tl.abs(from_mu if CENTERED else x), P), 0)
     if ONE_PASS:
         _store_partial(
-            partial_ptr, part, c, live, C, mu, _total(rest, COLUMNS), _total(powers, COLUMNS), _total(counts, COLUMNS)
+            partial_ptr, part, c, live, C, mu, _total(rest, COLUMNS), _total(powers, COLUMNS), count.to(WIDE)
         )
 
 
@@ -799,8 +822,7 @@ def collect_gradients(
     C, B = _sizes(C_UNITS, B_UNITS, UNIT, COLUMNS)
     block, part = tl.program_id(0), tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     G = C // K
     mu = tl.load(saved_ptr + c // K, mask=live, other=0)
     if ONE_PASS:
@@ -940,8 +962,7 @@ def input_gradient(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     c, live = _channels(block, C, COLUMNS, COLS)
-    begin = part * tiles_each
-    end = tl.minimum(begin + tiles_each, _tiles(A, B, COLUMNS, ROWS, COLS))
+    begin, end = _range(part, tiles_each, A, B, COLUMNS, ROWS, COLS)
     g = c // K
     G = C // K
     mu = tl.load(saved_ptr + g, mask=live, other=0)

@@ -36,7 +36,8 @@ MOST_UNITS = 8
 MOST_ROWS = 64
 """Sequences of a tile."""
 
-ELEMENTS_PER_WARP = 512
+ELEMENTS_PER_WARP = 256
+"""Elements of a tile for each of at most 8 warps: with twice as many, a step does not fit into registers."""
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
@@ -46,11 +47,10 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and weights.hr is None
         and norms.cell is None
         and all(norm is None or _is_known(norm) for norm in norms)
-        and all(
-            type(t) in (Tensor, nn.Parameter) and gpu._on_device(t) for t in (data, *hidden, *weights) if t is not None
-        )
+        and all(_is_plain(t) and t.device == data.device for t in (data, *hidden, *weights) if t is not None)
+        and all(norm is None or norm.long.device == data.device for norm in norms)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
+        and not gpu.is_watched()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and fused.supports(data, sizes, hidden, weights, norms)
