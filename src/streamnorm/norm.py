@@ -614,8 +614,8 @@ def _explaining_momentum(init: Callable[_Arguments, None]) -> Callable[_Argument
         if "momentum" in kwargs:
             raise TypeError(
                 f"{type(args[0]).__name__} takes no momentum, got momentum={kwargs['momentum']!r}: it has a memory in "
-                "samples. Leave it away for window=200; a BatchNorm's momentum of 0.1 at N samples a batch is about "
-                "window=N/0.1"
+                "samples. Leave it away for the default window; a BatchNorm's momentum of 0.1 at N samples a batch is "
+                "about window=N/0.1"
             )
         init(*args, **kwargs)
 

@@ -37,7 +37,8 @@ class Stream:
     β = (0.7, 0.3, 0), κ = 0.7.
 
     Args:
-        window: W > 0, in samples. Default: 200, if none of the four is given.
+        window: W > 0, in samples. Default: 200, if none of the four is given. (``StreamingNorm2d`` and ``3d`` give
+            50.)
         alpha: two or three numbers ≥ 0 that sum to 1; two mean α3 = 0.
         beta: two or three finite numbers; ``(0, 0, 0)`` lets no gradient through the statistics.
         kappa: four numbers in [0, 1], or one number k that means (k, 1−k, k, 1−k).
