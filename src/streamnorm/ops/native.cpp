@@ -429,7 +429,7 @@ struct Totals {
 
 // Runs: a statistic owns A runs of B elements, each of them contiguous.
 struct Runs : Walk {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18, panel_bytes = 1 << 16;
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18;
 
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
@@ -461,7 +461,7 @@ struct Runs : Walk {
         chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
         gathered(affine == Affine::uniform &&
                  (at.B < lanes || (at.A > 1 && (at.B < short_run || (at.B < longest_gathered && c.n * wide_width <= gather_bytes))))),
-        panel_step((c.n + lanes) * wide_width), panel(larger(1, smaller(8, panel_bytes / panel_step))),
+        panel_step((c.n + lanes) * wide_width), panel(larger(1, smaller(8, gather_bytes / panel_step))),
         copied(narrow || at.B < lanes), copied_stride(larger(at.B, lanes)), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
