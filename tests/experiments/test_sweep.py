@@ -162,7 +162,7 @@ def one_line(errors: str) -> str:
 
 LONG = [
     *("run", "online-fc", "--methods", "streaming-l1", "--settings", "1x2", "--rates", "0.001", "--seeds", "1"),
-    *("--limit", "600", "--validation", "50", "--epochs", "3", "--checkpoint-every", "0.1", "--jobs", "1"),
+    *("--limit", "600", "--validation", "50", "--checkpoint-every", "0.1", "--jobs", "1"),
 ]
 
 
@@ -185,8 +185,8 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(tmp_path):
     assert log.read_bytes().splitlines()[0] == first_line, "the run began anew; it did not continue"
 
 
-def command(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "streamnorm", *LONG, "--out", str(folder)]
+def command(folder: Path, epochs: int = 3) -> list[str]:
+    return [sys.executable, "-m", "streamnorm", *LONG, "--epochs", str(epochs), "--out", str(folder)]
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> None:
@@ -207,8 +207,9 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> None:
 @needs_posix
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_continue(tmp_path):
+    endless = command(tmp_path / "out", epochs=1000)
     process = subprocess.Popen(
-        command(tmp_path / "out"), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        endless, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_checkpoint(tmp_path / "out", process)  # type: ignore[arg-type]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
