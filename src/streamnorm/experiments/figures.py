@@ -254,7 +254,8 @@ def _guessing(results: Results) -> float:
 
 def _legend(figure: Figure, methods: Sequence[Method]) -> None:
     handles = [Line2D([], [], color=method.colour, linewidth=2.4, label=method.label) for method in methods]
-    fitting = max(2, int(figure.get_figwidth() / 1.9))
+    longest = max((len(method.label) for method in methods), default=0)
+    fitting = max(1, int(figure.get_figwidth() / (0.6 + 0.1 * longest)))  # inches
     figure.legend(handles=handles, loc="outside upper left", ncols=min(len(methods), fitting), frameon=False)
 
 
