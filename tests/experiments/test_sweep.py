@@ -204,12 +204,21 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> None:
     pytest.fail("no checkpoint came")
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so would we."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @needs_posix
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_continue(tmp_path):
-    endless = command(tmp_path / "out", epochs=1000)
     process = subprocess.Popen(
-        endless, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(tmp_path / "out", epochs=1000),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
     wait_for_checkpoint(tmp_path / "out", process)  # type: ignore[arg-type]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
