@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -54,3 +54,22 @@ def _same_start() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Calls a step, and fails where it reads a value from the device. On the CPU: where it asks a tensor for one."""
+
+    def check(step: Callable[[], None]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        else:
+            for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu"):
+                monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a value was read"))
+            step()
+
+    return check

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -468,7 +468,7 @@ def test_a_graph_keeps_what_its_commit_reads(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_back_from_the_device(nothing_is_read_back: Callable[[Callable[[], None]], None]) -> None:
     """Reading a value would wait for the device. On the CPU: nobody asks a tensor for one."""
     layers: list[nn.Module] = [sn.StreamingNorm1d(3, p=1), sn.StreamingNorm1d(3, p=2, **STREAMS["one pass"])]
     network = sn.GRU(3, 2).to(DEVICE)
@@ -485,16 +485,7 @@ def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -
 
     with ops.force("triton"):
         step()
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        else:
-            for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu"):
-                monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("a value was read"))
-            step()
+        nothing_is_read_back(step)
 
 
 def test_the_pytorch_engine_reads_nothing_back_either() -> None:

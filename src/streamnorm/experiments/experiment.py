@@ -246,8 +246,9 @@ class Experiment(ABC, Generic[DataT]):
     def watched(self, data: DataT) -> Split:
         """The part of the test data that the points of a curve are evaluated on."""
 
+    @classmethod
     @abstractmethod
-    def guess(self, classes: int) -> Scores:
+    def guess(cls, classes: int) -> Scores:
         """The scores of guessing, with which a run that diverged counts."""
 
     @abstractmethod

@@ -153,7 +153,8 @@ class ImageExperiment(Experiment[Data]):
         """The first test images."""
         return data.test.first(self.curve_images)
 
-    def guess(self, classes: int) -> Scores:
+    @classmethod
+    def guess(cls, classes: int) -> Scores:
         """One class in so many is right."""
         return {"loss": None, "accuracy": 1 / classes}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -92,8 +91,8 @@ class Results:
     @property
     def guessing(self) -> float:
         """The score of guessing among all classes alike."""
-        classes = int(self.config["data"]["classes"])
-        return math.log(classes) if self.experiment.score.key == "loss" else 1 / classes
+        chance: Mapping[str, Any] = self.experiment.guess(self.config["data"]["classes"])
+        return float(chance[self.experiment.score.key])
 
     def largest_rate(self, cell: Cell) -> float | None:
         """The largest rate tried that still trains: its validation score is nearer to the best one than to guessing."""

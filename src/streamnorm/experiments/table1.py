@@ -6,7 +6,6 @@ It is four other experiments, each in a folder of its own with its own report, a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,10 +188,8 @@ def gain(results: Results, cell: Cell) -> float | None:
     """How far the mean score is from guessing among all classes alike; None if the technique cannot train there."""
     if cell.mean is None:
         return None
-    classes = results.config["data"]["classes"]
-    if results.experiment.score.lower_is_better:
-        return math.log(classes) - cell.mean.mean
-    return cell.mean.mean - 1 / classes
+    sign = -1 if results.experiment.score.lower_is_better else 1
+    return sign * (cell.mean.mean - results.guessing)
 
 
 def verdict(share: float | None) -> str:
