@@ -262,29 +262,57 @@ typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
 GompParallel gomp_parallel = nullptr;
 std::atomic<bool> forked{false};  // GNU's runtime does not survive a fork: a child stays on one thread
 
+typedef int (*GetThread)();
+GetThread thread_number = nullptr;  // omp_get_thread_num
+
+// Each thread has a share of neighbouring tasks, so that it finds in its cache what it had there in the pass before, and what
+// it asked for ahead of time is its own. One that is done with its share helps with the others'.
+struct Share {
+  alignas(64) std::atomic<int64_t> next;
+  int64_t end;
+};
+enum class Way { forth, back };  // back: from the last task to the first
 struct Team {
-  std::atomic<int64_t> next{0};
+  static constexpr int most_shares = 64;
+  Share shares[most_shares];
+  int count;
   int64_t tasks;
+  Way way;
   void (*run)(const void*, int64_t);
   const void* body;
 };
 void work(void* data) {
   Team& team = *(Team*)data;
-  for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.tasks;) team.run(team.body, i);
+  const int own = thread_number() % team.count;
+  for (int s = 0; s < team.count; s++) {
+    Share& share = team.shares[(own + s) % team.count];
+    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+      team.run(team.body, team.way == Way::back ? team.tasks - 1 - i : i);
+  }
 }
-void run_tasks(int64_t tasks, int threads, void (*run)(const void*, int64_t), const void* body) {
+void run_tasks(int64_t tasks, int threads, Way way, void (*run)(const void*, int64_t), const void* body) {
+  threads = (int)smaller(threads, tasks);
+  if (threads <= 1 || !gomp_parallel || forked.load(std::memory_order_relaxed)) {
+    for (int64_t i = 0; i < tasks; i++) run(body, way == Way::back ? tasks - 1 - i : i);
+    return;
+  }
   Team team;
+  team.count = (int)smaller(threads, Team::most_shares);
   team.tasks = tasks;
+  team.way = way;
   team.run = run;
   team.body = body;
-  threads = (int)smaller(threads, tasks);
-  if (tasks == 1) run(body, 0);
-  else if (threads > 1 && gomp_parallel && !forked.load(std::memory_order_relaxed)) gomp_parallel(work, &team, (unsigned)threads, 0);
-  else work(&team);
+  for (int s = 0; s < team.count; s++) {
+    const int share = way == Way::back ? team.count - 1 - s : s;  // a thread keeps its tasks, whichever way they are taken
+    team.shares[share].next.store(tasks * s / team.count, std::memory_order_relaxed);
+    team.shares[share].end = tasks * (s + 1) / team.count;
+  }
+  gomp_parallel(work, &team, (unsigned)threads, 0);
 }
-template <class Fn> void parallel(int64_t tasks, int threads, const Fn& fn) {
-  run_tasks(tasks, threads, [](const void* body, int64_t i) { (*(const Fn*)body)(i); }, &fn);
+template <class Fn> void parallel(int64_t tasks, int threads, Way way, const Fn& fn) {
+  run_tasks(tasks, threads, way, [](const void* body, int64_t i) { (*(const Fn*)body)(i); }, &fn);
 }
+template <class Fn> void parallel(int64_t tasks, int threads, const Fn& fn) { parallel(tasks, threads, Way::forth, fn); }
 
 }  // namespace
 
@@ -537,10 +565,10 @@ struct Runs : Walk {
       fn(first + from, first + smaller(at.G2, from + panel));
     });
   }
-  // Copy the runs of each statistic of a panel together.
+  // Copy the runs of each statistic of a panel together. They are far apart: those two further on are asked for meanwhile.
   void gather(const void* tensor, int64_t from, int64_t to, char* out) const {
     const void* first = move(tensor, start(from));
-    if (!copied) return loops.gather({at.A, at.B, at.sa, at.B, 0, false}, to - from, at.sg2, panel_step / wide_width, first, out);
+    if (!copied) return loops.gather({at.A, at.B, at.sa, at.B, 2 * at.sa, false}, to - from, at.sg2, panel_step / wide_width, first, out);
     for (int64_t i = 0; i < to - from; i++) copy_in(move(first, i * at.sg2), at.sa, out + i * panel_step, at.B, at.A, at.B);
   }
 
@@ -822,7 +850,8 @@ struct Rows : Walk {
   const void* saved(int row, int64_t o) const { return move_wide((const void*)call.saved, row * at.G + o * columns); }
   char* from_outer(char* values, int64_t o) const { return move_wide(values, o * columns); }
 
-  // A strip of rows, small enough to stay in cache while its columns are walked, as the loops see it.
+  // A strip of rows, small enough to stay in cache while its columns are walked, as the loops see it. Half a strip ahead is
+  // asked for meanwhile.
   struct Strip {
     int64_t o;
     Block block;
@@ -831,10 +860,8 @@ struct Rows : Walk {
   };
   // fn(task, strip) for each strip; what it writes is put into `out`. Whoever reads a tensor again goes the other way: what
   // was read last is still in the cache.
-  enum class Way { forth, back };
   template <class Fn> void each_strip(Way way, bool with_dy, void* out, const Fn& fn) const {
-    parallel(tasks, call.threads, [&](int64_t turn) {
-      const int64_t task = way == Way::forth ? turn : tasks - 1 - turn;
+    parallel(tasks, call.threads, way, [&](int64_t task) {
       const size_t bytes = copied ? rows_per_strip * (copied_stride + 1) * wide_width : 0;
       Scratch scratch((1 + with_dy + (out != nullptr)) * bytes);
       int64_t o = task / tasks_per_outer, a = task % tasks_per_outer / tasks_per_block, first = task % tasks_per_block * rows_per_task;
@@ -844,7 +871,7 @@ struct Rows : Walk {
         const void *x = move(call.x, offset), *dy = with_dy ? move(call.dy, offset) : nullptr;
         void* to = out ? move(out, offset) : nullptr;
         if (!copied) {
-          fn(task, Strip{o, {rows, columns, at.sb, at.sb, rows * at.sb, past_cache}, x, dy, to});
+          fn(task, Strip{o, {rows, columns, at.sb, at.sb, rows / 2 * at.sb, past_cache}, x, dy, to});
           continue;
         }
         char *x_copy = scratch.data, *dy_copy = x_copy + bytes, *out_copy = dy_copy + with_dy * bytes;
@@ -1175,7 +1202,7 @@ bool negated(PyObject* tensor) {
 // --- the Python functions --------------------------------------------------------------------------------------------------
 
 constexpr int64_t alone = 32768;   // elements below which giving up the GIL does not pay
-constexpr int64_t grain = 131072;  // elements of a thread: to wake one takes as long as it needs for tens of thousands
+constexpr int64_t grain = 32768;   // elements of a thread, as in PyTorch
 
 // An owned reference, or null with a Python error set.
 struct Reference {
@@ -1617,9 +1644,11 @@ PyObject* setup(PyObject*, PyObject* args) {
 #ifndef _WIN32
   // Where PyTorch's own library is known its runtime is taken, else whichever one the process has; none is loaded.
   void* handle = *library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
-  void* found = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
-  if (!found) found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (!handle || !dlsym(handle, "GOMP_parallel")) handle = RTLD_DEFAULT;
+  void *found = dlsym(handle, "GOMP_parallel"), *number = dlsym(handle, "omp_get_thread_num");
+  if (!number) found = nullptr;
   memcpy(&gomp_parallel, &found, sizeof found);
+  memcpy(&thread_number, &number, sizeof number);
   static bool registered = false;
   if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   registered = true;

@@ -313,7 +313,10 @@ template <class F> void gather(const Block& block, int64_t count, int64_t from_a
     for (int64_t i = 0; i < count; i++) {
       const F* x = from + i * from_apart;
       F* copy = to + i * to_apart;
-      map<F>(block.length, [=](int64_t i) INLINE_LAMBDA { store(copy + i, load(x + i)); });
+      map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
+        fetch(x + i + block.next);
+        store(copy + i, load(x + i));
+      });
     }
 }
 
