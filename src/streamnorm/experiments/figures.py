@@ -69,7 +69,7 @@ def summary(results: Results) -> Figure:
     for shift, method in zip(shifts, results.methods, strict=True):
         means = {place: mean for place, mean in enumerate(_means(results, method)) if mean is not None}
         if means:
-            _draw_method(axes, method, means, shift)
+            _draw_method(axes, method, means, shift, _rows(results.settings))
             end = max(means)
             ends.setdefault(end, []).append((means[end].mean, method))
     axes.set_ylim(*_height_range(results))
@@ -119,13 +119,19 @@ def _summary_titles(results: Results) -> tuple[str, str]:
     )
 
 
-def _draw_method(axes: Axes, method: Method, means: dict[int, Interval], shift: float) -> None:
-    """Points with 95% intervals, joined where neighbouring settings both have a result."""
-    places = range(min(means), max(means) + 1)
-    heights = [means[place].mean if place in means else np.nan for place in places]
+def _rows(settings: Sequence[Setting]) -> list[range]:
+    """Stretches of settings in which mini-batches only get smaller: a line across their ends would say nothing."""
+    starts = [at for at in range(len(settings)) if at == 0 or settings[at].samples > settings[at - 1].samples]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(settings)], strict=True)]
+
+
+def _draw_method(axes: Axes, method: Method, means: dict[int, Interval], shift: float, rows: list[range]) -> None:
+    """Points with 95% intervals, joined where neighbouring settings of a row both have a result."""
     plain = method.name == "none"  # what nobody recommends stays in the background
     line, bar = (0.3, 0.35) if plain else (0.6, 0.8)
-    axes.plot([place + shift for place in places], heights, color=method.colour, linewidth=1.6, alpha=line)
+    for row in rows:
+        heights = [means[place].mean if place in means else np.nan for place in row]
+        axes.plot([place + shift for place in row], heights, color=method.colour, linewidth=1.6, alpha=line)
     axes.errorbar(
         [place + shift for place in means],
         [mean.mean for mean in means.values()],
