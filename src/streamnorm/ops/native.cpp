@@ -467,7 +467,9 @@ struct Runs : Walk {
   // Short runs of one statistic are copied together first: they would push each other out of the cache. This is done for
   // a panel of statistics whose runs lie side by side, so that memory is read in longer stretches.
   const bool gathered;
-  const int64_t panel_step, panel;  // bytes that a statistic's copy takes, and statistics
+  // A panel also serves statistics of one run each, where they lie: their formulas are evaluated eight at a time.
+  const bool paneled;
+  const int64_t panel_step, panel;  // bytes from a statistic of a panel to the next, and statistics
   // The loops work on a copy of a chunk where its type is narrow, or its runs are shorter than a pack.
   const bool copied;
   const int64_t copied_stride;
@@ -477,7 +479,7 @@ struct Runs : Walk {
   const bool whole;
   // What is read next: of memory that is seen for the first time the next run, and of what is in the cache by then that of
   // the next statistic.
-  const int64_t next_run, next_again;
+  const int64_t next_run, next_again, next_panel;
 
   Runs(const Call& c, const Kernels& k)
       : Walk(c, k),
@@ -489,13 +491,16 @@ struct Runs : Walk {
         chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
         gathered(affine == Affine::uniform &&
                  (at.B < lanes || (at.A > 1 && (at.B < short_run || (at.B < longest_gathered && c.n * wide_width <= gather_bytes))))),
-        panel_step((c.n + lanes) * wide_width), panel(larger(1, smaller(8, gather_bytes / panel_step))),
+        paneled(gathered || (affine == Affine::uniform && at.A == 1 && chunks == 1 && !narrow && !known)),
+        panel_step(gathered ? (c.n + lanes) * wide_width : at.sg2 * width),
+        panel(larger(1, smaller(smaller(8, at.G / (2 * c.threads)), gather_bytes / ((c.n + lanes) * wide_width)))),
         copied(narrow || at.B < lanes), copied_stride(larger(at.B, lanes)), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
         blocks((at.G + stats_per_block - 1) / stats_per_block * blocks_per_stat),
         whole(c.threads == 1 || at.G >= 4 * c.threads || chunks == 1), next_run(copied || at.A == 1 ? 0 : at.sa),
-        next_again(copied || !whole || c.n * width > cached_bytes ? next_run : at.G2 > 1 ? at.sg2 : at.sg1) {}
+        next_again(copied || !whole || c.n * width > cached_bytes ? next_run : at.G2 > 1 ? at.sg2 : at.sg1),
+        next_panel(gathered ? 0 : panel * at.sg2) {}
 
   int64_t start(int64_t g) const { return g / at.G2 * at.sg1 + g % at.G2 * at.sg2; }
   int64_t group(int64_t g) const { return g % (at.C / at.Bc); }
@@ -565,12 +570,16 @@ struct Runs : Walk {
       fn(first + from, first + smaller(at.G2, from + panel));
     });
   }
-  // Copy the runs of each statistic of a panel together. They are far apart: those two further on are asked for meanwhile.
-  void gather(const void* tensor, int64_t from, int64_t to, char* out) const {
+  // The statistics of a panel, each in one piece: where they lie, or copied to `out`. Then the runs of each are far apart,
+  // and those two further on are asked for meanwhile.
+  const char* gather(const void* tensor, int64_t from, int64_t to, char* out) const {
     const void* first = move(tensor, start(from));
-    if (!copied) return loops.gather({at.A, at.B, at.sa, at.B, 2 * at.sa, false}, to - from, at.sg2, panel_step / wide_width, first, out);
-    for (int64_t i = 0; i < to - from; i++) copy_in(move(first, i * at.sg2), at.sa, out + i * panel_step, at.B, at.A, at.B);
+    if (!gathered) return (const char*)first;
+    if (!copied) loops.gather({at.A, at.B, at.sa, at.B, 2 * at.sa, false}, to - from, at.sg2, panel_step / wide_width, first, out);
+    for (int64_t i = 0; copied && i < to - from; i++) copy_in(move(first, i * at.sg2), at.sa, out + i * panel_step, at.B, at.A, at.B);
+    return out;
   }
+  size_t panel_bytes(int64_t tensors) const { return gathered ? tensors * panel_step : 0; }
 
   template <class Fn> void each_chunk(const Fn& fn) const {
     parallel(at.G * chunks, call.threads, [&](int64_t i) { fn(i / chunks, i % chunks); });
@@ -625,12 +634,12 @@ struct Runs : Walk {
       put(g, chunk(g, k, scratch, false, call.y, next_again == next_run ? next_run : 0));
     };
 
-    if (gathered) {
+    if (paneled) {
       each_panel([&](int64_t from, int64_t to) {
-        Scratch scratch((to - from + 1) * panel_step);
-        char *x = scratch.data, *y = x + (to - from) * panel_step;
+        Scratch scratch(panel_bytes(to - from + 1));
+        char* y = scratch.data + panel_bytes(to - from);
         Block together = {1, call.n, 0, 0, 0, false};
-        gather(call.x, from, to, x);
+        const char* x = gather(call.x, from, to, scratch.data);
         for (int64_t g = from; g < to; g++) sums[g] = loops.sum(together, x + (g - from) * panel_step);
         loops.locations(call, from, to, sums + from);
         for (int64_t g = from; g < to; g++)
@@ -641,7 +650,7 @@ struct Runs : Walk {
           double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
           void* out = move(call.y, start(g));
           if (!copied) {
-            loops.output({at.A, at.B, at.B, at.sa, 0, past_cache}, x, out, mu, scale, shift);
+            loops.output({at.A, at.B, at.B, at.sa, next_panel, past_cache}, x, out, mu, scale, shift);
             continue;
           }
           loops.output(together, x, y, mu, scale, shift);
@@ -754,13 +763,12 @@ struct Runs : Walk {
       finish(g, g + 1);
     };
 
-    if (gathered) {
+    if (paneled) {
       each_panel([&](int64_t from, int64_t to) {
-        Scratch scratch((2 * (to - from) + 1) * panel_step);
-        char *x = scratch.data, *dy = x + (to - from) * panel_step, *dx = dy + (to - from) * panel_step;
+        Scratch scratch(panel_bytes(2 * (to - from) + 1));
+        char* dx = scratch.data + panel_bytes(2 * (to - from));
         Block together = {1, call.n, 0, 0, 0, false};
-        gather(call.x, from, to, x);
-        gather(call.dy, from, to, dy);
+        const char *x = gather(call.x, from, to, scratch.data), *dy = gather(call.dy, from, to, scratch.data + panel_bytes(to - from));
         for (int64_t g = from; g < to; g++) {
           double mu = saved(0, g);
           int64_t offset = (g - from) * panel_step;
@@ -775,7 +783,7 @@ struct Runs : Walk {
           double b = number(constant, wide, g), u = number(along, wide, g);
           void* out = move(call.dx, start(g));
           if (!copied) {
-            loops.input({at.A, at.B, at.B, at.sa, 0, past_cache}, x, dy, out, centre, scale, b, u, p);
+            loops.input({at.A, at.B, at.B, at.sa, next_panel, past_cache}, x, dy, out, centre, scale, b, u, p);
             continue;
           }
           loops.input(together, x, dy, dx, centre, scale, b, u, p);
