@@ -842,24 +842,25 @@ struct Runs : Walk {
 
 // Rows: a statistic is a column of a matrix whose rows are contiguous.
 struct Rows : Walk {
-  static constexpr int64_t task_size = 65536, strip_size = 4096;
+  static constexpr int64_t task_size = 65536, strip_size = 4096, most_narrow = 256;
 
   const int64_t columns, stride;  // stride: columns, in whole packs
   const bool copied;              // as in Runs
   const int64_t copied_stride;
-  const int64_t rows_per_task, rows_per_strip, tasks_per_block, tasks_per_outer, tasks;
+  const int64_t rows_per_task, rows_per_strip, rows_ahead, tasks_per_block, tasks_per_outer, tasks;
 
   Rows(const Call& c, const Kernels& k)
       : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), copied(narrow || columns < lanes), copied_stride(larger(columns, lanes)),
-        rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(larger(16, strip_size / copied_stride / 4 * 4)),
+        rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(columns > most_narrow ? 2 : larger(16, strip_size / copied_stride / 4 * 4)),
+        rows_ahead(columns > most_narrow ? 2 : rows_per_strip / 2),
         tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer) {}
 
   // Row `row` of what is saved, or an array of coefficients, from outer index o on.
   const void* saved(int row, int64_t o) const { return move_wide((const void*)call.saved, row * at.G + o * columns); }
   char* from_outer(char* values, int64_t o) const { return move_wide(values, o * columns); }
 
-  // A strip of rows, small enough to stay in cache while its columns are walked, as the loops see it. Half a strip ahead is
-  // asked for meanwhile.
+  // A strip of rows, small enough to stay in cache while its columns are walked, as the loops see it. Of wide rows it has two,
+  // which are read nearly in the order of memory. What is `rows_ahead` is asked for meanwhile.
   struct Strip {
     int64_t o;
     Block block;
@@ -879,7 +880,7 @@ struct Rows : Walk {
         const void *x = move(call.x, offset), *dy = with_dy ? move(call.dy, offset) : nullptr;
         void* to = out ? move(out, offset) : nullptr;
         if (!copied) {
-          fn(task, Strip{o, {rows, columns, at.sb, at.sb, rows / 2 * at.sb, past_cache}, x, dy, to});
+          fn(task, Strip{o, {rows, columns, at.sb, at.sb, rows_ahead * at.sb, past_cache}, x, dy, to});
           continue;
         }
         char *x_copy = scratch.data, *dy_copy = x_copy + bytes, *out_copy = dy_copy + with_dy * bytes;
