@@ -191,14 +191,13 @@ struct Scratch {
   }
 };
 
-// A large output lies in fresh memory, and every small page of it would cost a page fault that takes longer than the
-// arithmetic. The hint affects nothing but these pages, all of which are about to be written.
+// A large output often lies in fresh memory, and every small page of it would cost a page fault that takes longer than the
+// arithmetic. The hint affects nothing but whole large pages inside it, all of which are about to be written.
 void expect_writes(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 1 << 21;
-  if (bytes < 16 * page) return;
   uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
-  madvise((void*)first, end - first, MADV_HUGEPAGE);
+  if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
