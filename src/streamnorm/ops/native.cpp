@@ -78,8 +78,8 @@ struct Call {
   int64_t n;  // elements behind each statistic
   const void *x, *dy;
   void *y, *dx;
-  const void *weight, *bias;
-  Type weight_type, bias_type;
+  const void *weight, *bias;  // weight: in the type of statistics
+  Type bias_type;
   void *dw, *db;
   Type dw_type;  // that of db is bias_type
   const void* lasting;  // the stream: long (2, G), short (2, G), count (G); or their gradients'
@@ -415,8 +415,9 @@ struct Walk {
 
   template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
   template <class P> P* move_wide(P* base, int64_t elements) const { return (P*)((char*)base + elements * wide_width); }
-  double saved(int row, int64_t g) const { return number(call.saved, wide, row * at.G + g); }
-  double gain(int64_t c) const { return call.weight ? number(call.weight, call.weight_type, c) : 1; }
+  double wide_number(const void* p, int64_t i) const { return wide == Type::f64 ? ((const double*)p)[i] : ((const float*)p)[i]; }
+  double saved(int row, int64_t g) const { return wide_number(call.saved, row * at.G + g); }
+  double gain(int64_t c) const { return call.weight ? wide_number(call.weight, c) : 1; }
   double bias(int64_t c) const { return call.bias ? number(call.bias, call.bias_type, c) : 0; }
 
   void set_parameter(void* out, Type type, int64_t count, const double* values) const {
@@ -588,7 +589,7 @@ struct Runs : Walk {
     Buffer buffer;
     double* partial = (double*)buffer.zeroed(2 * at.G * (chunks + 1) * sizeof(double));  // sums, and sums of powers
     double *partial_powers = partial + at.G * chunks, *sums = partial_powers + at.G * chunks, *powers = sums + at.G;
-    Parameter gains = spread_out(call.weight, call.weight_type, 1), biases = spread_out(call.bias, call.bias_type, 0);
+    Parameter gains = spread_out(call.weight, wide, 1), biases = spread_out(call.bias, call.bias_type, 0);
 
     auto fold = [&](const double* of_chunks, int64_t g) {
       double sum = 0;
@@ -696,7 +697,7 @@ struct Runs : Walk {
     double* db = dw + copies * stride;
     char* constant = (char*)coefficients.zeroed(2 * at.G * wide_width);
     char* along = constant + at.G * wide_width;
-    Parameter gains = spread_out(call.weight, call.weight_type, 1);
+    Parameter gains = spread_out(call.weight, wide, 1);
 
     auto add = [&](int64_t g, int64_t k, const Chunk& c) {
       double mu = saved(0, g), inverse = saved(1, g), centre = centered ? mu : 0, t[3];
@@ -722,7 +723,7 @@ struct Runs : Walk {
       partial[g * chunks + k] = sum;
     };
     auto put = [&](int64_t g, const Chunk& c) {
-      double inverse = saved(1, g), centre = centered ? saved(0, g) : 0, b = number(constant, wide, g), u = number(along, wide, g);
+      double inverse = saved(1, g), centre = centered ? saved(0, g) : 0, b = wide_number(constant, g), u = wide_number(along, g);
       int64_t first = group(g) * at.Bc;
       if (affine == Affine::uniform)
         loops.input(c.block, c.x, c.dy, c.out, centre, inverse * gain(first), b, u, p);
@@ -779,7 +780,7 @@ struct Runs : Walk {
         if (!call.dx) return;
         for (int64_t g = from; g < to; g++, x += panel_step, dy += panel_step) {
           double centre = centered ? saved(0, g) : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
-          double b = number(constant, wide, g), u = number(along, wide, g);
+          double b = wide_number(constant, g), u = wide_number(along, g);
           void* out = move(call.dx, start(g));
           if (!copied) {
             loops.input({at.A, at.B, at.B, at.sa, next_panel, past_cache}, x, dy, out, centre, scale, b, u, p);
@@ -907,7 +908,7 @@ struct Rows : Walk {
     Buffer buffer, partial_buffer, coefficients;
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
-    Parameter gain(call.weight, call.weight_type, wide, columns, 1, false, 1);
+    Parameter gain(call.weight, wide, wide, columns, 1, false, 1);
     Parameter bias(call.bias, call.bias_type, wide, columns, 1, columns < lanes, 0);
     char* scale = (char*)coefficients.zeroed(at.G * wide_width + 64);
 
@@ -953,7 +954,7 @@ struct Rows : Walk {
     Buffer buffer, partial_buffer, coefficients, parameters;
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
-    Parameter gain(call.weight, call.weight_type, wide, columns, 1, false, 1);
+    Parameter gain(call.weight, wide, wide, columns, 1, false, 1);
     char* scale = (char*)coefficients.zeroed(3 * at.G * wide_width + 64);
     char *constant = scale + at.G * wide_width, *along = constant + at.G * wide_width;
     double* dw = (double*)parameters.zeroed(2 * columns * sizeof(double));
@@ -1440,7 +1441,8 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Layout layout;
   if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
   Type wide = wide_of(call.type);
-  if (!read_parameter(weight, plan->channels, call.weight, call.weight_type)) return refuse("this gain");
+  Type weight_type;
+  if (!read_parameter(weight, plan->channels, call.weight, weight_type)) return refuse("this gain");
   if (!read_parameter(bias, plan->channels, call.bias, call.bias_type)) return refuse("this bias");
   const bool streams = state != Py_None;
   Half half, grad_half;
@@ -1461,11 +1463,10 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.saved = PyBytes_AsString(saved);
   if (call.weight) {
     char* gain = saved_gain(*plan, wide, call.saved);
-    if (call.weight_type == wide) memcpy(gain, call.weight, plan->channels * bytes(wide));
+    if (weight_type == wide) memcpy(gain, call.weight, plan->channels * bytes(wide));
     else
-      for (int64_t i = 0; i < plan->channels; i++) set_number(gain, wide, i, number(call.weight, call.weight_type, i));
+      for (int64_t i = 0; i < plan->channels; i++) set_number(gain, wide, i, number(call.weight, weight_type, i));
     call.weight = gain;
-    call.weight_type = wide;
   }
   if (streams) {
     memcpy(call.mix, plan->formula.alpha, sizeof call.mix);
@@ -1510,7 +1511,6 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   }
   call.dy = dy.data;
   if (weight != Py_None) call.weight = saved_gain(*plan, wide, call.saved);
-  call.weight_type = wide;
   if (grad_scale != Py_None) {
     if (!borrow_flat(grad_scale, 1, t) || type_of(t) == Type::other) return refuse("this gradient scale");
     call.grad_scale = number(t.data, type_of(t), 0);

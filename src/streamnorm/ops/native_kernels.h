@@ -84,9 +84,10 @@ struct All {
 template <class F> struct Lanes {
   typename Pack<F>::I keep[Pack<F>::parts];
   INLINE Lanes(int64_t first, int64_t end) {
-    typename Register<F>::Bits mask[Pack<F>::lanes];
-    for (int lane = 0; lane < Pack<F>::lanes; lane++) mask[lane] = lane >= first && lane < end ? -1 : 0;
-    __builtin_memcpy(keep, mask, 64);
+    typedef typename Register<F>::Bits Bits;
+    typename Pack<F>::I lane;
+    for (int i = 0; i < Pack<F>::per_part; i++) lane[i] = i;
+    EACH_PART(keep[i] = (lane + Bits(i * Pack<F>::per_part) >= Bits(first)) & (lane + Bits(i * Pack<F>::per_part) < Bits(end)));
   }
   INLINE Pack<F> operator()(Pack<F> a) const {
     EACH_PART(a.v[i] = (typename Pack<F>::V)((typename Pack<F>::I)a.v[i] & keep[i]));
@@ -224,23 +225,25 @@ template <class F> struct Sum {
     });
   }
 };
-// The upper half of a vector added to its lower half, and so on until one value is left.
-typedef double D2 __attribute__((vector_size(16)));
-typedef double D4 __attribute__((vector_size(32)));
-typedef double D8 __attribute__((vector_size(64)));
-template <class Half, class D> INLINE Half folded(const D& v) {
-  Half half[2];
-  __builtin_memcpy(half, &v, sizeof half);
-  return half[0] + half[1];
+// The upper half of the lanes added to the lower half, and so on until one value is left.
+typedef int64_t Places __attribute__((vector_size(ISA_BYTES)));
+INLINE double total(F64 v) {
+#if ISA_BYTES == 64
+  v += __builtin_shuffle(v, Places{4, 5, 6, 7, 0, 1, 2, 3});
+  v += __builtin_shuffle(v, Places{2, 3, 0, 1, 6, 7, 4, 5});
+#elif ISA_BYTES == 32
+  v += __builtin_shuffle(v, Places{2, 3, 0, 1});
+#endif
+  return v[0] + v[1];
 }
-INLINE double total(const D8& v) {
-  D2 two = folded<D2>(folded<D4>(v));
-  return two[0] + two[1];
-}
-template <class F> NOINLINE double total(const Sum<F>& sum) {
-  D8 part[Pack<F>::lanes / 8];
-  __builtin_memcpy(part, sum.v, sizeof part);
-  return total(sizeof part > sizeof(D8) ? part[0] + part[Pack<F>::lanes / 8 - 1] : part[0]);
+template <class F> INLINE double total(const Sum<F>& sum) {
+  constexpr int parts = Sum<F>::parts;
+  F64 v[parts];
+  EACH(i, parts, v[i] = sum.v[i]);
+  if constexpr (parts >= 8) EACH(i, 4, v[i] += v[i + 4]);
+  if constexpr (parts >= 4) EACH(i, 2, v[i] += v[i + 2]);
+  if constexpr (parts >= 2) v[0] += v[1];
+  return total(v[0]);
 }
 
 // Sum K values over a stretch of n elements; body(lanes, i, q) puts those of the pack at i into q[0..K).
@@ -257,13 +260,19 @@ template <int K, class F, class Body> INLINE void reduce(int64_t n, Sum<F>* sums
     }
     EACH(k, K, sums[k].add(few[k]));
   }
-  for (; i < n; i += L) {
-    int64_t at = larger(0, smaller(i, n - L));
-    Lanes<F> lanes(i - at, n - at);
-    Pack<F> q[K];
-    body(lanes, at, q);
-    EACH(k, K, sums[k].add(lanes(q[k])));
+  if (i == n) return;
+  Pack<F> few[K] = {}, q[K];
+  _Pragma("GCC unroll 1") for (; i + L <= n; i += L) {
+    body(All{}, i, q);
+    EACH(k, K, few[k] = few[k] + q[k]);
   }
+  if (i < n) {
+    int64_t at = larger(0, n - L);
+    Lanes<F> lanes(i - at, n - at);
+    body(lanes, at, q);
+    EACH(k, K, few[k] = few[k] + lanes(q[k]));
+  }
+  EACH(k, K, sums[k].add(few[k]));
 }
 // Write a stretch of n elements; body must not read what it writes.
 template <class F, class Body> INLINE void map(int64_t n, const Body& body) {
@@ -582,6 +591,7 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
 // --- the stream, over a range [from, to) of statistics ------------------------------------------------------------------------
 
 // The formulas below serve eight statistics at a time (D8) and one (double).
+typedef double D8 __attribute__((vector_size(64)));
 typedef int64_t I8 __attribute__((vector_size(64)));
 typedef float S8 __attribute__((vector_size(32)));
 template <class D> struct Like {
