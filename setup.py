@@ -26,7 +26,7 @@ FLAGS = (
 native = Extension(
     "streamnorm.ops._native",
     sources=["src/streamnorm/ops/native.cpp"],
-    depends=["src/streamnorm/ops/native_kernels.h"],
+    depends=["src/streamnorm/ops/native_kernels.h", "src/streamnorm/ops/threads.h"],
     extra_compile_args=FLAGS,
     language="c++",
     optional=True,
@@ -37,7 +37,7 @@ native = Extension(
 recurrent = Extension(
     "streamnorm.ops._recurrent",
     sources=["src/streamnorm/ops/recurrent.cpp"],
-    depends=["src/streamnorm/ops/recurrent_kernels.h"],
+    depends=["src/streamnorm/ops/recurrent_kernels.h", "src/streamnorm/ops/threads.h"],
     extra_compile_args=[flag.replace("contract=off", "contract=fast") for flag in FLAGS],
     language="c++",
     optional=True,

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.recurrent import loop
+from streamnorm.recurrent import loop, native
 
 RNN: Callable[..., Any] = sn.RNN
 GRU: Callable[..., Any] = sn.GRU
@@ -198,6 +198,32 @@ def test_all_sizes_of_matrix_products(hidden: int, rows: int, dtype: torch.dtype
     for model in (sn.GRU(3, hidden, gain=0.2, dtype=dtype), sn.LSTM(40, hidden, gain=0.2, dtype=dtype)):
         batches = [[torch.randn(5, rows, model.input_size, dtype=dtype)]]
         assert_same(model, batches)
+
+
+@pytest.mark.parametrize("norm", ["streaming", "streaming, window", "batch", "layer"])
+@pytest.mark.parametrize("network", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("hidden", [37, 100])
+def test_the_same_bits_on_any_number_of_threads(
+    hidden: int, network: str, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads share the hidden units, and the rows of large products; none of them is too small for it here.
+
+    PyTorch's own products are left out: their last bits do depend on it.
+    """
+    monkeypatch.setattr(native, "_GRAIN", 1)
+    monkeypatch.setattr(native, "_outruns_torch", True)
+    model = NETWORKS[network](40, hidden, **NORMS[norm])
+    batches = [[torch.randn(7, 50, 40), torch.randn(6, 9, 40)] for _ in range(3)]
+    runs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(train(copy.deepcopy(model), batches, "native"))
+    finally:
+        torch.set_num_threads(before)
+    for name, result in runs[0].items():
+        assert all(result.equal(other[name]) for other in runs[1:]), name
 
 
 @pytest.mark.parametrize("network", NETWORKS)

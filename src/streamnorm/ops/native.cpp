@@ -8,7 +8,6 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -21,10 +20,10 @@
 #endif
 
 #ifndef _WIN32
-#include <dlfcn.h>
-#include <pthread.h>
 #include <sys/mman.h>
 #endif
+
+#include "threads.h"
 
 // --- DLPack 1.x, the part that is used (https://github.com/dmlc/dlpack, dlpack.h) ------------------------------------
 
@@ -254,64 +253,6 @@ void set_number(void* p, Type type, int64_t i, double value) {
     default: ((float*)p)[i] = (float)value;
   }
 }
-
-// --- threads: those of the OpenMP runtime that PyTorch runs on -----------------------------------------------------------
-
-typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
-GompParallel gomp_parallel = nullptr;
-std::atomic<bool> forked{false};  // GNU's runtime does not survive a fork: a child stays on one thread
-
-typedef int (*GetThread)();
-GetThread thread_number = nullptr;  // omp_get_thread_num
-
-// Each thread has a share of neighbouring tasks, so that it finds in its cache what it had there in the pass before, and what
-// it asked for ahead of time is its own. One that is done with its share helps with the others'.
-struct Share {
-  alignas(64) std::atomic<int64_t> next;
-  int64_t end;
-};
-enum class Way { forth, back };  // back: from the last task to the first
-struct Team {
-  static constexpr int most_shares = 64;
-  Share shares[most_shares];
-  int count;
-  int64_t tasks;
-  Way way;
-  void (*run)(const void*, int64_t);
-  const void* body;
-};
-void work(void* data) {
-  Team& team = *(Team*)data;
-  const int own = thread_number() % team.count;
-  for (int s = 0; s < team.count; s++) {
-    Share& share = team.shares[(own + s) % team.count];
-    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-      team.run(team.body, team.way == Way::back ? team.tasks - 1 - i : i);
-  }
-}
-void run_tasks(int64_t tasks, int threads, Way way, void (*run)(const void*, int64_t), const void* body) {
-  threads = (int)smaller(threads, tasks);
-  if (threads <= 1 || !gomp_parallel || forked.load(std::memory_order_relaxed)) {
-    for (int64_t i = 0; i < tasks; i++) run(body, way == Way::back ? tasks - 1 - i : i);
-    return;
-  }
-  Team team;
-  team.count = (int)smaller(threads, Team::most_shares);
-  team.tasks = tasks;
-  team.way = way;
-  team.run = run;
-  team.body = body;
-  for (int s = 0; s < team.count; s++) {
-    const int share = way == Way::back ? team.count - 1 - s : s;  // a thread keeps its tasks, whichever way they are taken
-    team.shares[share].next.store(tasks * s / team.count, std::memory_order_relaxed);
-    team.shares[share].end = tasks * (s + 1) / team.count;
-  }
-  gomp_parallel(work, &team, (unsigned)threads, 0);
-}
-template <class Fn> void parallel(int64_t tasks, int threads, Way way, const Fn& fn) {
-  run_tasks(tasks, threads, way, [](const void* body, int64_t i) { (*(const Fn*)body)(i); }, &fn);
-}
-template <class Fn> void parallel(int64_t tasks, int threads, const Fn& fn) { parallel(tasks, threads, Way::forth, fn); }
 
 }  // namespace
 
@@ -1649,18 +1590,7 @@ PyObject* setup(PyObject*, PyObject* args) {
     PyErr_Format(PyExc_ValueError, "this processor or build has no instruction set %s; STREAMNORM_ISA can be baseline, avx2 or avx512", wanted);
     return nullptr;
   }
-#ifndef _WIN32
-  // Where PyTorch's own library is known its runtime is taken, else whichever one the process has; none is loaded.
-  void* handle = *library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
-  if (!handle || !dlsym(handle, "GOMP_parallel")) handle = RTLD_DEFAULT;
-  void *found = dlsym(handle, "GOMP_parallel"), *number = dlsym(handle, "omp_get_thread_num");
-  if (!number) found = nullptr;
-  memcpy(&gomp_parallel, &found, sizeof found);
-  memcpy(&thread_number, &number, sizeof number);
-  static bool registered = false;
-  if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  registered = true;
-#endif
+  const bool threads = find_threads(library);
   PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg};
   PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7]};
   for (int i = 0; i < 10; i++) {
@@ -1677,7 +1607,7 @@ PyObject* setup(PyObject*, PyObject* args) {
   }
   exchange = api;
   variant = chosen;
-  return Py_BuildValue("sO", chosen->name, gomp_parallel ? Py_True : Py_False);
+  return Py_BuildValue("sO", chosen->name, threads ? Py_True : Py_False);
 }
 
 template <class Fn> PyCFunction function(Fn fn) { return (PyCFunction)(void (*)(void))fn; }

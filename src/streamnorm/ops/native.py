@@ -33,6 +33,9 @@ class Plan(NamedTuple):
 def _copy_like(x: Tensor, dy: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(dy)
 
+LIBRARY = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+"""PyTorch's own, through which the extensions find its OpenMP runtime."""
+
 
 def _load() -> tuple[Any, str]:
     """The extension, or None, and a line about it."""
@@ -53,10 +56,9 @@ def _load() -> tuple[Any, str]:
         torch.is_grad_enabled,
         Tensor.is_neg,
     )
-    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
     isa = os.environ.get("STREAMNORM_ISA") or None
     try:
-        isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, functions, State._fields, library, isa)
+        isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, functions, State._fields, LIBRARY, isa)
     except ImportError as error:
         return None, f"not available: {error}"
     where = "the threads of PyTorch" if threads else "one thread"

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "threads.h"
+
 namespace {
 
 enum Kind : int64_t { unnormalized, features, sequences };
@@ -47,6 +49,7 @@ struct Plan {
   const void* d_output;
   void *d_hidden, *d_cells, *scratch;
   int64_t first_h_flows, h0_wanted;
+  int64_t threads;
   Path x, h;
 };
 
@@ -90,7 +93,7 @@ struct Variant {
   Kernel forward[2], backward[2];  // of float and double
   void (*recall[2])(const Plan&, int64_t block, int64_t end);
   void (*pack[2])(const void* b, int64_t row, int64_t column, int64_t K, int64_t N, void* panels);
-  void (*multiply[2])(const void* a, int64_t row, int64_t term, const void* panels, void* out, int64_t M, int64_t N, int64_t K, bool add);
+  void (*multiply[2])(const void* a, int64_t row, int64_t term, const void* panels, void* out, int64_t M, int64_t N, int64_t K, bool add, int64_t threads);
 };
 #define VARIANT(isa) \
   { #isa, {isa::forward_step<float>, isa::forward_step<double>}, {isa::backward_step<float>, isa::backward_step<double>}, \
@@ -164,12 +167,12 @@ PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Py_RETURN_NONE;
 }
 
-// multiply(double?, a, row stride, term stride, panels of b, out, M, N, K)
+// multiply(double?, a, row stride, term stride, panels of b, out, M, N, K, threads)
 PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  int64_t v[9];
-  if (!integers(args, nargs, v, 9)) return nullptr;
+  int64_t v[10];
+  if (!integers(args, nargs, v, 10)) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  variant->multiply[v[0] != 0]((void*)v[1], v[2], v[3], (void*)v[4], (void*)v[5], v[6], v[7], v[8], false);
+  variant->multiply[v[0] != 0]((void*)v[1], v[2], v[3], (void*)v[4], (void*)v[5], v[6], v[7], v[8], false, v[9]);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
@@ -198,10 +201,11 @@ PyObject* backward_all(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Py_RETURN_NONE;
 }
 
-// setup(wanted instruction set or None) -> (its name, whether multiply is likely to outrun the BLAS of PyTorch)
-PyObject* setup(PyObject*, PyObject* wanted) {
-  const char* name = wanted == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(wanted, nullptr);
-  if (wanted != Py_None && !name) return nullptr;
+// setup(wanted instruction set or None, PyTorch's library) -> (its name, whether multiply is likely to outrun PyTorch's BLAS)
+PyObject* setup(PyObject*, PyObject* args) {
+  const char *name, *library;
+  if (!PyArg_ParseTuple(args, "zs", &name, &library)) return nullptr;
+  find_threads(library);
   for (const Variant& v : variants)
     if (can_run(v.name) && (!name || !strcmp(name, v.name))) {
       variant = &v;
@@ -216,7 +220,7 @@ PyObject* setup(PyObject*, PyObject* wanted) {
 }
 
 PyMethodDef methods[] = {
-    {"setup", setup, METH_O, nullptr},
+    {"setup", setup, METH_VARARGS, nullptr},
     {"forward", (PyCFunction)(void*)forward, METH_FASTCALL, nullptr},
     {"backward", (PyCFunction)(void*)backward, METH_FASTCALL, nullptr},
     {"pack", (PyCFunction)(void*)pack, METH_FASTCALL, nullptr},

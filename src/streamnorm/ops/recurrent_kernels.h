@@ -68,6 +68,15 @@ template <class F, class Body> INLINE void each_register(int64_t length, const B
   if (i < length) body(i, Part<F>{(int)(length - i)});
 }
 
+// The same on several threads, each of which takes so many elements at a time.
+template <class F> constexpr int64_t at_a_time = 2 * Lanes<F>::n;
+template <class F, class Body> INLINE void each_register(int64_t length, int64_t threads, const Body& body) {
+  parallel((length + at_a_time<F> - 1) / at_a_time<F>, (int)threads, [&](int64_t i) {
+    const int64_t first = i * at_a_time<F>, left = length - first;
+    each_register<F>(left < at_a_time<F> ? left : at_a_time<F>, [&](int64_t j, auto part) INLINED { body(first + j, part); });
+  });
+}
+
 template <class F> INLINE Vector<F> absolute(Vector<F> a) { return (Vector<F>)((Mask<F>)a & Lanes<F>::magnitude); }
 template <class F> INLINE Mask<F> finite(Vector<F> a) { return (Mask<F>)(absolute<F>(a) <= all<F>(Lanes<F>::largest)); }
 // sgn(d), 0 where d is 0
@@ -245,17 +254,20 @@ template <class F, class Fn> INLINE void by_few_rows(int64_t rows, const Fn& fn)
 }
 
 // out = a·b, or out += a·b, for M rows of a, all of it, with b in panels: blocks of K so long that a few rows of a and a
-// panel stay in the cache together.
-template <class F> void multiply(const void* a, int64_t a_row, int64_t a_term, const void* panels, void* out, int64_t M, int64_t N, int64_t K, bool add) {
+// panel stay in the cache together. Threads share the rows, or if they are few the panels.
+template <class F>
+void multiply(const void* a, int64_t a_row, int64_t a_term, const void* panels, void* out, int64_t M, int64_t N, int64_t K, bool add, int64_t threads) {
   constexpr int64_t width = 2 * Lanes<F>::n, block = 256, strip = 240;
-  for (int64_t first = 0; first < K; first += block) {
-    int64_t terms = first + block < K ? block : K - first;
-    for (int64_t m = 0; m < M; m += strip)
-      for (int64_t c = 0; c < N; c += width)
-        by_rows(m + strip < M ? strip : M - m, [&](auto R, int64_t r) INLINED {
-          panel_products<R.value>((const F*)a + (m + r) * a_row, a_row, a_term, (const F*)panels + c * K, first, terms, (F*)out + (m + r) * N + c, N, N - c, add || first > 0);
+  auto part = [&](int64_t m, int64_t rows, int64_t from, int64_t to) INLINED {
+    for (int64_t first = 0; first < K; first += block)
+      for (int64_t c = from; c < to; c += width)
+        by_rows(rows, [&](auto R, int64_t r) INLINED {
+          panel_products<R.value>((const F*)a + (m + r) * a_row, a_row, a_term, (const F*)panels + c * K, first, first + block < K ? block : K - first,
+                                  (F*)out + (m + r) * N + c, N, N - c, add || first > 0);
         });
-  }
+  };
+  if (M > strip) parallel((M + strip - 1) / strip, (int)threads, [&](int64_t i) { part(i * strip, M - i * strip < strip ? M - i * strip : strip, 0, N); });
+  else parallel((N + width - 1) / width, (int)threads, [&](int64_t i) { part(0, M, i * width, (i + 1) * width < N ? (i + 1) * width : N); });
 }
 
 // --- one use of a norm -----------------------------------------------------------------------------------------------------
@@ -612,17 +624,17 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
   typedef Vector<F> V;
   Step<F> s(plan, number);
   Use<F> from_x(plan.x, s.rows, number, s.G, false), from_h(plan.h, s.rows, number, s.G, false);
-  int64_t H = s.H, G = s.G, block = number % plan.block ? -1 : number / plan.block;
+  int64_t H = s.H, G = s.G, begins = number % plan.block ? -1 : number / plan.block;
   if (plan.panels)
-    multiply<F>(s.previous, H, 1, plan.panels, s.h, s.rows, G, H, false);
+    multiply<F>(s.previous, H, 1, plan.panels, s.h, s.rows, G, H, false, plan.threads);
   else if (plan.weight)
     by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { products_of_few<R.value>((const F*)plan.weight, s.previous + b * H, s.h + b * G, H, G, number % 2); });
   normalize_whole(from_x, s.x, s.inverse_x);
   normalize_whole(from_h, s.h, s.inverse_h);
-  each_register<F>(H, [&](int64_t j, auto part) INLINED {
+  each_register<F>(H, plan.threads, [&](int64_t j, auto part) INLINED {
     for (int64_t g = j; g < G; g += H) {
-      normalize(from_x, block, s.x, s.inverse_x, g, part);
-      normalize(from_h, block, s.h, s.inverse_h, g, part);
+      normalize(from_x, begins, s.x, s.inverse_x, g, part);
+      normalize(from_h, begins, s.h, s.inverse_h, g, part);
     }
     Gates<F, decltype(part)> gates(s, from_x, from_h, j, part);
     if (plan.cell == gru) {
@@ -669,8 +681,9 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
     else if (use.path.kind == features) normalize_features_backward<2>(use, gradient, stride, values, inverse, to, g, part);
   };
 
-  each_register<F>(H, [&](int64_t j, auto part) INLINED {
-    F* at = dy + (apart ? j : 0);
+  each_register<F>(H, plan.threads, [&](int64_t j, auto part) INLINED {
+    F* own = dy + (apart || plan.threads == 1 ? 0 : j / at_a_time<F> * (plan.gates + 1) * size);
+    F* at = own + (apart ? j : 0);
     Gates<F, decltype(part)> gates(s, from_x, from_h, j, part);
     if (plan.cell == gru) {
       for (int64_t b = 0; b < s.rows; b++) {
@@ -709,14 +722,14 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
     }
     if (apart) return;
     for (int64_t gate = 0; gate < plan.gates; gate++) {
-      finish(from_h, dy + (plan.cell == gru && gate == 2 ? 3 : gate) * size, s.h, s.inverse_h, dh, gate * H + j, part);
-      finish(from_x, dy + gate * size, s.x, s.inverse_x, dx, gate * H + j, part);
+      finish(from_h, own + (plan.cell == gru && gate == 2 ? 3 : gate) * size, s.h, s.inverse_h, dh, gate * H + j, part);
+      finish(from_x, own + gate * size, s.x, s.inverse_x, dx, gate * H + j, part);
     }
   });
   auto into_past = [&]() INLINED {
     if (!dh || (number == 0 && !plan.h0_wanted)) return;
     if (plan.panels)
-      multiply<F>(dh, G, 1, plan.panels, d_hidden, s.rows, H, G, true);
+      multiply<F>(dh, G, 1, plan.panels, d_hidden, s.rows, H, G, true, plan.threads);
     else if (plan.weight)
       by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { add_products<R.value>((const F*)plan.weight, dh + b * G, d_hidden + b * H, H, G, number % 2); });
   };

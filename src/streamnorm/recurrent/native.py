@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..norm import GeneralBatchNorm, Norm, SampleNorm
 from ..normref import NormRef
 from ..ops.first_order import first_order_only
+from ..ops.native import LIBRARY
 from . import fused
 from .norms import PerStepBatchNorm
 from .steps import GATES, Hidden, Norms, Weights
@@ -33,7 +34,9 @@ _FEW_ROWS = 4
 _BLOCK = 16
 """Where a sequence has few rows, 1/s is as large as the values. It is kept for so many steps at a time."""
 _SMALL_PRODUCT = 1 << 21
-"""Multiplications in a product that one thread finishes before several have begun."""
+"""Multiplications in a product that one thread finishes before several of PyTorch's have begun."""
+_GRAIN = 1 << 19
+"""Multiplications in a product for each thread of the kernel's own."""
 
 
 def _load() -> tuple[Any, bool]:
@@ -42,7 +45,7 @@ def _load() -> tuple[Any, bool]:
         from ..ops import _recurrent  # type: ignore[attr-defined]
     except ImportError:
         return None, False
-    _, outruns = _recurrent.setup(os.environ.get("STREAMNORM_ISA") or None)
+    _, outruns = _recurrent.setup(os.environ.get("STREAMNORM_ISA") or None, LIBRARY)
     return _recurrent, outruns
 
 
@@ -144,9 +147,10 @@ class _Plan(NamedTuple):
     scratch: int = 0
     first_h_flows: int = 0
     h0_wanted: int = 0
+    threads: int = 1
 
 
-_bytes = struct.Struct("18q" + 2 * "22q11d").pack
+_bytes = struct.Struct("19q" + 2 * "22q11d").pack
 
 
 def _path(norm: nn.Module | None, values: Tensor, bias: Tensor | None) -> _Path:
@@ -214,12 +218,10 @@ class _Run:
         rows = self.sizes[0]
         if rows <= _FEW_ROWS:
             return True
+        if len(self.sizes) < 4:
+            return False
         several = torch.get_num_threads() > 1
-        return not (
-            len(self.sizes) < 4
-            or (several and rows * w_hh.numel() > _SMALL_PRODUCT)
-            or (rows > 64 and not _outruns_torch)
-        )
+        return _outruns_torch or not (rows > 64 or (several and rows * w_hh.numel() > _SMALL_PRODUCT))
 
     def _panels(self, forward: bool) -> Tensor | None:
         """The weight as the kernel multiplies many rows by it."""
@@ -231,7 +233,9 @@ class _Run:
         """What forward and backward tell the kernel."""
         tensors = (self.starts, output, self.cells, self.h0, self.c0, self.weight, panels)
         is_double = int(output.dtype == torch.float64)
-        return _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, self.block, *map(_pointer, tensors))
+        plan = _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, self.block, *map(_pointer, tensors))
+        rows = self.sizes[0]
+        return plan if rows <= _FEW_ROWS else plan._replace(threads=_threads(rows * self.width * self.features))
 
     def forward(self, w_hh: Tensor) -> tuple[Tensor, ...]:
         """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
@@ -350,12 +354,17 @@ class _Sequence(torch.autograd.Function):
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a·b, by the kernel where that is likely to be faster than PyTorch."""
     (rows, terms), columns = a.shape, b.shape[1]
-    if not _outruns_torch or torch.get_num_threads() > 1 or min(rows, terms, columns) < 32:
+    if not _outruns_torch or min(rows, terms, columns) < 32:
         return a @ b
     out, panels, is_double = a.new_empty(rows, columns), _panels(b), int(a.dtype == torch.float64)
-    sizes = (rows, columns, terms)
+    sizes = (rows, columns, terms, _threads(rows * columns * terms))
     _recurrent.multiply(is_double, a.data_ptr(), *a.stride(), panels.data_ptr(), out.data_ptr(), *sizes)
     return out
+
+
+def _threads(multiplications: int) -> int:
+    """How many threads share so much work."""
+    return max(1, min(torch.get_num_threads(), multiplications // _GRAIN))
 
 
 def _panels(b: Tensor) -> Tensor:

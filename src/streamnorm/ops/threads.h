@@ -1,0 +1,87 @@
+// Loops over several threads: those of the OpenMP runtime that PyTorch runs on.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#ifndef _WIN32
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+
+namespace {
+
+typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
+typedef int (*GetThread)();
+GompParallel gomp_parallel = nullptr;
+GetThread thread_number = nullptr;  // omp_get_thread_num
+std::atomic<bool> forked{false};    // GNU's runtime does not survive a fork: a child stays on one thread
+
+// Whether there is a runtime: PyTorch's own where its library is known, else whichever one the process has; none is loaded.
+bool find_threads(const char* library) {
+#ifndef _WIN32
+  void* handle = *library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+  if (!handle || !dlsym(handle, "GOMP_parallel")) handle = RTLD_DEFAULT;
+  void *found = dlsym(handle, "GOMP_parallel"), *number = dlsym(handle, "omp_get_thread_num");
+  if (!number) found = nullptr;
+  memcpy(&gomp_parallel, &found, sizeof found);
+  memcpy(&thread_number, &number, sizeof number);
+  static bool registered = false;
+  if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+  registered = true;
+#endif
+  return gomp_parallel != nullptr;
+}
+
+// Each thread has a share of neighbouring tasks, so that it finds in its cache what it had there in the pass before, and what
+// it asked for ahead of time is its own. One that is done with its share helps with the others'.
+struct Share {
+  alignas(64) std::atomic<int64_t> next;
+  int64_t end;
+};
+enum class Way { forth, back };  // back: from the last task to the first
+struct Team {
+  static constexpr int most_shares = 64;
+  Share shares[most_shares];
+  int count;
+  int64_t tasks;
+  Way way;
+  void (*run)(const void*, int64_t);
+  const void* body;
+};
+void work(void* data) {
+  Team& team = *(Team*)data;
+  const int own = thread_number() % team.count;
+  for (int s = 0; s < team.count; s++) {
+    Share& share = team.shares[(own + s) % team.count];
+    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+      team.run(team.body, team.way == Way::back ? team.tasks - 1 - i : i);
+  }
+}
+void run_tasks(int64_t tasks, int threads, Way way, void (*run)(const void*, int64_t), const void* body) {
+  threads = (int)(threads < tasks ? threads : tasks);
+  if (threads <= 1 || !gomp_parallel || forked.load(std::memory_order_relaxed)) {
+    for (int64_t i = 0; i < tasks; i++) run(body, way == Way::back ? tasks - 1 - i : i);
+    return;
+  }
+  Team team;
+  team.count = threads < Team::most_shares ? threads : Team::most_shares;
+  team.tasks = tasks;
+  team.way = way;
+  team.run = run;
+  team.body = body;
+  for (int s = 0; s < team.count; s++) {
+    const int share = way == Way::back ? team.count - 1 - s : s;  // a thread keeps its tasks, whichever way they are taken
+    team.shares[share].next.store(tasks * s / team.count, std::memory_order_relaxed);
+    team.shares[share].end = tasks * (s + 1) / team.count;
+  }
+  gomp_parallel(work, &team, (unsigned)threads, 0);
+}
+template <class Fn> void parallel(int64_t tasks, int threads, Way way, const Fn& fn) {
+  run_tasks(tasks, threads, way, [](const void* body, int64_t i) { (*(const Fn*)body)(i); }, &fn);
+}
+template <class Fn> void parallel(int64_t tasks, int threads, const Fn& fn) { parallel(tasks, threads, Way::forth, fn); }
+
+}  // namespace
