@@ -33,6 +33,7 @@ class Plan(NamedTuple):
 def _copy_like(x: Tensor, dy: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(dy)
 
+
 LIBRARY = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
 """PyTorch's own, through which the extensions find its OpenMP runtime."""
 

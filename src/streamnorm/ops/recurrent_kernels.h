@@ -146,7 +146,7 @@ template <class F> INLINE Vector<F> totals(Vector<F>* registers) {
 
 // out[r, g] = Σ h[r, k]·w[g, k] for R rows r, n/R rows g at a time: w as it is, read once. Steps take turns in beginning
 // at either end, so that of a large w the cache still holds what comes first.
-template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t H, int64_t G, bool from_end) {
+template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t out_row, int64_t H, int64_t G, bool from_end) {
   constexpr int n = Lanes<F>::n, Q = n / R;
   for (int64_t i = 0, blocks = (G + Q - 1) / Q; i < blocks; i++) {
     int64_t first = Q * (from_end ? blocks - 1 - i : i);
@@ -165,7 +165,7 @@ template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F
     F values[n];
     Whole<F>::store(values, totals<F>(sums));
     for (int r = 0; r < R; r++)
-      for (int q = 0; q < Q && g + q < G; q++) out[r * G + g + q] = values[r * Q + q];
+      for (int q = 0; q < Q && g + q < G; q++) out[r * out_row + g + q] = values[r * Q + q];
   }
 }
 
@@ -215,24 +215,24 @@ OUTLINE void panel_products(const F* a, int64_t a_row, int64_t a_term, const F* 
 }
 
 // out[r, k] += Σ d[r, g]·w[g, k] for a few rows r: w as it is, from either end as in products_of_few.
-template <int R, class F> OUTLINE void add_products(const F* w, const F* d, F* out, int64_t H, int64_t G, bool from_end) {
+template <int R, class F> OUTLINE void add_products(const F* w, const F* d, F* out, int64_t H, int64_t G, bool from_end, int64_t threads) {
   constexpr int n = Lanes<F>::n, Q = R >= 4 ? 4 : 8;
-  int64_t whole = H / (Q * n), k = 0;
-  for (int64_t i = 0; i < whole; i++) {
-    k = Q * n * (from_end ? whole - 1 - i : i);
+  const int64_t whole = H / (Q * n), rest = whole * Q * n;
+  parallel(whole, (int)threads, from_end ? Way::back : Way::forth, [&](int64_t i) {
+    const int64_t k = Q * n * i;
     Vector<F> sums[R][Q] = {};
     tile<R, Q>(d, G, 1, w + k, H, G, sums);
     for (int r = 0; r < R; r++)
       for (int q = 0; q < Q; q++) Whole<F>::store(out + r * H + k + q * n, Whole<F>::load(out + r * H + k + q * n) + sums[r][q]);
-  }
-  k = whole * Q * n;
-  each_register<F>(H - k, [&](int64_t i, auto part) INLINED {
+  });
+  each_register<F>(H - rest, [&](int64_t i, auto part) INLINED {
+    const int64_t k = rest + i;
     Vector<F> sums[R] = {};
     for (int64_t g = 0; g < G; g++) {
-      Vector<F> y = part.load(w + g * H + k + i);
+      Vector<F> y = part.load(w + g * H + k);
       UNROLL for (int r = 0; r < R; r++) sums[r] += y * d[r * G + g];
     }
-    for (int r = 0; r < R; r++) part.store(out + r * H + k + i, part.load(out + r * H + k + i) + sums[r]);
+    for (int r = 0; r < R; r++) part.store(out + r * H + k, part.load(out + r * H + k) + sums[r]);
   });
 }
 
@@ -628,7 +628,13 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
   if (plan.panels)
     multiply<F>(s.previous, H, 1, plan.panels, s.h, s.rows, G, H, false, plan.threads);
   else if (plan.weight)
-    by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { products_of_few<R.value>((const F*)plan.weight, s.previous + b * H, s.h + b * G, H, G, number % 2); });
+    by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { 
+      const int64_t shares = plan.threads == 1 || G < 256 ? 1 : G / 128;  // of the weight's rows; the last one has what is left
+      parallel(shares, (int)plan.threads, number % 2 ? Way::back : Way::forth, [&](int64_t i) {
+        const int64_t g = i * 128, count = i + 1 < shares ? 128 : G - g;
+        products_of_few<R.value>((const F*)plan.weight + g * H, s.previous + b * H, s.h + b * G + g, G, H, count, number % 2);
+      });
+    });
   normalize_whole(from_x, s.x, s.inverse_x);
   normalize_whole(from_h, s.h, s.inverse_h);
   each_register<F>(H, plan.threads, [&](int64_t j, auto part) INLINED {
@@ -731,7 +737,7 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
     if (plan.panels)
       multiply<F>(dh, G, 1, plan.panels, d_hidden, s.rows, H, G, true, plan.threads);
     else if (plan.weight)
-      by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { add_products<R.value>((const F*)plan.weight, dh + b * G, d_hidden + b * H, H, G, number % 2); });
+      by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { add_products<R.value>((const F*)plan.weight, dh + b * G, d_hidden + b * H, H, G, number % 2, plan.threads); });
   };
   if (!apart) return into_past();
   const F *dy_x[4], *dy_h[4];

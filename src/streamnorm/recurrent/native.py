@@ -234,8 +234,8 @@ class _Run:
         tensors = (self.starts, output, self.cells, self.h0, self.c0, self.weight, panels)
         is_double = int(output.dtype == torch.float64)
         plan = _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, self.block, *map(_pointer, tensors))
-        rows = self.sizes[0]
-        return plan if rows <= _FEW_ROWS else plan._replace(threads=_threads(rows * self.width * self.features))
+        # However few the rows, the whole weight is read.
+        return plan._replace(threads=_threads(max(self.sizes[0], _FEW_ROWS) * self.width * self.features))
 
     def forward(self, w_hh: Tensor) -> tuple[Tensor, ...]:
         """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
