@@ -61,9 +61,9 @@ def _table(results: Results, title: str, first: str, columns: Iterable[str] | No
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for column in columns or [setting.label for setting in results.settings]:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     return table
 
 
