@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,13 +30,6 @@ STREAMS = {
     "one pass": {"alpha": (1, 0, 0), "beta": (1, 0, 0)},
     "no gradient": {"alpha": (0.5, 0.2, 0.3), "beta": (0, 0, 0), "kappa": (0.9, 0.2, 0.8, 0.1)},
 }
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def near(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:

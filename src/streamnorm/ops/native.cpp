@@ -419,7 +419,7 @@ struct Runs : Walk {
   // One statistic at a time keeps it in cache; with few statistics their chunks are shared out among the threads.
   const bool whole;
   // What is read next: of memory that is seen for the first time the next run, and of what is in the cache by then that of
-  // the next statistic.
+  // the next statistic; and in a panel that is walked where it lies, that of the next panel.
   const int64_t next_run, next_again, next_panel;
 
   Runs(const Call& c, const Kernels& k)
@@ -517,7 +517,8 @@ struct Runs : Walk {
     const void* first = move(tensor, start(from));
     if (!gathered) return (const char*)first;
     if (!copied) loops.gather({at.A, at.B, at.sa, at.B, 2 * at.sa, false}, to - from, at.sg2, panel_step / wide_width, first, out);
-    for (int64_t i = 0; copied && i < to - from; i++) copy_in(move(first, i * at.sg2), at.sa, out + i * panel_step, at.B, at.A, at.B);
+    else
+      for (int64_t i = 0; i < to - from; i++) copy_in(move(first, i * at.sg2), at.sa, out + i * panel_step, at.B, at.A, at.B);
     return out;
   }
   size_t panel_bytes(int64_t tensors) const { return gathered ? tensors * panel_step : 0; }
@@ -849,14 +850,13 @@ struct Rows : Walk {
     Buffer buffer, partial_buffer, coefficients;
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
-    Parameter gain(call.weight, wide, wide, columns, 1, false, 1);
     Parameter bias(call.bias, call.bias_type, wide, columns, 1, columns < lanes, 0);
     char* scale = (char*)coefficients.zeroed(at.G * wide_width + 64);
 
     auto locate = [&](int64_t o, int64_t from, int64_t to) { loops.locations(call, from, to, sums + o * size); };
     auto scales = [&](int64_t o, int64_t from, int64_t to) {
       loops.scales(call, from, to, sums + o * size, sums + o * size + stride, true, !known);
-      loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
+      loops.column_scales(call, from, to, call.weight, from_outer(scale, o));
     };
     auto advance = [&](int64_t o, int64_t from, int64_t to) {
       loops.scales(call, from, to, sums + o * size, sums + o * size + stride, false, true);
@@ -895,7 +895,6 @@ struct Rows : Walk {
     Buffer buffer, partial_buffer, coefficients, parameters;
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
-    Parameter gain(call.weight, wide, wide, columns, 1, false, 1);
     char* scale = (char*)coefficients.zeroed(3 * at.G * wide_width + 64);
     char *constant = scale + at.G * wide_width, *along = constant + at.G * wide_width;
     double* dw = (double*)parameters.zeroed(2 * columns * sizeof(double));
@@ -903,12 +902,12 @@ struct Rows : Walk {
 
     auto stream = [&](int64_t o, int64_t from, int64_t to, bool use, bool advance) {
       double* t = sums + o * size;
-      if (use) loops.column_scales(call, from, to, gain.values, from_outer(scale, o));
+      if (use) loops.column_scales(call, from, to, call.weight, from_outer(scale, o));
       loops.stream_gradients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), use, advance);
     };
     auto add_parameters = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;
-      loops.parameter_gradients(call, from, to, t, t + stride, gain.values, dw, db);
+      loops.parameter_gradients(call, from, to, t, t + stride, call.weight, dw, db);
     };
     auto add = [&](int64_t task, const Strip& s) {
       loops.gradients_columns(s.block, s.x, s.dy, saved(0, s.o), centered, p, partial + task * size, stride);

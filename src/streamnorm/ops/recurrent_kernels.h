@@ -71,7 +71,7 @@ template <class F, class Body> INLINE void each_register(int64_t length, const B
 // The same on several threads, each of which takes so many elements at a time.
 template <class F> constexpr int64_t at_a_time = 2 * Lanes<F>::n;
 template <class F, class Body> INLINE void each_register(int64_t length, int64_t threads, const Body& body) {
-  parallel((length + at_a_time<F> - 1) / at_a_time<F>, (int)threads, [&](int64_t i) {
+  parallel((length + at_a_time<F> - 1) / at_a_time<F>, threads, [&](int64_t i) {
     const int64_t first = i * at_a_time<F>, left = length - first;
     each_register<F>(left < at_a_time<F> ? left : at_a_time<F>, [&](int64_t j, auto part) INLINED { body(first + j, part); });
   });
@@ -146,27 +146,31 @@ template <class F> INLINE Vector<F> totals(Vector<F>* registers) {
 
 // out[r, g] = Σ h[r, k]·w[g, k] for R rows r, n/R rows g at a time: w as it is, read once. Steps take turns in beginning
 // at either end, so that of a large w the cache still holds what comes first.
-template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t out_row, int64_t H, int64_t G, bool from_end) {
-  constexpr int n = Lanes<F>::n, Q = n / R;
-  for (int64_t i = 0, blocks = (G + Q - 1) / Q; i < blocks; i++) {
-    int64_t first = Q * (from_end ? blocks - 1 - i : i);
-    int64_t g = first + Q <= G || G < Q ? first : G - Q;  // the last ones again, rather than too few
-    const F* rows[Q];
-    for (int q = 0; q < Q; q++) rows[q] = w + (g + q < G ? g + q : 0) * H;
-    Vector<F> sums[n] = {};
-    each_register<F>(H, [&](int64_t k, auto part) INLINED {
-      Vector<F> x[R];
-      UNROLL for (int r = 0; r < R; r++) x[r] = part.load(h + r * H + k);
-      UNROLL for (int q = 0; q < Q; q++) {
-        Vector<F> y = part.load(rows[q] + k);
-        UNROLL for (int r = 0; r < R; r++) sums[r * Q + q] += x[r] * y;
-      }
-    });
-    F values[n];
-    Whole<F>::store(values, totals<F>(sums));
-    for (int r = 0; r < R; r++)
-      for (int q = 0; q < Q && g + q < G; q++) out[r * out_row + g + q] = values[r * Q + q];
-  }
+template <int R, class F> OUTLINE void products_of_few(const F* w, const F* h, F* out, int64_t H, int64_t G, bool from_end, int64_t threads) {
+  constexpr int n = Lanes<F>::n, Q = n / R, share = 128 / Q;
+  const int64_t blocks = (G + Q - 1) / Q, shares = blocks < share ? 1 : blocks / share;
+  parallel(shares, threads, from_end ? Way::back : Way::forth, [&](int64_t s) {
+    const int64_t begin = s * share, end = s + 1 < shares ? begin + share : blocks;  // the last one has what is left
+    for (int64_t i = begin; i < end; i++) {
+      int64_t first = Q * (from_end ? begin + end - 1 - i : i);
+      int64_t g = first + Q <= G || G < Q ? first : G - Q;  // the last ones again, rather than too few
+      const F* rows[Q];
+      for (int q = 0; q < Q; q++) rows[q] = w + (g + q < G ? g + q : 0) * H;
+      Vector<F> sums[n] = {};
+      each_register<F>(H, [&](int64_t k, auto part) INLINED {
+        Vector<F> x[R];
+        UNROLL for (int r = 0; r < R; r++) x[r] = part.load(h + r * H + k);
+        UNROLL for (int q = 0; q < Q; q++) {
+          Vector<F> y = part.load(rows[q] + k);
+          UNROLL for (int r = 0; r < R; r++) sums[r * Q + q] += x[r] * y;
+        }
+      });
+      F values[n];
+      Whole<F>::store(values, totals<F>(sums));
+      for (int r = 0; r < R; r++)
+        for (int q = 0; q < Q && g + q < G; q++) out[r * G + g + q] = values[r * Q + q];
+    }
+  });
 }
 
 // sums[r, q] = Σ a[r, k]·b[k, q] over K terms, for R rows and Q registers of columns
@@ -218,7 +222,7 @@ OUTLINE void panel_products(const F* a, int64_t a_row, int64_t a_term, const F* 
 template <int R, class F> OUTLINE void add_products(const F* w, const F* d, F* out, int64_t H, int64_t G, bool from_end, int64_t threads) {
   constexpr int n = Lanes<F>::n, Q = R >= 4 ? 4 : 8;
   const int64_t whole = H / (Q * n), rest = whole * Q * n;
-  parallel(whole, (int)threads, from_end ? Way::back : Way::forth, [&](int64_t i) {
+  parallel(whole, threads, from_end ? Way::back : Way::forth, [&](int64_t i) {
     const int64_t k = Q * n * i;
     Vector<F> sums[R][Q] = {};
     tile<R, Q>(d, G, 1, w + k, H, G, sums);
@@ -266,8 +270,8 @@ void multiply(const void* a, int64_t a_row, int64_t a_term, const void* panels, 
                                   (F*)out + (m + r) * N + c, N, N - c, add || first > 0);
         });
   };
-  if (M > strip) parallel((M + strip - 1) / strip, (int)threads, [&](int64_t i) { part(i * strip, M - i * strip < strip ? M - i * strip : strip, 0, N); });
-  else parallel((N + width - 1) / width, (int)threads, [&](int64_t i) { part(0, M, i * width, (i + 1) * width < N ? (i + 1) * width : N); });
+  if (M > strip) parallel((M + strip - 1) / strip, threads, [&](int64_t i) { part(i * strip, M - i * strip < strip ? M - i * strip : strip, 0, N); });
+  else parallel((N + width - 1) / width, threads, [&](int64_t i) { part(0, M, i * width, (i + 1) * width < N ? (i + 1) * width : N); });
 }
 
 // --- one use of a norm -----------------------------------------------------------------------------------------------------
@@ -624,23 +628,17 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
   typedef Vector<F> V;
   Step<F> s(plan, number);
   Use<F> from_x(plan.x, s.rows, number, s.G, false), from_h(plan.h, s.rows, number, s.G, false);
-  int64_t H = s.H, G = s.G, begins = number % plan.block ? -1 : number / plan.block;
+  int64_t H = s.H, G = s.G, block = number % plan.block ? -1 : number / plan.block;
   if (plan.panels)
     multiply<F>(s.previous, H, 1, plan.panels, s.h, s.rows, G, H, false, plan.threads);
   else if (plan.weight)
-    by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { 
-      const int64_t shares = plan.threads == 1 || G < 256 ? 1 : G / 128;  // of the weight's rows; the last one has what is left
-      parallel(shares, (int)plan.threads, number % 2 ? Way::back : Way::forth, [&](int64_t i) {
-        const int64_t g = i * 128, count = i + 1 < shares ? 128 : G - g;
-        products_of_few<R.value>((const F*)plan.weight + g * H, s.previous + b * H, s.h + b * G + g, G, H, count, number % 2);
-      });
-    });
+    by_few_rows<F>(s.rows, [&](auto R, int64_t b) INLINED { products_of_few<R.value>((const F*)plan.weight, s.previous + b * H, s.h + b * G, H, G, number % 2, plan.threads); });
   normalize_whole(from_x, s.x, s.inverse_x);
   normalize_whole(from_h, s.h, s.inverse_h);
   each_register<F>(H, plan.threads, [&](int64_t j, auto part) INLINED {
     for (int64_t g = j; g < G; g += H) {
-      normalize(from_x, begins, s.x, s.inverse_x, g, part);
-      normalize(from_h, begins, s.h, s.inverse_h, g, part);
+      normalize(from_x, block, s.x, s.inverse_x, g, part);
+      normalize(from_h, block, s.h, s.inverse_h, g, part);
     }
     Gates<F, decltype(part)> gates(s, from_x, from_h, j, part);
     if (plan.cell == gru) {

@@ -60,14 +60,14 @@ void work(void* data) {
       team.run(team.body, team.way == Way::back ? team.tasks - 1 - i : i);
   }
 }
-void run_tasks(int64_t tasks, int threads, Way way, void (*run)(const void*, int64_t), const void* body) {
-  threads = (int)(threads < tasks ? threads : tasks);
+void run_tasks(int64_t tasks, int64_t threads, Way way, void (*run)(const void*, int64_t), const void* body) {
+  threads = threads < tasks ? threads : tasks;
   if (threads <= 1 || !gomp_parallel || forked.load(std::memory_order_relaxed)) {
     for (int64_t i = 0; i < tasks; i++) run(body, way == Way::back ? tasks - 1 - i : i);
     return;
   }
   Team team;
-  team.count = threads < Team::most_shares ? threads : Team::most_shares;
+  team.count = (int)(threads < Team::most_shares ? threads : Team::most_shares);
   team.tasks = tasks;
   team.way = way;
   team.run = run;
@@ -79,9 +79,9 @@ void run_tasks(int64_t tasks, int threads, Way way, void (*run)(const void*, int
   }
   gomp_parallel(work, &team, (unsigned)threads, 0);
 }
-template <class Fn> void parallel(int64_t tasks, int threads, Way way, const Fn& fn) {
+template <class Fn> void parallel(int64_t tasks, int64_t threads, Way way, const Fn& fn) {
   run_tasks(tasks, threads, way, [](const void* body, int64_t i) { (*(const Fn*)body)(i); }, &fn);
 }
-template <class Fn> void parallel(int64_t tasks, int threads, const Fn& fn) { parallel(tasks, threads, Way::forth, fn); }
+template <class Fn> void parallel(int64_t tasks, int64_t threads, const Fn& fn) { parallel(tasks, threads, Way::forth, fn); }
 
 }  // namespace
