@@ -113,8 +113,40 @@ def test_over_all_results_it_is_one_more_claim(finished, tmp_path, capsys):
     assert "of 28 cells are as in the paper" in row
 
 
+@pytest.fixture
+def elsewhere(finished, tmp_path):
+    """The parts, each where it was run by itself."""
+    names = {"online-fc": "one", "conv": "two", "recurrent-conv": "three", "char-rnn": "four"}
+    for name, place in names.items():
+        shutil.copytree(finished / name, tmp_path / place)
+    return [str(tmp_path / place) for place in names.values()]
+
+
+def test_it_judges_experiments_that_were_run_before(finished, elsewhere, tmp_path, capsys):
+    assert main(["run", "table1", "--results", *reversed(elsewhere), "--out", str(tmp_path / "table")]) == 0
+    table = tmp_path / "table"
+    assert (table / "table1.csv").read_text() == (finished / "table1.csv").read_text()
+    assert {path.name for path in table.iterdir()} == {"table1.json", "table1.csv", "report.html"}
+    page = (table / "report.html").read_text()
+    assert 'href="../three/report.html">recurrent-conv</a>. Images: ' in page
+    (table / "table1.csv").unlink()
+    assert main(["report", str(table)]) == 0
+    assert (table / "table1.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [((0, 1, 2), "no folder of char-rnn"), ((0, 1, 2, 3, 1), "a second one of conv")],
+)
+def test_the_folders_to_judge_are_one_of_each_part(elsewhere, tmp_path, capsys, chosen, message):
+    folders = [elsewhere[i] for i in chosen]
+    assert main(["run", "table1", "--results", *folders, "--out", str(tmp_path / "table")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "table").exists()
+
+
 def test_a_part_without_results_is_named(finished, tmp_path, capsys):
-    (tmp_path / "table1.json").write_text(json.dumps({"commands": []}))
+    (tmp_path / "table1.json").write_text(json.dumps({"commands": [], "parts": {"conv": "conv"}}))
     assert main(["report", str(tmp_path)]) == 2
     assert "no such folder" in capsys.readouterr().err
 

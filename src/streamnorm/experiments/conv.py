@@ -64,8 +64,8 @@ class Conv(ConvExperiment):
         "layer",
         "streaming-l1",
     )
-    """Normalizations to compare. There are also none, batch-renorm, mabn, rms, online and streaming-l2; options make
-    variants of any, for example streaming-l1,window=50 or group,groups=4."""
+    """Normalizations to compare. There are also none, batch-renorm, mabn, rms, online, streaming-l2 and
+    streaming-pixels; options make variants of any, for example streaming-l1,window=50 or group,groups=4."""
 
     rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""

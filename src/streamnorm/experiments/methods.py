@@ -15,6 +15,7 @@ from streamnorm.experiments.peers.batch_renorm import BatchRenorm
 from streamnorm.experiments.peers.mabn import MABN, centre_weights
 from streamnorm.experiments.peers.online import OnlineNorm
 from streamnorm.experiments.peers.sample import InstanceNorm, RMSNorm, group_norm
+from streamnorm.experiments.streaming_pixels import StreamingPixels
 from streamnorm.experiments.streaming_sigma import StreamingSigma
 
 NormFactory = Callable[[int, int], nn.Module]
@@ -149,6 +150,9 @@ _ALL = (
     LayerMethod("layer", "Layer", "#0072b2", "^", "layer", _layer),
     LayerMethod("online", "Online", "#ee3377", "P", "online", _any_rank(OnlineNorm)),
     LayerMethod("streaming-sigma", "Streaming sigma, L2", "#a08aa8", "d", "streaming-sigma", _any_rank(StreamingSigma)),
+    LayerMethod(
+        "streaming-pixels", "Streaming, pixels", "#6c757d", "8", "streaming-pixels", _any_rank(StreamingPixels)
+    ),
     LayerMethod("streaming-l2", "Streaming L2", "#cc79a7", "v", "streaming-l2", _streaming, {"p": 2}),
     LayerMethod("streaming-l1", "Streaming L1", "#009e73", "o", "streaming-l1", _streaming, {"p": 1}),
 )

@@ -6,7 +6,8 @@ It is four other experiments, each in a folder of its own with its own report, a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -53,6 +54,7 @@ SCENARIOS = (
     Scenario("small batch", "online-fc", "2x16", ("suboptimal", "suboptimal", "works", "works")),
     Scenario("all combined", "recurrent-conv", "1x1", ("fails", "fails", "suboptimal", "works")),
 )
+PARTS = tuple(dict.fromkeys(scenario.experiment for scenario in SCENARIOS))
 TECHNIQUES = {
     "batch": "Batch",
     "batch-per-step": "Batch, time-specific",
@@ -80,7 +82,8 @@ class Table1:
 
     Batch Normalization, time-specific Batch Normalization, Layer and Streaming Normalization, in feedforward and
     recurrent, fully connected and convolutional networks, online, with small mini-batches, and all combined. It runs
-    online-fc, conv, recurrent-conv and char-rnn, each in a folder of its own, and judges by one stated criterion.
+    online-fc, conv, recurrent-conv and char-rnn, each in a folder of its own, and judges by one stated criterion. Or it
+    judges such experiments that were run before, at scales of their own (--results).
     """
 
     name: ClassVar[str] = "table1"
@@ -112,6 +115,9 @@ class Table1:
     jobs: Number = None
     """Worker processes, one thread each. Default: one per processor core."""
 
+    results: Annotated[tuple[str, ...], conf.arg(metavar="FOLDER ...")] = ()
+    """Run nothing, and judge what is in these four folders, of online-fc, conv, recurrent-conv and char-rnn."""
+
     def parts(self) -> Iterator[Experiment[Any]]:
         """The four experiments, with all settings that a scenario asks for."""
         images = {"data": self.data, "limit": self.limit, "epochs": self.epochs}
@@ -135,18 +141,49 @@ def run_table(table: Table1, command: str) -> tuple[Path, int]:
         UserError: an option cannot be meant.
         OSError: the disk is full, or similar; what is finished stays.
     """
+    folder = Path(table.out).expanduser()
+    if table.results:
+        _write_config(folder, command, _folders_given(table.results))
+        return folder, 0
     parts = list(table.parts())
     for part in parts:  # all options are looked at before the first run
         part.check()
         part.open()
-    folder = Path(table.out).expanduser()
     failed = 0
     for part in parts:
         part_folder, part_failed = run_sweep(part, command)
         build_report(part_folder)
         failed += part_failed
-    write_text(folder / CONFIG, json.dumps({"commands": [command]}, indent=1))
+    _write_config(folder, command, {part.name: folder / part.name for part in parts})
     return folder, failed
+
+
+def _folders_given(given: tuple[str, ...]) -> dict[str, Path]:
+    """The folder of each part, told by the experiment that it holds."""
+    folders: dict[str, Path] = {}
+    for path in map(Path, given):
+        name = load_results(path.expanduser()).experiment.name
+        if name not in PARTS or name in folders:
+            wrong = "is a second one of" if name in folders else "is of"
+            raise UserError(f"--results: {path} {wrong} {name}; give one folder each of {', '.join(PARTS)}")
+        folders[name] = path.expanduser()
+    missing = [name for name in PARTS if name not in folders]
+    if missing:
+        raise UserError(f"--results: no folder of {', '.join(missing)}; give one each of {', '.join(PARTS)}")
+    return folders
+
+
+def _write_config(folder: Path, command: str, parts: Mapping[str, Path]) -> None:
+    """Note how the table was made, and from where, so that ``streamnorm report`` can make it anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    places = {name: Path(os.path.relpath(part, folder)).as_posix() for name, part in parts.items()}
+    write_text(folder / CONFIG, json.dumps({"commands": [command], "parts": places}, indent=1))
+
+
+def part_folders(folder: Path) -> dict[str, str]:
+    """Where each part is, seen from the table's folder."""
+    places: dict[str, str] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["parts"]
+    return places
 
 
 def judge(folder: Path) -> dict[Scenario, dict[str, Judged]]:
@@ -155,7 +192,7 @@ def judge(folder: Path) -> dict[Scenario, dict[str, Judged]]:
     Raises:
         UserError: a part has no results.
     """
-    results = {name: load_results(folder / name) for name in {scenario.experiment for scenario in SCENARIOS}}
+    results = {name: load_results(folder / place) for name, place in part_folders(folder).items()}
     return {scenario: _judge(scenario, results[scenario.experiment]) for scenario in SCENARIOS}
 
 
@@ -166,7 +203,7 @@ def _judge(scenario: Scenario, results: Results) -> dict[str, Judged]:
     for name, cell in cells.items():
         if cell is None:
             raise UserError(
-                f"{scenario.experiment} has no result of {name} at {setting}: run table1 again to complete it"
+                f"{scenario.experiment} has no result of {name} at {setting}: complete it by the command that made it"
             )
         gains[name] = gain(results, cell)
     best = max((value for value in gains.values() if value is not None), default=0.0)

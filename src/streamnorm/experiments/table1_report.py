@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
@@ -14,7 +15,17 @@ from rich.table import Table
 
 from streamnorm.experiments.files import write_text
 from streamnorm.experiments.report import REPORT, document, html_table
-from streamnorm.experiments.table1 import CONFIG, CRITERION, SCENARIOS, TECHNIQUES, Judged, Scenario, Table1, judge
+from streamnorm.experiments.results import Results
+from streamnorm.experiments.table1 import (
+    CONFIG,
+    CRITERION,
+    TECHNIQUES,
+    Judged,
+    Scenario,
+    Table1,
+    judge,
+    part_folders,
+)
 from streamnorm.experiments.tables import score_text
 
 Judgements = dict[Scenario, dict[str, Judged]]
@@ -30,7 +41,7 @@ def build_table(folder: Path) -> Judgements:
     judgements = judge(folder)
     write_text(folder / "table1.csv", _csv(judgements))
     commands = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["commands"]
-    write_text(folder / REPORT, page(judgements, commands))
+    write_text(folder / REPORT, page(judgements, part_folders(folder), commands))
     return judgements
 
 
@@ -56,7 +67,7 @@ def agrees(judged: Judged, claim: str) -> bool:
     return judged.verdict == ("works" if claim == "limited" else claim)
 
 
-def page(judgements: Judgements, commands: list[str]) -> str:
+def page(judgements: Judgements, parts: Mapping[str, str], commands: list[str]) -> str:
     """The table, the criterion, and where each part is."""
     head = ["<th>Scenario</th>", *(f"<th>{label}</th>" for label in TECHNIQUES.values())]
     rows = (
@@ -65,8 +76,8 @@ def page(judgements: Judgements, commands: list[str]) -> str:
         + "</tr>"
         for scenario, row in judgements.items()
     )
-    names = dict.fromkeys(scenario.experiment for scenario in SCENARIOS)
-    links = "\n".join(f'<li><a href="{name}/{REPORT}">{name}</a></li>' for name in names)
+    results = {scenario.experiment: next(iter(row.values())).results for scenario, row in judgements.items()}
+    items = "\n".join(_part(results[name], f"{place}/{REPORT}") for name, place in parts.items())
     return document(
         Table1.title,
         [
@@ -78,10 +89,15 @@ def page(judgements: Judgements, commands: list[str]) -> str:
             html_table(head, rows),
             "<p>Without time steps, time-specific Batch Normalization is Batch Normalization, and the same runs stand "
             "for both. The text's losses are in nats per character.</p>",
-            f"<h2>The parts</h2>\n<ul>\n{links}\n</ul>",
+            f"<h2>The parts</h2>\n<ul>\n{items}\n</ul>",
             f"<h2>Do it again</h2>\n<pre>{escape(chr(10).join(commands))}</pre>",
         ],
     )
+
+
+def _part(results: Results, page: str) -> str:
+    experiment = results.experiment
+    return f'<li><a href="{escape(page)}">{experiment.name}</a>. {escape(experiment.words.protocol(results)[0])}</li>'
 
 
 def _html(judged: Judged, claim: str) -> str:
