@@ -193,6 +193,14 @@ def test_an_unannounced_second_pass_is_refused(engine: str, reentrant: bool, nam
     assert all(buffer.equal(kept) for buffer, kept in zip(model.buffers(), before, strict=True))
 
 
+def test_the_last_layer_of_a_region_without_announcement(engine: str) -> None:
+    """Its backward is the first to ask for what was saved."""
+    layer = sn.StreamingNorm1d(4)
+    y = checkpoint(layer, torch.randn(3, 4, requires_grad=True), use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"context_fn=sn\.checkpoint_context_fn"):
+        y.sum().backward()
+
+
 def test_a_recurrent_layer_without_announcement(engine: str) -> None:
     layer = sn.GRU(4, 4)
     y, _ = checkpoint(layer, torch.randn(3, 2, 4, requires_grad=True), use_reentrant=False)

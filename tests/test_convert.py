@@ -836,6 +836,64 @@ def test_a_tied_weight_unties_in_the_copy_alone() -> None:
     assert model[3].weight is model[0].weight
 
 
+class Reader(nn.Module):
+    """A recurrent layer between others, called as torch.nn's is, or with what only ours takes."""
+
+    def __init__(self, lengths: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(3, 4), sn.StreamingNorm1d(4), nn.Linear(10, 2)
+        self.gru = sn.GRU(4, 5, batch_first=True, bidirectional=True, **options)
+        self.extra = {"lengths": torch.tensor([6, 2])} if lengths else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded = self.norm(self.embed(x.reshape(-1, 3))).view(x.shape[0], -1, 4)
+        output, _ = self.gru(embedded, **self.extra)
+        y: Tensor = self.head(output.sum(1))
+        return y
+
+
+def trained_reader(**options: Any) -> tuple[Reader, Tensor, Tensor]:
+    """A reader that has collected statistics, an input and what it gives."""
+    model, x = Reader(**options), torch.randn(2, 6, 3)
+    for _ in range(3):
+        model(torch.randn(2, 6, 3) + 1).square().sum().backward()
+        sn.commit(model)
+    return model, x, model.eval()(x)
+
+
+def test_recurrent_layers_become_torchs() -> None:
+    model, x, before = trained_reader()
+    folded = sn.fold(model)
+    assert type(folded.gru) is nn.GRU
+    assert not norms(folded)
+    torch.testing.assert_close(folded(x), before)
+    assert type(model.gru) is sn.GRU
+    plain = sn.to_batchnorm(model)
+    assert type(plain.gru) is nn.GRU
+    assert not any(type(module).__module__.startswith("streamnorm") for name, module in plain.named_modules() if name)
+    torch.testing.assert_close(plain(x), before)
+
+
+@pytest.mark.parametrize("options", [{"norm": "layer"}, {"reset_after": False}], ids=str)
+def test_a_recurrent_layer_without_a_plain_equal(options: dict[str, Any]) -> None:
+    """It stays where the rest is folded, and a whole model of plain layers is refused."""
+    model, x, before = trained_reader(**options)
+    folded = sn.fold(model)
+    assert type(folded.gru) is sn.GRU
+    assert not any(folded.norm is norm for norm in norms(folded))
+    torch.testing.assert_close(folded(x), before)
+    with pytest.raises(ValueError, match=r"^gru: torch\.nn has nothing that evaluates as GRU"):
+        sn.to_batchnorm(model)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_recurrent_layer_with_arguments_of_its_own_stays() -> None:
+    model, x, before = trained_reader(lengths=True)
+    folded = sn.fold(model)
+    assert type(folded.gru) is sn.GRU
+    torch.testing.assert_close(folded(x), before)
+
+
 def test_a_model_that_cannot_be_traced_is_refused() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:

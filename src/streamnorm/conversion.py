@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from .norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, Stre
 from .norm_act import StreamingNormAct2d
 from .normref import NormRef, RefName
 from .ops.spec import View
+from .recurrent.base import Normalized
 from .stream import Stream
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -146,7 +148,9 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
     """Replace our layers by plain ``torch.nn`` ones that evaluate the same, in place: for deployment.
 
     Streaming and General Batch Normalization become ``nn.BatchNorm1d/2d/3d``; Sample Normalization with p = 2 becomes
-    ``nn.GroupNorm``, which it equals. StreamingNormAct2d becomes timm's ``BatchNormAct2d`` again.
+    ``nn.GroupNorm``, which it equals. StreamingNormAct2d becomes timm's ``BatchNormAct2d`` again. Recurrent layers and
+    cells become those of torch.nn, with the statistics in weights of their own (``to_torch``); these take no
+    ``lengths``, ``mask`` or ``step``.
 
     Args:
         model: any module. If it is itself such a layer, the new one is only returned.
@@ -164,6 +168,8 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
     """
 
     def plain(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, Normalized):
+            return _to_recurrent(name, module)
         return _to_plain(name, module, dims) if isinstance(module, Norm) else None
 
     return _replace(model, plain)
@@ -175,7 +181,8 @@ def fold(model: Module) -> Module:
     Statistics, gain and bias become part of that layer's weight and bias, and ``nn.Identity``, or dropout and
     activation alone, stands where the normalization was. Which layer comes before is found by tracing the model with
     ``torch.fx``; a normalization stays if it follows something else or a layer that is used more than once, or if
-    either of the two has forward hooks. A Linear is taken to give ``(N, C)``.
+    either of the two has forward hooks. A Linear is taken to give ``(N, C)``. Recurrent layers and cells become those
+    of torch.nn where these evaluate the same and take the same arguments.
 
     Args:
         model: any module that ``torch.fx`` can trace.
@@ -195,11 +202,12 @@ def fold(model: Module) -> Module:
         )
     """
     folded = copy.deepcopy(model).eval()
-    pairs = _foldable_pairs(folded)
+    graph = _trace(folded)
+    pairs = _foldable_pairs(folded, graph)
     for before, norm in pairs:
         _fold_into(before, norm)
-    gone = {id(norm) for _, norm in pairs}
-    return _replace(folded, lambda _, module: _what_remains(module) if id(module) in gone else None)
+    instead = {id(norm): _what_remains(norm) for _, norm in pairs} | _plain_recurrent(folded, graph)
+    return _replace(folded, lambda _, module: instead.get(id(module)))
 
 
 def _replace(model: Module, change: Callable[[str, nn.Module], nn.Module | None]) -> Any:
@@ -355,19 +363,49 @@ def _least_channel_view(layer: Norm) -> View | None:
     return view if all(view.axes[i] == 1 for i in view.kept) else None
 
 
-def _foldable_pairs(model: nn.Module) -> list[tuple[Any, Norm]]:
-    """(layer, norm) where the norm's only input is that layer's only output, and nothing else looks at either."""
+def _trace(model: nn.Module) -> fx.Graph:
+    """The calls that a model's forward makes; our own layers are calls, whatever is inside."""
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            return isinstance(module, Norm) or super().is_leaf_module(module, name)
+            return isinstance(module, (Norm, Normalized)) or super().is_leaf_module(module, name)
 
     try:
-        graph = Tracer().trace(model)
+        return Tracer().trace(model)
     except Exception as error:
         raise ValueError(
             f"fold finds the layer before each normalization with torch.fx, which cannot trace this model: {error}"
         ) from error
+
+
+def _plain_recurrent(model: nn.Module, graph: fx.Graph) -> dict[int, nn.Module]:
+    """The torch.nn network for each recurrent one of ours, by id: where there is one that can be called as it is."""
+    called_plainly: dict[Any, bool] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = modules[node.target]
+            plainly = len(node.args) + len(node.kwargs) <= 2 and node.kwargs.keys() <= {"input", "hx"}
+            called_plainly[module] = called_plainly.get(module, True) and plainly
+    plain = {}
+    for module, plainly in called_plainly.items():
+        if plainly and isinstance(module, Normalized) and not (module._forward_hooks or module._forward_pre_hooks):
+            with suppress(ValueError):
+                plain[id(module)] = module.to_torch()
+    return plain
+
+
+def _to_recurrent(name: str, module: Normalized) -> nn.Module:
+    try:
+        plain: nn.Module = module.to_torch()
+    except ValueError as error:
+        raise ValueError(f"{name or 'the model'}: {error}") from None
+    _move_hooks(module, plain)
+    return plain
+
+
+def _foldable_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[Any, Norm]]:
+    """(layer, norm) where the norm's only input is that layer's only output, and nothing else looks at either."""
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     # Calls of a module, and uses of its parameters elsewhere: of a weight that a decoder shares, for example.

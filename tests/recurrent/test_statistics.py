@@ -380,6 +380,22 @@ def test_with_fixed_statistics_it_is_a_layer_of_torchs(network: str, options: di
     torch.testing.assert_close(plain(x)[0], model.eval()(x)[0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_cell_becomes_one_of_torchs(kind: str, bias: bool) -> None:
+    extra = {"nonlinearity": "relu"} if kind == "RNNCell" else {}
+    cell: Any = getattr(sn, kind)(3, 4, bias=bias, dtype=torch.float64, **extra)
+    for x in torch.randn(3, 5, 3, dtype=torch.float64):
+        hidden(cell(x)).sum().backward()
+        sn.commit(cell)
+    plain = cell.to_torch()
+    assert type(plain) is getattr(nn, kind)
+    assert cell.training
+    x, h = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    hx = (h, -h) if kind == "LSTMCell" else h
+    torch.testing.assert_close(hidden(plain(x, hx)), hidden(cell.eval()(x, hx)), rtol=1e-12, atol=1e-12)
+
+
 def test_what_torch_has_no_layer_for() -> None:
     for model in (
         sn.GRU(3, 4, norm="layer"),
@@ -387,5 +403,5 @@ def test_what_torch_has_no_layer_for() -> None:
         sn.LSTM(3, 4, norm_cell=True),
         sn.RNN(3, 4, norm="batch-per-step", max_steps=2),
     ):
-        with pytest.raises(ValueError, match="has no layer"):
+        with pytest.raises(ValueError, match=rf"nothing that evaluates as {type(model).__name__}\(3, 4"):
             model.to_torch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,17 @@ def _failing(results: Results, setting: Setting) -> list[Method]:
     return [cell.method for cell in cells if cell.mean is None and cell.reason is not None]
 
 
+def _panels(count: int, height: float) -> Figure:
+    """A figure for panels side by side, so far apart that the labels of their axes do not touch."""
+    figure = Figure(figsize=(max(9.2, 3.0 * count), height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # type: ignore[union-attr,call-arg]
+    return figure
+
+
 def curves(results: Results) -> Figure:
     """Training loss and test score along the run, a column per setting; bands span the seeds."""
     count, unit, score = len(results.settings), results.experiment.unit, results.experiment.score
-    figure = Figure(figsize=(max(6.0, 3.0 * count), 6.4), layout="constrained")
+    figure = _panels(count, 6.0)
     grid: Any = figure.subplots(2, count, sharex="col", sharey="row", squeeze=False)
     for column, setting in enumerate(results.settings):
         for method in results.methods:
@@ -259,16 +267,19 @@ def _guessing(results: Results) -> float:
 
 
 def _legend(figure: Figure, methods: Sequence[Method]) -> None:
+    """The methods' colours above the panels; the figure grows, so that the panels keep their height."""
     handles = [Line2D([], [], color=method.colour, linewidth=2.4, label=method.label) for method in methods]
     longest = max((len(method.label) for method in methods), default=0)
     fitting = max(1, int(figure.get_figwidth() / (0.6 + 0.1 * longest)))  # inches
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(methods), fitting), frameon=False)
+    columns = min(len(methods), fitting)
+    figure.set_figheight(figure.get_figheight() + 0.24 * math.ceil(len(methods) / columns))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def rates(results: Results) -> Figure:
     """Validation score by learning rate, a panel per setting; the rate chosen is ringed."""
     count = len(results.settings)
-    figure = Figure(figsize=(max(6.0, 3.0 * count), 3.6), layout="constrained")
+    figure = _panels(count, 3.2)
     grid = sorted({rate for cell in results.cells.values() for rate in cell.tuning})
     panels: Any = figure.subplots(1, count, sharey=True, squeeze=False)
     for axes, setting in zip(panels[0], results.settings, strict=True):

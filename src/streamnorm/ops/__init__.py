@@ -2,7 +2,7 @@
 
 ``normalize`` and ``commit`` run on the first engine of ``ENGINES`` that takes the input. The environment variable
 ``STREAMNORM_ENGINE`` (``native``, ``triton``, ``torch`` or ``plain``), read at import, or the context manager
-:func:`force` leaves out the engines before the one that it names; ``torch`` and ``plain`` take every input.
+:func:`force` leaves out the engines before the one that it names; ``plain`` takes every input.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -22,6 +23,12 @@ from .spec import Formula, State, View
 ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
 """From the fastest to the reference. Where a graph is being made, ``traced`` runs in their place."""
 
+
+_NO_TRANSFORMS = (
+    "the transforms of torch.func (grad, vmap, jacrev, ...) do not go through a streaming layer that trains: it "
+    "changes its statistics, and what it passes back is no gradient of one function. Use loss.backward(), or keep the "
+    "statistics still: model.eval(), or `with streamnorm.frozen(model):`"
+)
 
 Plan = native.Plan
 prepare = native.prepare
@@ -60,6 +67,8 @@ def normalize(
     if is_compiling():
         traced_y: Tensor = traced.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
         return traced_y
+    if state is not None and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_NO_TRANSFORMS)
     for engine in _active:
         if engine.supports(x, mask, view, formula, state):
             y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)

@@ -1429,8 +1429,10 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // The gradients for (x, weight, bias, call), or null: with Unsupported where dy is not for C++, and nothing has changed.
 PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
-  Reference kept(PyObject_GetAttr(ctx, name_kept)), inputs(PyObject_GetAttr(ctx, name_saved_tensors)), needs(PyObject_GetAttr(ctx, name_needs));
-  if (!kept || !inputs || !needs) return nullptr;
+  Reference inputs(PyObject_GetAttr(ctx, name_saved_tensors));  // by activation checkpointing, which may have something to say
+  if (!inputs) return nullptr;
+  Reference kept(PyObject_GetAttr(ctx, name_kept)), needs(PyObject_GetAttr(ctx, name_needs));
+  if (!kept || !needs) return nullptr;
   PyObject *saved = PyTuple_GetItem(kept, kept_saved), *grad_scale = PyTuple_GetItem(kept, kept_grad_scale),
            *weight = PyTuple_GetItem(kept, kept_weight), *bias = PyTuple_GetItem(kept, kept_bias), *x_object = PyTuple_GetItem(inputs, 0);
   Plan* plan = get_plan(PyTuple_GetItem(kept, kept_plan));

@@ -154,6 +154,10 @@ def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Pl
         return _apply(x, weight, bias, use)
     except _native.Unsupported:
         return NotImplemented
+    except RuntimeError:
+        if torch._C._are_functorch_transforms_active():  # it refuses the function before C++ can
+            return NotImplemented
+        raise
 
 
 class _Normalize(torch.autograd.Function):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
+from . import fixed
 from .norms import NormChoice
-from .steps import GATES, Norms
+from .steps import GATES, Norms, Weights
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 class Normalized(nn.Module):
@@ -16,6 +20,13 @@ class Normalized(nn.Module):
 
     kind: str
     choice: NormChoice
+    suffixes: list[str]
+    """The endings of the parameters' names, one for each layer and direction."""
+
+    _torch_type: Any
+    """The network of torch.nn that this one is a subclass of."""
+
+    input_size: int
     hidden_size: int
     bias: Any
 
@@ -31,6 +42,56 @@ class Normalized(nn.Module):
 
     def _norms(self, suffix: str) -> Norms:
         return Norms(*(self._modules.get(f"norm_{name}{suffix}") for name in Norms._fields))
+
+    def _weights(self, suffix: str) -> Weights:
+        return Weights(*(getattr(self, f"{name}{suffix}", None) for name in _WEIGHTS))  # type: ignore[arg-type]
+
+    def _is_fixed(self) -> bool:
+        return all(fixed.supports(self.kind, self._norms(suffix)) for suffix in self.suffixes)
+
+    def _folded(self) -> list[Weights]:
+        return [fixed.fold(self._weights(suffix), self._norms(suffix)) for suffix in self.suffixes]
+
+    @torch.no_grad()
+    def to_torch(self) -> Any:
+        """A network of torch.nn that evaluates as this one does, with statistics and gains folded into its weights.
+
+        Returns:
+            An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, or a cell of these, in evaluation mode, with weights of its own.
+
+        Raises:
+            ValueError: if torch.nn has no equal: statistics of each sample or time step, a normalized cell, a GRU
+                that resets before the product, or a factory's modules.
+
+        Example:
+            >>> from streamnorm import GRU
+            >>> layer = GRU(3, 5).eval()
+            >>> plain, x = layer.to_torch(), torch.randn(7, 2, 3)
+            >>> type(plain).__name__, torch.allclose(plain(x)[0], layer(x)[0], atol=1e-6)
+            ('GRU', True)
+        """
+        before = self.training
+        self.eval()
+        try:
+            if not self._is_fixed():
+                kind = f"{type(self).__name__}({self.extra_repr()})"
+                raise ValueError(f"torch.nn has nothing that evaluates as {kind} does")
+            folded = self._folded()
+        finally:
+            self.train(before)
+        like = folded[0].ih
+        plain = self._torch_type(
+            self.input_size, self.hidden_size, **self._torch_arguments(), device=like.device, dtype=like.dtype
+        )
+        for suffix, weights in zip(self.suffixes, folded):
+            for name, value in zip(_WEIGHTS, weights):
+                if value is not None:
+                    getattr(plain, name + suffix).copy_(value)
+        return plain.eval()
+
+    def _torch_arguments(self) -> dict[str, Any]:
+        """What torch.nn's network is made with besides its sizes."""
+        return {}
 
     def _is_plain(self) -> bool:
         """Whether this is exactly torch.nn's network."""

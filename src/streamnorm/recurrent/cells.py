@@ -56,7 +56,7 @@ class _Cell(Normalized, nn.RNNCellBase):
     """What the cells share: the forward pass around a step."""
 
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
-        self.kind, self.choice = kind, NormChoice(norm, **options)
+        self.kind, self.choice, self.suffixes = kind, NormChoice(norm, **options), [""]
         self._add_norms("", norm_cell)
 
     def _advance(self, x: Tensor, hidden: Hidden | None, step: int | None, mask: Tensor | None) -> Hidden:
@@ -79,7 +79,7 @@ class _Cell(Normalized, nn.RNNCellBase):
         return tuple(h.squeeze(0) for h in hidden) if unbatched else hidden
 
     def _step(self, x: Tensor, hidden: Hidden, step: int | None) -> Hidden:
-        cell: Any = self
+        cell: Any = self  # and not _weights, which looks for what a cell never has: this runs at every step
         weights = Weights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
         return STEPS[self.kind](F.linear(x, weights.ih), hidden, weights, self._norms(""), When(step))
 
@@ -98,6 +98,7 @@ class _Cell(Normalized, nn.RNNCellBase):
 
 
 class RNNCell(_Cell, nn.RNNCell):  # noqa: D101
+    _torch_type = nn.RNNCell
     __doc__ = _CELL_DOC.format(
         title="A step of a simple recurrent network",
         name="RNNCell",
@@ -124,6 +125,9 @@ class RNNCell(_Cell, nn.RNNCell):  # noqa: D101
         nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
         self._setup(f"RNN_{nonlinearity.upper()}", norm, options)
 
+    def _torch_arguments(self) -> dict[str, Any]:
+        return {"nonlinearity": self.nonlinearity}
+
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, step: int | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -134,6 +138,7 @@ class RNNCell(_Cell, nn.RNNCell):  # noqa: D101
 
 
 class GRUCell(_Cell, nn.GRUCell):  # noqa: D101
+    _torch_type = nn.GRUCell
     __doc__ = _CELL_DOC.format(
         title="A step of a GRU",
         name="GRUCell",
@@ -168,6 +173,7 @@ class GRUCell(_Cell, nn.GRUCell):  # noqa: D101
 
 
 class LSTMCell(_Cell, nn.LSTMCell):  # noqa: D101
+    _torch_type = nn.LSTMCell
     __doc__ = _CELL_DOC.format(
         title="A step of an LSTM",
         name="LSTMCell",

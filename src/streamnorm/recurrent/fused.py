@@ -34,6 +34,7 @@ def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, n
         and dtype in (torch.float32, torch.float64)
         and all(t is None or t.dtype == dtype for t in hidden + weights)
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled(data.device.type)
         and _all_differ(norms)
         and all(norm is None or _can_run(norm, dtype, sizes) for norm in norms)

@@ -51,7 +51,6 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and all(norm is None or norm.long.device == data.device for norm in norms)
         and not torch._C._len_torch_dispatch_stack()
         and not gpu.is_watched()
-        and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and fused.supports(data, sizes, hidden, weights, norms)
     )

@@ -15,7 +15,7 @@ from ..ops.tracing import as_constant
 from . import engines, fixed
 from .base import Normalized
 from .norms import Factory, NormChoice
-from .steps import Hidden, Weights
+from .steps import Hidden
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,8 +67,6 @@ _LAYER_DOC = """{title}: ``torch.nn.{name}`` with normalized paths.
 class _Layer(Normalized, nn.RNNBase):
     """What the layers share: the forward pass around an engine that runs one layer in one direction."""
 
-    _torch_type: Any
-
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
         self.kind, self.choice = kind, NormChoice(norm, **options)
         directions = ("", "_reverse") if self.bidirectional else ("",)
@@ -77,61 +75,9 @@ class _Layer(Normalized, nn.RNNBase):
         for suffix in self.suffixes:
             self._add_norms(suffix, norm_cell)
 
-    def _weights(self, suffix: str) -> Weights:
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        return Weights(*(getattr(self, f"{name}{suffix}", None) for name in names))  # type: ignore[arg-type]
-
-    def _is_fixed(self) -> bool:
-        return all(fixed.supports(self.kind, self._norms(suffix)) for suffix in self.suffixes)
-
-    def _folded(self) -> list[Weights]:
-        return [fixed.fold(self._weights(suffix), self._norms(suffix)) for suffix in self.suffixes]
-
-    @torch.no_grad()
-    def to_torch(self) -> Any:
-        """A layer of torch.nn that evaluates as this one does, with statistics and gains folded into its weights.
-
-        Returns:
-            An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` in evaluation mode, with weights of its own.
-
-        Raises:
-            ValueError: if torch.nn has no equal: statistics of each sample or time step, a normalized cell, a GRU
-                that resets before the product, or a factory's modules.
-
-        Example:
-            >>> layer = GRU(3, 5).eval()
-            >>> plain, x = layer.to_torch(), torch.randn(7, 2, 3)
-            >>> type(plain).__name__, torch.allclose(plain(x)[0], layer(x)[0], atol=1e-6)
-            ('GRU', True)
-        """
-        before = self.training
-        self.eval()
-        try:
-            if not self._is_fixed():
-                raise ValueError(f"torch.nn has no layer that evaluates as this one does: {self}")
-            folded = self._folded()
-        finally:
-            self.train(before)
-        options: dict[str, Any] = {"nonlinearity": self.nonlinearity} if isinstance(self, nn.RNN) else {}
-        if isinstance(self, nn.LSTM):
-            options["proj_size"] = self.proj_size
-        like = folded[0].ih
-        plain = self._torch_type(
-            self.input_size,
-            self.hidden_size,
-            self.num_layers,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            bidirectional=self.bidirectional,
-            device=like.device,
-            dtype=like.dtype,
-            **options,
-        )
-        for suffix, weights in zip(self.suffixes, folded):
-            for name, value in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"), weights):
-                if value is not None:
-                    getattr(plain, name + suffix).copy_(value)
-        return plain.eval()
+    def _torch_arguments(self) -> dict[str, Any]:
+        names = ("num_layers", "batch_first", "dropout", "bidirectional")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, input: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
         """The hidden states of all steps, and the final one."""
@@ -334,6 +280,9 @@ class RNN(_Layer, nn.RNN):  # noqa: D101
         )
         self._setup(self.mode, norm, options)
 
+    def _torch_arguments(self) -> dict[str, Any]:
+        return {**super()._torch_arguments(), "nonlinearity": self.nonlinearity}
+
 
 class GRU(_Layer, nn.GRU):  # noqa: D101
     _torch_type = nn.GRU
@@ -419,3 +368,6 @@ class LSTM(_Layer, nn.LSTM):  # noqa: D101
             dtype=dtype,
         )
         self._setup("LSTM", norm, options, norm_cell)
+
+    def _torch_arguments(self) -> dict[str, Any]:
+        return {**super()._torch_arguments(), "proj_size": self.proj_size}

@@ -64,7 +64,6 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in (data, *hidden, *weights) if t is not None)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
         and fused.supports(data, sizes, hidden, weights, norms)
     )
 
