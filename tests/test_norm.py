@@ -320,3 +320,25 @@ def test_evaluation_does_not_depend_on_the_batch() -> None:
     y = layer.eval()(x)
     for i in range(5):
         torch.testing.assert_close(layer(x[i : i + 1]), y[i : i + 1])
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_a_statistic_of_a_single_element(engine: str, p: int) -> None:
+    """It is its own location, so nothing is left; and a sum over no axis must not be one over all."""
+    layer = sn.SampleNorm(2, "channel", p=p, center="zero", eps=0.25)
+    x = torch.randn(3, 2, requires_grad=True)
+    y = layer(x)
+    y.backward(torch.randn(3, 2))
+    assert x.grad is not None
+    assert y.abs().max() == 0
+    assert x.grad.abs().max() < 1e-6
+
+
+def test_gradients_in_another_layout_than_the_input_s(engine: str) -> None:
+    """For a reference that cuts channels, where C++ leaves this layout to PyTorch."""
+    ref = sn.NormRef.of("n (k g) ... -> n g", g=3)
+    layer, x = sn.Norm(6, ref, sn.LpMoment(2)), torch.randn(8, 6, 5, 4, requires_grad=True)
+    dy = torch.randn(4, 5, 6, 8).permute(3, 2, 1, 0)
+    (ours,) = torch.autograd.grad(layer(x), x, dy)
+    (theirs,) = torch.autograd.grad(layer(x), x, dy.contiguous())
+    torch.testing.assert_close(ours, theirs)

@@ -200,6 +200,9 @@ def _make_view(ref: NormRef, shape: tuple[int, ...]) -> View:
                 kept.append(len(split))
             split.append(part)
             origin.append(axis)
+    if len(kept) == len(split):  # a statistic for each element: an axis to sum over, since a sum over none is over all
+        split.append(1)
+        origin.append(0)
     return View(tuple(split), tuple(kept), tuple(origin))
 
 

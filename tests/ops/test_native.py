@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -220,3 +222,25 @@ def test_rows_too_many_for_the_cache(shape: tuple[int, ...], dtype: torch.dtype)
 def test_more_axes_than_cpp_knows_go_to_pytorch() -> None:
     x = torch.randn(3, 2, *[1] * 16)
     sn.Norm(2, sn.NormRef.batch("channel"), sn.LpMoment(p=1), sn.Stream())(x).sum().backward()
+
+
+_OUT_OF_MEMORY = """
+import resource, torch, streamnorm as sn
+torch.set_num_threads(2)
+layer, x = sn.StreamingNorm1d(2), torch.randn(4_000_000, 2, 3)
+layer(x[:300_000])  # threads and their stacks are there
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 150 * 2**20,) * 2)
+try:
+    layer(x)
+except MemoryError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited so on Linux only")
+def test_without_memory_for_its_threads_it_raises() -> None:
+    """An exception must not leave a thread of the OpenMP runtime, which would end the process."""
+    run = subprocess.run([sys.executable, "-c", _OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "refused\n", run.stderr

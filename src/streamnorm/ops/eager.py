@@ -149,7 +149,7 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
             sums = (g * from_mu).sum(view.reduced, keepdim=True), g.sum(view.reduced, keepdim=True)
         d = from_mu if formula.centered else v.to(g.dtype)
         dx = _input_gradient(ctx, g, sums, d, inverse, slope)
-        dx = hide(dx, keep).view(x.shape).to(x.dtype)
+        dx = hide(dx, keep).reshape(x.shape).to(x.dtype)
     return dx, dweight, dbias
 
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #ifndef _WIN32
 #include <dlfcn.h>
@@ -50,14 +51,19 @@ struct Team {
   Way way;
   void (*run)(const void*, int64_t);
   const void* body;
+  std::atomic<bool> out_of_memory{false};
 };
 void work(void* data) {
   Team& team = *(Team*)data;
   const int own = thread_number() % team.count;
-  for (int s = 0; s < team.count; s++) {
-    Share& share = team.shares[(own + s) % team.count];
-    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-      team.run(team.body, team.way == Way::back ? team.tasks - 1 - i : i);
+  try {
+    for (int s = 0; s < team.count; s++) {
+      Share& share = team.shares[(own + s) % team.count];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        team.run(team.body, team.way == Way::back ? team.tasks - 1 - i : i);
+    }
+  } catch (const std::bad_alloc&) {  // it must not leave through the runtime, which ends the process
+    team.out_of_memory.store(true, std::memory_order_relaxed);
   }
 }
 void run_tasks(int64_t tasks, int64_t threads, Way way, void (*run)(const void*, int64_t), const void* body) {
@@ -78,6 +84,7 @@ void run_tasks(int64_t tasks, int64_t threads, Way way, void (*run)(const void*,
     team.shares[share].end = tasks * (s + 1) / team.count;
   }
   gomp_parallel(work, &team, (unsigned)threads, 0);
+  if (team.out_of_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 template <class Fn> void parallel(int64_t tasks, int64_t threads, Way way, const Fn& fn) {
   run_tasks(tasks, threads, way, [](const void* body, int64_t i) { (*(const Fn*)body)(i); }, &fn);

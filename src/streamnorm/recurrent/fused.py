@@ -7,6 +7,7 @@ meet their gradients in the order in which autograd delivers them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ KNOWN = (Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm, RecurrentBatchNorm
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module keeps what wants to see its forward or backward."""
+
+
+# Whether the graph that a backward pass goes through is kept for another one.
+keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
@@ -130,6 +135,8 @@ class _Sequence(torch.autograd.Function):
             gradients["data"] = d_wx @ tensors.w_ih if needs.data else None
             gradients["w_ih"] = d_wx.t() @ tensors.data if needs.w_ih else None
         gradients.update(zip(("h", "c"), d_hidden))
+        if not keeps_graph():
+            ctx.steps = None  # what it holds is as large as all steps, and the graph may live on
         return None, None, None, *(gradients.get(name) for name in Tensors._fields)
 
 

@@ -50,7 +50,6 @@ def _load() -> tuple[Any, bool]:
 
 
 _recurrent, _outruns_torch = _load()
-_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
@@ -61,10 +60,47 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and weights.hr is None
         and norms.cell is None
         and all(norm is None or _kind(norm) != _UNNORMALIZED for norm in norms)
-        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in (data, *hidden, *weights) if t is not None)
+        and all(_is_plain(t) for t in (data, *hidden, *weights) if t is not None)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and fused.supports(data, sizes, hidden, weights, norms)
+        and _lie_right(data.dtype, weights, norms)
+    )
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether memory holds the values as they are."""
+    return type(t) in (Tensor, nn.Parameter) and t.is_cpu and not t.is_neg()
+
+
+def _is_array(t: Tensor, dtype: torch.dtype, size: int) -> bool:
+    """Whether the kernel can take it for an array of so many numbers."""
+    return t.numel() == size and t.dtype == dtype and t.is_contiguous() and _is_plain(t)
+
+
+def _lie_right(dtype: torch.dtype, weights: Weights, norms: Norms) -> bool:
+    """Whether biases, gains and statistics are what the layer made them; users may put anything in their place."""
+    features = weights.hh.shape[0]
+    return all(t is None or _is_array(t, dtype, features) for t in weights[2:4]) and all(
+        norm is None or _fits(norm, dtype, features) for norm in norms
+    )
+
+
+def _fits(norm: nn.Module, dtype: torch.dtype, features: int) -> bool:
+    assert isinstance(norm, Norm)
+    weight = norm._parameters["weight"]
+    if norm.num_features != features or weight is None or not _is_array(weight, dtype, features):
+        return False
+    if isinstance(norm, GeneralBatchNorm):
+        rows = norm.running_mean.numel() // features
+        return all(_is_array(t, dtype, rows * features) for t in (norm.running_mean, norm.running_var))
+    if norm.stream is None:
+        return True
+    *averages, count, grad_count, samples, grad_samples = norm.state
+    return (
+        all(_is_array(t, dtype, 2 * features) for t in averages)
+        and all(_is_array(t, torch.int64, features) for t in (count, grad_count))
+        and all(_is_array(t, torch.int64, 1) for t in (samples, grad_samples))
     )
 
 
@@ -198,6 +234,9 @@ class _Run:
         self.h0, self.c0 = t.h.contiguous(), None if t.c is None else t.c.contiguous()
         self.starts = _starts(sizes)
         self.weight = t.w_hh.contiguous() if self._multiplies(t.w_hh) else None
+        # What the kernel reads in backward, too, lives on, whatever is put in its place meanwhile.
+        buffers = [buffer for norm in norms[:2] if norm is not None for buffer in norm.buffers()]
+        self.held = [t.detach() for t in (*buffers, t.gain_ih, t.gain_hh, t.b_ih, t.b_hh) if t is not None]
         self.path_x = _path(norms.ih, self.x, t.b_ih)._replace(marks=_pointer(self.marks[0]))
         self.path_h = _path(norms.hh, self.h, t.b_hh)._replace(marks=_pointer(self.marks[1]))
 
@@ -274,7 +313,7 @@ class _Run:
         """All steps in reverse: the gradients by the names of what they belong to."""
         inverses = self._inverses() if self.inverses is None else self.inverses
         # If no later backward goes through this graph, gradients may lie where the deviations were.
-        d_x, d_h = (torch.empty_like(values) if _keeps_graph() else values for values in (self.x, self.h))
+        d_x, d_h = (torch.empty_like(values) if fused.keeps_graph() else values for values in (self.x, self.h))
         d_hidden = [
             torch.zeros_like(start) if d is None else d.clone(memory_format=torch.contiguous_format)
             for d, start in zip(d_finals, (self.h0, self.c0))
@@ -345,15 +384,17 @@ class _Sequence(torch.autograd.Function):
         output, *saved = ctx.saved_tensors
         needs = Tensors(*ctx.needs_input_grad[3:])
         if d_output is not None:
-            d_output = d_output.contiguous()
+            d_output = d_output.resolve_neg().contiguous()
         found = ctx.run.backward(Tensors(*saved), needs, output, d_output, d_finals)
+        if not fused.keeps_graph():
+            ctx.run = None  # what it holds is as large as all steps, and the graph may live on
         return None, None, None, *(found[name] if need else None for name, need in zip(Tensors._fields, needs))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a·b, by the kernel where that is likely to be faster than PyTorch."""
     (rows, terms), columns = a.shape, b.shape[1]
-    if not _outruns_torch or min(rows, terms, columns) < 32:
+    if not _outruns_torch or min(rows, terms, columns) < 32 or a.is_neg() or b.is_neg():
         return a @ b
     out, panels, is_double = a.new_empty(rows, columns), _panels(b), int(a.dtype == torch.float64)
     sizes = (rows, columns, terms, _threads(rows * columns * terms))

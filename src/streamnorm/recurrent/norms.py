@@ -125,7 +125,10 @@ class NormChoice:
         if self.norm is None:
             return None
         if not isinstance(self.norm, str):
-            return self.norm(num_features)
+            made = self.norm(num_features)
+            if isinstance(made, Norm) and made.num_features != num_features:
+                raise ValueError(f"norm= was asked for a layer of {num_features} features, and made {made}")
+            return made
         options = {**self._given(), **factory_kwargs, "bias": bias}
         options.pop("gain", None)
         if self.norm == "streaming":
