@@ -424,14 +424,12 @@ struct Runs : Walk {
 
   Runs(const Call& c, const Kernels& k)
       : Walk(c, k),
-        affine(at.Bc == 1 || !(c.weight || c.bias || c.dw || c.db) ? Affine::uniform : at.S >= shortest_segment ? Affine::segments : Affine::elements),
-        spread(affine == Affine::elements ? at.S : 1), unit(affine == Affine::uniform ? at.B : at.S),
+        affine(kind_of_affine(c)), spread(affine == Affine::elements ? at.S : 1), unit(affine == Affine::uniform ? at.B : at.S),
         divided((unit + chunk_size - 1) / chunk_size), units(at.B / unit),
         pieces(divided > 1 ? units * divided : (units + chunk_size / unit - 1) / (chunk_size / unit)),
         runs(pieces > 1 ? 1 : larger(1, chunk_size / larger(at.B, lanes))),
         chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
-        gathered(affine == Affine::uniform &&
-                 (at.B < lanes || (at.A > 1 && (at.B < short_run || (at.B < longest_gathered && c.n * wide_width <= gather_bytes))))),
+        gathered(affine == Affine::uniform && gains_by_gathering(c.n * wide_width)),
         paneled(gathered || (affine == Affine::uniform && at.A == 1 && chunks == 1 && !narrow && !known)),
         panel_step(gathered ? (c.n + lanes) * wide_width : at.sg2 * width),
         panel(larger(1, smaller(smaller(8, at.G / (2 * c.threads)), gather_bytes / ((c.n + lanes) * wide_width)))),
@@ -442,6 +440,18 @@ struct Runs : Walk {
         whole(c.threads == 1 || at.G >= 4 * c.threads || chunks == 1), next_run(copied || at.A == 1 ? 0 : at.sa),
         next_again(copied || !whole || c.n * width > cached_bytes ? next_run : at.G2 > 1 ? at.sg2 : at.sg1),
         next_panel(gathered ? 0 : panel * at.sg2) {}
+
+  static Affine kind_of_affine(const Call& c) {
+    const bool none = !(c.weight || c.bias || c.dw || c.db);
+    if (c.layout->Bc == 1 || none) return Affine::uniform;
+    return c.layout->S >= shortest_segment ? Affine::segments : Affine::elements;
+  }
+  // Whether the runs of a statistic, together of so many bytes, are walked faster once they lie side by side.
+  bool gains_by_gathering(int64_t bytes) const {
+    if (at.B < lanes) return true;
+    if (at.A == 1) return false;
+    return at.B < short_run || (at.B < longest_gathered && bytes <= gather_bytes);
+  }
 
   int64_t start(int64_t g) const { return g / at.G2 * at.sg1 + g % at.G2 * at.sg2; }
   int64_t group(int64_t g) const { return g % (at.C / at.Bc); }
@@ -556,8 +566,8 @@ struct Runs : Walk {
       if (affine == Affine::uniform)
         loops.output(c.block, c.x, c.out, mu, inverse * gain(first), bias(first));
       else if (affine == Affine::segments)
-        segments(c, [&](int64_t i, int64_t at, const Block& block) {
-          loops.output(block, move_wide(c.x, at), move_wide(c.out, at), mu, inverse * gain(first + i), bias(first + i));
+        segments(c, [&](int64_t i, int64_t from, const Block& segment) {
+          loops.output(segment, move_wide(c.x, from), move_wide(c.out, from), mu, inverse * gain(first + i), bias(first + i));
         });
       else
         loops.output_elements(c.block, c.x, c.out, mu, inverse, elements(gains, g, c.b), elements(biases, g, c.b));
@@ -649,8 +659,8 @@ struct Runs : Walk {
         loops.gradients(c.block, c.x, c.dy, mu, centre, p, t);
         sum.add(t);
       } else if (affine == Affine::segments) {
-        segments(c, [&](int64_t i, int64_t at, const Block& segment) {
-          loops.gradients(segment, move_wide(c.x, at), move_wide(c.dy, at), mu, centre, p, t);
+        segments(c, [&](int64_t i, int64_t from, const Block& segment) {
+          loops.gradients(segment, move_wide(c.x, from), move_wide(c.dy, from), mu, centre, p, t);
           dw[block + first + i] += t[1] * inverse;
           db[block + first + i] += t[0];
           t[0] *= gain(first + i);
@@ -670,8 +680,8 @@ struct Runs : Walk {
       if (affine == Affine::uniform)
         loops.input(c.block, c.x, c.dy, c.out, centre, inverse * gain(first), b, u, p);
       else if (affine == Affine::segments)
-        segments(c, [&](int64_t i, int64_t at, const Block& segment) {
-          loops.input(segment, move_wide(c.x, at), move_wide(c.dy, at), move_wide(c.out, at), centre, inverse * gain(first + i), b, u, p);
+        segments(c, [&](int64_t i, int64_t from, const Block& segment) {
+          loops.input(segment, move_wide(c.x, from), move_wide(c.dy, from), move_wide(c.out, from), centre, inverse * gain(first + i), b, u, p);
         });
       else
         loops.input_elements(c.block, c.x, c.dy, c.out, centre, inverse, b, u, p, elements(gains, g, c.b));

@@ -319,9 +319,9 @@ template <class F> void gather(const Block& block, int64_t count, int64_t from_a
   const F* from = (const F*)from_;
   F* to = (F*)to_;
   for (int64_t r = 0; r < block.rows; r++, from += block.from, to += block.to)
-    for (int64_t i = 0; i < count; i++) {
-      const F* x = from + i * from_apart;
-      F* copy = to + i * to_apart;
+    for (int64_t k = 0; k < count; k++) {
+      const F* x = from + k * from_apart;
+      F* copy = to + k * to_apart;
       map<F>(block.length, [=](int64_t i) INLINE_LAMBDA {
         fetch(x + i + block.next);
         store(copy + i, load(x + i));

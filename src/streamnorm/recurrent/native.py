@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,12 @@ class _Plan(NamedTuple):
     threads: int = 1
 
 
-_bytes = struct.Struct("19q" + 2 * "22q11d").pack
+def _format(*kinds: type) -> str:
+    """The fields of structs, one after the other, in ``struct``'s letters."""
+    return "".join("d" if field is float else "q" for kind in kinds for field in get_type_hints(kind).values())
+
+
+_bytes = struct.Struct(_format(_Plan, _Path, _Path)).pack
 
 
 def _path(norm: nn.Module | None, values: Tensor, bias: Tensor | None) -> _Path:
