@@ -59,11 +59,12 @@ search: install
 # A build of its own in build/sanitize. Python itself leaks by design, and its allocator would hide bytes objects from view.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: install
-	CFLAGS="$(SANITIZE) -g1" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build \
+	CFLAGS="$(SANITIZE) -g1" CXXFLAGS="$(SANITIZE) -g1" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --force \
 	  --build-temp build/sanitize-objects --build-lib build/sanitize
+	for library in build/sanitize/streamnorm/ops/*.so; do nm -D $$library | grep -q __asan_report || exit 1; done
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONMALLOC=malloc PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -q -p no:xdist tests/ops tests/recurrent/test_engines.py
+	  $(BIN)/python -m pytest -q -p no:xdist tests/ops tests/recurrent/test_engines.py tests/recurrent/test_native.py
 
 test-integrations: $(INTEGRATIONS)/installed
 	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n $(JOBS) $(INTEGRATION_TESTS) --require-libraries
