@@ -18,6 +18,7 @@ from ..norm import GeneralBatchNorm, Norm, SampleNorm
 from ..normref import NormRef
 from ..ops.first_order import first_order_only
 from ..ops.native import LIBRARY
+from ..ops.spec import State
 from . import fused
 from .norms import PerStepBatchNorm
 from .steps import GATES, Hidden, Norms, Weights
@@ -88,20 +89,21 @@ def _lie_right(dtype: torch.dtype, weights: Weights, norms: Norms) -> bool:
 
 def _fits(norm: nn.Module, dtype: torch.dtype, features: int) -> bool:
     assert isinstance(norm, Norm)
-    weight = norm._parameters["weight"]
+    weight, buffers = norm._parameters["weight"], norm._buffers
     if norm.num_features != features or weight is None or not _is_array(weight, dtype, features):
         return False
     if isinstance(norm, GeneralBatchNorm):
         rows = norm.running_mean.numel() // features
         return all(_is_array(t, dtype, rows * features) for t in (norm.running_mean, norm.running_var))
-    if norm.stream is None:
-        return True
-    *averages, count, grad_count, samples, grad_samples = norm.state
-    return (
-        all(_is_array(t, dtype, 2 * features) for t in averages)
-        and all(_is_array(t, torch.int64, features) for t in (count, grad_count))
-        and all(_is_array(t, torch.int64, 1) for t in (samples, grad_samples))
-    )
+    for name, rows in _STATE_ROWS.items() if norm.stream is not None else ():
+        t = buffers[name]
+        if t is None or not _is_array(t, dtype if rows == 2 else torch.int64, rows * features or 1):
+            return False
+    return True
+
+
+# Averages, counts of each feature, and counts of samples.
+_STATE_ROWS = {name: 0 if "samples" in name else 1 if "count" in name else 2 for name in State._fields}
 
 
 def _kind(norm: nn.Module) -> int:
@@ -239,9 +241,10 @@ class _Run:
         self.h0, self.c0 = t.h.contiguous(), None if t.c is None else t.c.contiguous()
         self.starts = _starts(sizes)
         self.weight = t.w_hh.contiguous() if self._multiplies(t.w_hh) else None
-        # What the kernel reads in backward, too, lives on, whatever is put in its place meanwhile.
-        buffers = [buffer for norm in norms[:2] if norm is not None for buffer in norm.buffers()]
-        self.held = [t.detach() for t in (*buffers, t.gain_ih, t.gain_hh, t.b_ih, t.b_hh) if t is not None]
+        # What the kernel reads in backward, too, lives on, whatever is put in its place meanwhile: another buffer, or
+        # other memory for a parameter.
+        self.buffers = [list(norm._buffers.values()) for norm in norms[:2] if norm is not None]
+        self.affine = [p.detach() for p in (t.gain_ih, t.gain_hh, t.b_ih, t.b_hh) if p is not None]
         self.path_x = _path(norms.ih, self.x, t.b_ih)._replace(marks=_pointer(self.marks[0]))
         self.path_h = _path(norms.hh, self.h, t.b_hh)._replace(marks=_pointer(self.marks[1]))
 
