@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from streamnorm import ops
+
 # Test processes share the cores between them (make test).
 torch.set_num_threads(1)
 
@@ -54,6 +56,13 @@ def _same_start() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[engine.NAME for engine in ops.ENGINES])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once with each engine."""
+    with ops.force(request.param):
+        yield request.param
 
 
 @pytest.fixture

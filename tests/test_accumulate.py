@@ -12,16 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import streamnorm as sn
-from streamnorm import ops
-
-ENGINES = [engine.NAME for engine in ops.ENGINES]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
 
 
 def weights(groups: Any) -> list[list[float]]:

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import ops
 
 FORWARD = {"long", "short", "count", "samples"}
-
-
-@pytest.fixture(params=[engine.NAME for engine in ops.ENGINES])
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
 
 
 def trained() -> nn.Sequential:

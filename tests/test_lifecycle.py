@@ -11,16 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import ops
-
-ENGINES = [engine.NAME for engine in ops.ENGINES]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
 
 
 def network(**options: Any) -> nn.Sequential:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,21 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import ops
 
-ENGINES = [engine.NAME for engine in ops.ENGINES]
 DROP_INS: dict[Callable[..., sn.Norm], tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     sn.StreamingNorm1d: (nn.BatchNorm1d, (5, 4)),
     sn.StreamingNorm2d: (nn.BatchNorm2d, (5, 4, 3, 2)),
     sn.StreamingNorm3d: (nn.BatchNorm3d, (5, 4, 3, 2, 2)),
 }
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
 
 
 # As torch.nn's

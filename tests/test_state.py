@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,20 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import ops
 
-ENGINES = [engine.NAME for engine in ops.ENGINES]
 FORWARD = ("short", "count", "samples")
 BACKWARD = ("short_grad", "grad_count", "grad_samples")
 SHAPES = {1: (3, 4), 2: (3, 4, 5, 2), 3: (3, 4, 2, 3, 2)}
 LAYERS: dict[int, Callable[..., sn.Norm]] = {1: sn.StreamingNorm1d, 2: sn.StreamingNorm2d, 3: sn.StreamingNorm3d}
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
 
 
 def buffers(layer: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +16,6 @@ from torch import Tensor
 import streamnorm as sn
 from streamnorm import LpMoment, Stream, ops
 from streamnorm.ops.spec import State
-
-ENGINES = [engine.NAME for engine in ops.ENGINES]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
-
 
 # Constants
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import streamnorm as sn
-from streamnorm import ops
-
-ENGINES = [engine.NAME for engine in ops.ENGINES]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

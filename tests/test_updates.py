@@ -8,7 +8,7 @@ import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,19 +19,11 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 import streamnorm as sn
 from streamnorm import ops, updates
 
-ENGINES = [engine.NAME for engine in ops.ENGINES]
 FORMS: list[tuple[Callable[..., Optimizer], dict[str, Any]]] = [
     *((cls, form) for cls in (SGD, Adam, AdamW) for form in ({}, {"foreach": True}, {"fused": True})),
     *((RMSprop, form) for form in ({}, {"foreach": True})),  # RMSprop has no fused form
 ]
 FORM_IDS = [f"{getattr(cls, '__name__', cls)} {'/'.join(form) or 'default'}" for cls, form in FORMS]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each engine."""
-    with ops.force(request.param):
-        yield request.param
 
 
 def network(width: int = 4, **options: Any) -> nn.Sequential:
