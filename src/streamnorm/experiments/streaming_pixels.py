@@ -7,6 +7,8 @@ they are large, long where they are small.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 import streamnorm as sn
@@ -27,7 +29,7 @@ class StreamingPixels(sn.Norm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
-        window = self.pixels / x[0, 0].numel()
+        window = self.pixels / math.prod(x.shape[2:])
         assert self.stream is not None
         if self.stream.window != window:
             self.set_stream(sn.Stream(window=window))

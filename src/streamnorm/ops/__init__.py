@@ -2,7 +2,8 @@
 
 ``normalize`` and ``commit`` run on the first engine of ``ENGINES`` that takes the input. The environment variable
 ``STREAMNORM_ENGINE`` (``native``, ``triton``, ``torch`` or ``plain``), read at import, or the context manager
-:func:`force` leaves out the engines before the one that it names; ``plain`` takes every input.
+:func:`force` leaves out the engines before the one that it names; ``torch`` and ``plain`` take every input. Under the
+transforms of ``torch.func`` it is always ``plain``.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ def normalize(
     if is_compiling():
         traced_y: Tensor = traced.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
         return traced_y
-    if state is not None and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(_NO_TRANSFORMS)
+    if torch._C._are_functorch_transforms_active():  # they do not take the engines' autograd functions
+        if state is not None:
+            raise RuntimeError(_NO_TRANSFORMS)
+        return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     for engine in _active:
         if engine.supports(x, mask, view, formula, state):
             y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)

@@ -115,7 +115,6 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
         and not x.is_neg()  # its memory holds the values with the other sign
         and type(x) in (Tensor, torch.nn.Parameter)
         and not is_compiling()
-        and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not is_watched()
         and torch._C._get_tracing_state() is None

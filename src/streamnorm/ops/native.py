@@ -81,7 +81,6 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
         and mask is None
         and len(view.split) <= _MOST_AXES
         and not is_compiling()
-        and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
