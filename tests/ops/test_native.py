@@ -117,9 +117,28 @@ def test_digits_of_ten_million_elements_with_a_large_offset(p: float, layout: st
     assert near(layer.short[1], m, 1e-6)
 
 
-def test_a_constant_channel_passes_finite_gradients() -> None:
-    layer = sn.StreamingNorm2d(3, alpha=(0, 0, 1), beta=(0, 0, 1))
-    x = torch.full((4, 3, 5, 5), 7.0, requires_grad=True)
+@pytest.mark.parametrize("center", ["mean", "zero"])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_digits_where_the_level_changes_from_row_to_row(layout: str, p: float, center: str) -> None:
+    """Statistics that are put together from those of parts are as good as if the whole had been seen at once."""
+    level = torch.tensor([0.0, 1e4, -3e3, 1e4 + 1]).repeat_interleave(500)[:, None, None, None]
+    x = LAYOUTS[layout](torch.randn(2000, 70, 3, 1) + level)
+    layer = sn.StreamingNorm2d(70, p=p, center=center, alpha=(0, 0, 1), beta=(0, 0, 1))
+    with ops.force("native"), torch.no_grad():
+        layer(x)
+    wide = x.double().transpose(0, 1).flatten(1)
+    mu = wide.mean(1)
+    m = (wide - (layer.short[0].double()[:, None] if center == "mean" else 0)).abs().pow(p).mean(1)
+    assert near(layer.short[0], mu, 2e-7)
+    assert near(layer.short[1], m, 2e-7)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_constant_channel_passes_finite_gradients(layout: str, p: float) -> None:
+    layer = sn.StreamingNorm2d(3, p=p, alpha=(0, 0, 1), beta=(0, 0, 1))
+    x = LAYOUTS[layout](torch.full((4, 3, 5, 5), 7.0)).requires_grad_()
     with ops.force("native"):
         y = layer(x)
         y.backward(torch.randn_like(y))
@@ -200,11 +219,13 @@ def test_outputs_too_large_for_the_cache(layout: str, width: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 64, 32, 32), (3, 100, 50, 41), (9000, 33)], ids=str)
-def test_rows_too_many_for_the_cache(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """They are walked a few columns at a time, of which some make whole cache lines and some do not."""
+@pytest.mark.parametrize(("p", "center"), [(1, "mean"), (2, "mean"), (2, "zero")])
+def test_rows_too_many_for_the_cache(p: float, center: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """They are walked in parts, of which some make whole cache lines and some do not; a bad value stays in its channel."""
     keep = {"memory_format": torch.channels_last} if len(shape) == 4 else {}
     xs, dys = ([torch.randn(shape, dtype=dtype).contiguous(**keep) for _ in range(2)] for _ in range(2))
-    layer = sn.Norm(shape[1], sn.NormRef.batch("channel"), sn.LpMoment(p=1), sn.Stream())
+    xs[1].select(1, 7).view(-1)[:3] = torch.inf
+    layer = sn.Norm(shape[1], sn.NormRef.batch("channel"), sn.LpMoment(p=p, center=center), sn.Stream())
     layer = layer.double() if dtype == torch.float64 else layer
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -212,12 +233,15 @@ def test_rows_too_many_for_the_cache(shape: tuple[int, ...], dtype: torch.dtype)
     outcomes = []
     for threads in (1, 3, 8):
         torch.set_num_threads(threads)
-        outcomes.append(sequence("native", copy.deepcopy(layer), xs, dys))
+        outcomes.append([result.nan_to_num(-99) for result in sequence("native", copy.deepcopy(layer), xs, dys)])
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other))
     tolerance = {torch.float32: 8e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
-    theirs = sequence("torch", layer, xs, dys)
+    theirs = [result.nan_to_num(-99) for result in sequence("torch", layer, xs, dys)]
     assert all(near(mine, expected, tolerance) for mine, expected in zip(outcomes[0], theirs))
+    bad = outcomes[0][2 + len(layer.state)]  # the second y
+    assert bool((bad.select(1, 7) == -99).all())
+    assert int((bad == -99).sum()) == bad.select(1, 7).numel()
 
 
 def test_more_axes_than_cpp_knows_go_to_pytorch() -> None:

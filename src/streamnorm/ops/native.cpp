@@ -92,9 +92,10 @@ struct Call {
 
 // A block of memory: `rows` stretches of `length` contiguous elements, `from` elements apart where they are read and `to`
 // elements apart where they are written. What will be read next, and is asked for meanwhile, lies `next` elements behind
-// what is read now. past_cache: whether the output is so large that it would not stay in the cache anyway.
+// what is read now, and what will be written next `write` elements behind what is written now. past_cache: whether the
+// output is so large that it would not stay in the cache anyway.
 struct Block {
-  int64_t rows, length, from, to, next;
+  int64_t rows, length, from, to, next, write;
   bool past_cache;
 };
 
@@ -120,6 +121,7 @@ struct Kernels {
 
   void (*sum_columns)(const Block&, const void* x, double* out);
   void (*powers_columns)(const Block&, const void* x, const void* centre, double p, double* out);
+  void (*moments_columns)(const Block&, const void* x, const void* centre, double* sums, int64_t stride);
   void (*output_columns)(const Block&, const void* x, void* y, const void* mu, const void* scale, const void* shift);
   void (*gradients_columns)(const Block&, const void* x, const void* dy, const void* mu, bool centered, double p, double* out, int64_t stride);
   void (*input_columns)(const Block&, const void* x, const void* dy, void* dx, const void* centre, const void* scale,
@@ -130,6 +132,11 @@ struct Kernels {
   void (*stream_gradients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu,
                            const double* sums_of_u, void* constant, void* along, bool use, bool advance);
   void (*parameter_gradients)(const Call&, int64_t from, int64_t to, double* sums, double* sums_from_mu, const void* gain, double* dw, double* db);
+  void (*means)(int64_t columns, double rows, const double* sums, void* out);
+  void (*merge_moments)(int64_t columns, double before, double rows, const void* centre, const double* sums, const double* squares,
+                        double* mean, double* deviations);
+  void (*add_means)(int64_t columns, double rows, const double* mean, double* sums);
+  void (*add_squares)(int64_t columns, double rows, const void* mu, const double* mean, const double* deviations, double* powers);
   void (*narrow_sums)(const double*, float*, int64_t count);
   void (*column_scales)(const Call&, int64_t from, int64_t to, const void* gain, void* out);
 };
@@ -335,7 +342,7 @@ bool is_one_pass(const Call& c) { return c.lasting && c.mix[0] == 1 && c.mix[1] 
 
 // What both walks need of a call.
 struct Walk {
-  static constexpr int64_t large_output = 1 << 24;
+  static constexpr int64_t large_output = 1 << 24, write_ahead = 4096;  // bytes
 
   const Call& call;
   const Layout& at;
@@ -420,7 +427,7 @@ struct Runs : Walk {
   const bool whole;
   // What is read next: of memory that is seen for the first time the next run, and of what is in the cache by then that of
   // the next statistic; and in a panel that is walked where it lies, that of the next panel.
-  const int64_t next_run, next_again, next_panel;
+  const int64_t next_run, next_again, next_panel, next_write;
 
   Runs(const Call& c, const Kernels& k)
       : Walk(c, k),
@@ -439,7 +446,10 @@ struct Runs : Walk {
         blocks((at.G + stats_per_block - 1) / stats_per_block * blocks_per_stat),
         whole(c.threads == 1 || at.G >= 4 * c.threads || chunks == 1), next_run(copied || at.A == 1 ? 0 : at.sa),
         next_again(copied || !whole || c.n * width > cached_bytes ? next_run : at.G2 > 1 ? at.sg2 : at.sg1),
-        next_panel(gathered ? 0 : panel * at.sg2) {}
+        next_panel(gathered ? 0 : panel * at.sg2),
+        next_write(gathered ? at.sg2
+                   : at.A == 1 || at.B * width >= 2 * write_ahead ? write_ahead / width
+                                                                  : (write_ahead / width + at.B - 1) / at.B * at.sa) {}
 
   static Affine kind_of_affine(const Call& c) {
     const bool none = !(c.weight || c.bias || c.dw || c.db);
@@ -477,7 +487,7 @@ struct Runs : Walk {
     }
     c.offset = start(g) + a * at.sa + b;
     c.b = b;
-    c.block = {rows, end - b, at.sa, at.sa, next, past_cache};
+    c.block = {rows, end - b, at.sa, at.sa, next, next_write, past_cache};
     c.x = move(call.x, c.offset);
     c.dy = with_dy ? move(call.dy, c.offset) : nullptr;
     c.out = out ? move(out, c.offset) : nullptr;
@@ -502,7 +512,7 @@ struct Runs : Walk {
     for (int64_t r = 0; r < chunk.block.rows; r++)
       for (int64_t from = chunk.b; from < end;) {
         int64_t c = from / unit, to = smaller((c + 1) * unit, end);
-        fn(c, r * chunk.block.from + from - chunk.b, Block{1, to - from, 0, 0, chunk.block.next, chunk.block.past_cache});
+        fn(c, r * chunk.block.from + from - chunk.b, Block{1, to - from, 0, 0, chunk.block.next, chunk.block.write, chunk.block.past_cache});
         from = to;
       }
   }
@@ -590,7 +600,7 @@ struct Runs : Walk {
       each_panel([&](int64_t from, int64_t to) {
         Scratch scratch(panel_bytes(to - from + 1));
         char* y = scratch.data + panel_bytes(to - from);
-        Block together = {1, call.n, 0, 0, 0, false};
+        Block together = {1, call.n, 0, 0, 0, 0, false};
         const char* x = gather(call.x, from, to, scratch.data);
         for (int64_t g = from; g < to; g++) sums[g] = loops.sum(together, x + (g - from) * panel_step);
         loops.locations(call, from, to, sums + from);
@@ -602,7 +612,7 @@ struct Runs : Walk {
           double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
           void* out = move(call.y, start(g));
           if (!copied) {
-            loops.output({at.A, at.B, at.B, at.sa, next_panel, past_cache}, x, out, mu, scale, shift);
+            loops.output({at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache}, x, out, mu, scale, shift);
             continue;
           }
           loops.output(together, x, y, mu, scale, shift);
@@ -719,7 +729,7 @@ struct Runs : Walk {
       each_panel([&](int64_t from, int64_t to) {
         Scratch scratch(panel_bytes(2 * (to - from) + 1));
         char* dx = scratch.data + panel_bytes(2 * (to - from));
-        Block together = {1, call.n, 0, 0, 0, false};
+        Block together = {1, call.n, 0, 0, 0, 0, false};
         const char *x = gather(call.x, from, to, scratch.data), *dy = gather(call.dy, from, to, scratch.data + panel_bytes(to - from));
         for (int64_t g = from; g < to; g++) {
           double mu = saved(0, g);
@@ -735,7 +745,7 @@ struct Runs : Walk {
           double b = wide_number(constant, g), u = wide_number(along, g);
           void* out = move(call.dx, start(g));
           if (!copied) {
-            loops.input({at.A, at.B, at.B, at.sa, next_panel, past_cache}, x, dy, out, centre, scale, b, u, p);
+            loops.input({at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache}, x, dy, out, centre, scale, b, u, p);
             continue;
           }
           loops.input(together, x, dy, dx, centre, scale, b, u, p);
@@ -799,13 +809,17 @@ struct Rows : Walk {
   const int64_t columns, stride;  // stride: columns, in whole packs
   const bool copied;              // as in Runs
   const int64_t copied_stride;
-  const int64_t rows_per_task, rows_per_strip, rows_ahead, tasks_per_block, tasks_per_outer, tasks;
+  const int64_t rows_per_task, rows_per_strip, rows_ahead, write_rows, tasks_per_block, tasks_per_outer, tasks;
+  // Squares need no look of their own at x: those of a strip, from its own mean while it is in the cache, give them from any.
+  const bool merged;
 
   Rows(const Call& c, const Kernels& k)
       : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), copied(narrow || columns < lanes), copied_stride(larger(columns, lanes)),
         rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(columns > most_narrow ? 2 : larger(16, strip_size / copied_stride / 4 * 4)),
         rows_ahead(columns > most_narrow ? 2 : rows_per_strip / 2),
-        tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer) {}
+        write_rows(columns > most_narrow ? 2 : write_ahead / (columns * width)),
+        tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer),
+        merged(p == 2 && centered && columns <= most_narrow) {}
 
   // Row `row` of what is saved, or an array of coefficients, from outer index o on.
   const void* saved(int row, int64_t o) const { return move_wide((const void*)call.saved, row * at.G + o * columns); }
@@ -814,7 +828,7 @@ struct Rows : Walk {
   // A strip of rows, small enough to stay in cache while its columns are walked, as the loops see it. Of wide rows it has two,
   // which are read nearly in the order of memory. What is `rows_ahead` is asked for meanwhile.
   struct Strip {
-    int64_t o;
+    int64_t o, before;  // outer index, and rows of the task before the strip
     Block block;
     const void *x, *dy;
     void* out;
@@ -832,13 +846,13 @@ struct Rows : Walk {
         const void *x = move(call.x, offset), *dy = with_dy ? move(call.dy, offset) : nullptr;
         void* to = out ? move(out, offset) : nullptr;
         if (!copied) {
-          fn(task, Strip{o, {rows, columns, at.sb, at.sb, rows_ahead * at.sb, past_cache}, x, dy, to});
+          fn(task, Strip{o, r - first, {rows, columns, at.sb, at.sb, rows_ahead * at.sb, write_rows * at.sb, past_cache}, x, dy, to});
           continue;
         }
         char *x_copy = scratch.data, *dy_copy = x_copy + bytes, *out_copy = dy_copy + with_dy * bytes;
         copy_in(x, at.sb, x_copy, copied_stride, rows, columns);
         if (with_dy) copy_in(dy, at.sb, dy_copy, copied_stride, rows, columns);
-        fn(task, Strip{o, {rows, columns, copied_stride, copied_stride, 0, false}, x_copy, dy_copy, out_copy});
+        fn(task, Strip{o, r - first, {rows, columns, copied_stride, copied_stride, 0, 0, false}, x_copy, dy_copy, out_copy});
         if (out) copy_out(out_copy, copied_stride, to, at.sb, rows, columns);
       }
     });
@@ -851,6 +865,30 @@ struct Rows : Walk {
     for (int64_t task = 0; task < tasks; task++)
       for (int64_t i = 0; i < size; i++) sums[task / tasks_per_outer * size + i] += partial[task * size + i];
   }
+  // Mean and sum of squared deviations of a task so far, made to cover a strip too.
+  void merge(const Strip& s, double* moments) const {
+    alignas(64) double sums[3][most_narrow + 16] = {}, centre[most_narrow + 16];
+    Block now = s.block, ahead = s.block;
+    now.next = 0;
+    ahead.next = 2 * s.block.next;  // the next strip
+    loops.sum_columns(now, s.x, sums[0]);
+    loops.means(columns, (double)s.block.rows, sums[0], centre);
+    loops.moments_columns(ahead, s.x, centre, sums[1], sums[2] - sums[1]);
+    loops.merge_moments(columns, (double)s.before, (double)s.block.rows, centre, sums[1], sums[2], moments, moments + stride);
+  }
+  double rows_of(int64_t task) const { return (double)smaller(rows_per_task, at.B - task % tasks_per_block * rows_per_task); }
+  // From the moments of the tasks, in order: the sums of each outer index; and once mu is known those of squares.
+  void add_means(double* sums, const double* moments, int64_t size) const {
+    for (int64_t task = 0; task < tasks; task++)
+      loops.add_means(columns, rows_of(task), moments + task * size, sums + task / tasks_per_outer * size);
+  }
+  void add_squares(double* sums, const double* moments, int64_t size) const {
+    for (int64_t task = 0; task < tasks; task++) {
+      const double* mean = moments + task * size;
+      int64_t o = task / tasks_per_outer;
+      loops.add_squares(columns, rows_of(task), saved(0, o), mean, mean + stride, sums + o * size + stride);
+    }
+  }
   template <class Fn> void each_outer(const Fn& fn) const {
     for (int64_t o = 0; o < at.G1; o++) fn(o, o * columns, (o + 1) * columns);
   }
@@ -859,7 +897,7 @@ struct Rows : Walk {
     const int64_t size = 2 * stride;  // sums, and sums of powers
     Buffer buffer, partial_buffer, coefficients;
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
-    double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
+    double* partial = tasks_per_outer > 1 || merged ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
     Parameter bias(call.bias, call.bias_type, wide, columns, 1, columns < lanes, 0);
     char* scale = (char*)coefficients.zeroed(at.G * wide_width + 64);
 
@@ -891,13 +929,27 @@ struct Rows : Walk {
       each_outer(advance);
       return;
     }
-    each_strip(Way::forth, false, nullptr, add);
-    fold(sums, partial, size);
-    each_outer(locate);
-    each_strip(Way::back, false, nullptr, add_powers);
-    fold(sums, partial, size);
+    if (merged) {
+      each_strip(Way::forth, false, nullptr, [&](int64_t task, const Strip& s) { merge(s, partial + task * size); });
+      add_means(sums, partial, size);
+      each_outer(locate);
+      add_squares(sums, partial, size);
+    } else if (centered) {
+      each_strip(Way::forth, false, nullptr, add);
+      fold(sums, partial, size);
+      each_outer(locate);
+      each_strip(Way::back, false, nullptr, add_powers);
+      fold(sums, partial, size);
+    } else {
+      each_strip(Way::forth, false, nullptr, [&](int64_t task, const Strip& s) {
+        add(task, s);
+        add_powers(task, s);
+      });
+      fold(sums, partial, size);
+      each_outer(locate);
+    }
     each_outer(scales);
-    each_strip(Way::forth, false, call.y, put);
+    each_strip(centered && !merged ? Way::forth : Way::back, false, call.y, put);
   }
 
   void backward() const {

@@ -106,9 +106,14 @@ template <class F> INLINE void store(F* p, const Pack<F>& a) { __builtin_memcpy(
 // Ask for the cache line of what is read later; p need not lie in the tensor.
 template <class F> INLINE void fetch(const F* p) { __builtin_prefetch(p); }
 
-// Two ways to write. Past the cache saves reading what is overwritten; for whole and aligned packs only.
+// Two ways to write. Memory that is not in the cache is read before it is overwritten, and is therefore asked for in time;
+// or it is written past the cache and not read at all, for whole and aligned packs only.
 struct Plainly {
-  template <class F> INLINE void operator()(F* p, const Pack<F>& a) const { store(p, a); }
+  int64_t ahead;
+  template <class F> INLINE void operator()(F* p, const Pack<F>& a) const {
+    fetch(p + ahead);
+    store(p, a);
+  }
 };
 struct PastCache {
   template <class F> INLINE void operator()(F* p, const Pack<F>& a) const {
@@ -130,7 +135,7 @@ template <class F, class Fn> INLINE void writing(const Block& block, const F* to
     return _mm_sfence();
   }
 #endif
-  fn(Plainly{});
+  fn(Plainly{block.write});
 }
 
 typedef Register<float>::V F32;
@@ -515,6 +520,21 @@ template <class F, int P> void powers_columns(const Block& block, const void* x_
   });
 }
 
+// sums += Σ d, sums[stride…] += Σ d², where d = x − centre
+template <class F> void moments_columns(const Block& block, const void* x_, const void* centre_, double* sums, int64_t stride) {
+  const F *x = (const F*)x_, *centre = (const F*)centre_;
+  tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
+    constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+    Pack<F> from[W];
+    EACH(w, W, from[w] = load(centre + c + w * L));
+    add_rows<2, W, F>(block, lanes, c, sums + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
+      fetch(x + i + block.next);
+      q[0] = load(x + i) - from[w];
+      q[1] = q[0] * q[0];
+    });
+  });
+}
+
 template <class F> void output_columns(const Block& block, const void* x_, void* y_, const void* mu_, const void* scale_, const void* shift_) {
   const F* x = (const F*)x_;
   F* y = (F*)y_;
@@ -774,6 +794,43 @@ void parameter_gradients(const Call& call, int64_t from, int64_t to, double* sum
   });
 }
 
+// out = sums / rows
+template <class F> void means(int64_t columns, double rows, const double* sums, void* out_) {
+  F* out = (F*)out_;
+  each_statistic(0, columns, [=](int64_t i, auto kind) INLINE_LAMBDA { put(out + i, get<decltype(kind)>(sums + i) / rows); });
+}
+// Mean and sum of squared deviations from it, over `before` rows, made to cover `rows` further ones, of which Σ d and Σ d² are
+// given, d counted from their centre (Chan, Golub and LeVeque 1979).
+template <class F>
+void merge_moments(int64_t columns, double before, double rows, const void* centre_, const double* sums, const double* squares, double* mean,
+                   double* deviations) {
+  const F* centre = (const F*)centre_;
+  each_statistic(0, columns, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    D rest = get<D>(sums + i) / rows, old = get<D>(mean + i), apart = get<D>(centre + i) + rest - old;
+    put(mean + i, old + apart * (rows / (before + rows)));
+    D within = get<D>(squares + i) - rest * rest * rows;
+    within = choose(below(within, D{}), D{}, within);  // rounding may take it below 0
+    put(deviations + i, get<D>(deviations + i) + within + apart * apart * (before * rows / (before + rows)));
+  });
+}
+// sums += rows·mean
+void add_means(int64_t columns, double rows, const double* mean, double* sums) {
+  each_statistic(0, columns, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    put(sums + i, get<D>(sums + i) + get<D>(mean + i) * rows);
+  });
+}
+// powers += Σ (x − mu)²
+template <class F> void add_squares(int64_t columns, double rows, const void* mu_, const double* mean, const double* deviations, double* powers) {
+  const F* mu = (const F*)mu_;
+  each_statistic(0, columns, [=](int64_t i, auto kind) INLINE_LAMBDA {
+    typedef decltype(kind) D;
+    D apart = get<D>(mean + i) - get<D>(mu + i);
+    put(powers + i, get<D>(powers + i) + get<D>(deviations + i) + apart * apart * rows);
+  });
+}
+
 void narrow_sums(const double* from, float* to, int64_t count) {
   each_statistic(0, count, [=](int64_t i, auto kind) INLINE_LAMBDA { put(to + i, get<decltype(kind)>(from + i)); });
 }
@@ -807,6 +864,7 @@ template <class F, int P> const Kernels* table() {
       input_elements<F, P>,
       sum_columns<F>,
       powers_columns<F, P>,
+      moments_columns<F>,
       output_columns<F>,
       gradients_columns<F, P>,
       input_columns<F, P>,
@@ -814,6 +872,10 @@ template <class F, int P> const Kernels* table() {
       scales<F, P>,
       stream_gradients<F>,
       parameter_gradients<F>,
+      means<F>,
+      merge_moments<F>,
+      add_means,
+      add_squares<F>,
       narrow_sums,
       column_scales<F>,
   };
