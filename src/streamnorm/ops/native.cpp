@@ -935,10 +935,10 @@ struct Rows : Walk {
       each_outer(locate);
       add_squares(sums, partial, size);
     } else if (centered) {
-      each_strip(Way::forth, false, nullptr, add);
+      each_strip(Way::back, false, nullptr, add);
       fold(sums, partial, size);
       each_outer(locate);
-      each_strip(Way::back, false, nullptr, add_powers);
+      each_strip(Way::forth, false, nullptr, add_powers);
       fold(sums, partial, size);
     } else {
       each_strip(Way::forth, false, nullptr, [&](int64_t task, const Strip& s) {
@@ -949,7 +949,7 @@ struct Rows : Walk {
       each_outer(locate);
     }
     each_outer(scales);
-    each_strip(centered && !merged ? Way::forth : Way::back, false, call.y, put);
+    each_strip(Way::back, false, call.y, put);
   }
 
   void backward() const {
