@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamnorm.benchmarks import command, compiled
+from streamnorm.benchmarks import command, compiled, fresh
 from streamnorm.benchmarks.cases import FLOOR_FROM, Case, _layers, _networks, _recurrent, _resnet, all_cases, input_pool
 from streamnorm.benchmarks.contestants import Floor
 from streamnorm.benchmarks.memory import Memory
@@ -90,7 +91,7 @@ def test_small_inputs_have_no_floor():
 
 
 @pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One small case of each kind, measured for no time."""
     cases = [
         Case("layers", "(1, 128)", partial(_layers, (1, 128)), quick=True),
@@ -100,6 +101,20 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(command, "all_cases", lambda: cases)
     monkeypatch.setattr(command, "QUICK", Effort(0, 3, 0, 0))
+    monkeypatch.setattr(fresh, "in_fresh_process", fresh.measure_here)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_processes_are_put_together(monkeypatch: pytest.MonkeyPatch):
+    """Each is a new one: what it did to the allocator and the threads is not seen here."""
+    threads = torch.get_num_threads()
+    case = Case("recurrent", "GRU B1 H128", partial(_recurrent, "GRU", 1, 8))
+    times, memory = fresh.measure(case, [1], Effort(0, 3, 0, 0), processes=2, keep_memory=False)
+    assert {(row.ours, row.rival, row.rounds) for row in times} == {("sn.GRU streaming", "nn.GRU", 6)}
+    assert {row.contestant for row in memory} == {"sn.GRU streaming", "nn.GRU"}
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.usefixtures("brief")
@@ -135,9 +150,9 @@ def test_memory_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     told: list[str] = []
     monkeypatch.setattr(command, "_can_keep_memory", lambda: True)
-    monkeypatch.setattr(command, "_keep_memory", lambda: told.append("glibc"))
+    monkeypatch.setattr(fresh, "keep_freed_memory", lambda: told.append("glibc"))
     assert main(["bench", "--quick", "--threads", "1", "--keep-memory"]) == 0
-    assert told == ["glibc"]
+    assert told == ["glibc"] * 3  # cases
     facts = json.loads((tmp_path / "runs/bench-quick-kept/environment.json").read_text())
     assert facts["options"]["keep_memory"] is True
 

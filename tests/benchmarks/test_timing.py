@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamnorm import ops
 from streamnorm.benchmarks.contestants import Contestant
-from streamnorm.benchmarks.timing import TOGETHER, Effort, Spread, compare
+from streamnorm.benchmarks.timing import TOGETHER, Comparison, Effort, Spread, compare
 
 EFFORT = Effort(seconds=0.1, rounds=5, block=0.004, warm_up=0.01)
 
@@ -48,6 +48,10 @@ class Updating(Scripted):
     updates = True
 
 
+def compared(ours: Contestant, rival: Contestant, effort: Effort) -> Comparison:
+    return Comparison.of(compare(ours, rival, effort))
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
@@ -56,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_ratios_are_those_of_the_times(clock):
-    found = compare(Scripted("a", clock, (0.001, 0.002), []), Scripted("bound", clock, (0.002, 0.008), []), EFFORT)
+    found = compared(Scripted("a", clock, (0.001, 0.002), []), Scripted("bound", clock, (0.002, 0.008), []), EFFORT)
     assert found.ratio["forward"] == pytest.approx(Spread(0.5, 0.5, 0.5))
     assert found.ratio["backward"].median == pytest.approx(0.25)
     assert found.ratio[TOGETHER].median == pytest.approx(0.3)
@@ -66,14 +70,14 @@ def test_ratios_are_those_of_the_times(clock):
 
 
 def test_an_update_counts_only_where_it_is_part_of_the_step(clock):
-    found = compare(Updating("a", clock, (1, 1), []), Updating("b", clock, (1, 1), []), EFFORT)
+    found = compared(Updating("a", clock, (1, 1), []), Updating("b", clock, (1, 1), []), EFFORT)
     assert found.ours[TOGETHER].median == pytest.approx(102)
-    assert "update" not in compare(Scripted("a", clock, (1, 1), []), Scripted("b", clock, (1, 1), []), EFFORT).ratio
+    assert "update" not in compared(Scripted("a", clock, (1, 1), []), Scripted("b", clock, (1, 1), []), EFFORT).ratio
 
 
 def test_contestants_alternate_and_share_no_input(clock):
     log: list[tuple[str, int]] = []
-    found = compare(Scripted("a", clock, (0.01, 0.01), log), Scripted("b", clock, (0.01, 0.01), log), EFFORT)
+    found = compared(Scripted("a", clock, (0.01, 0.01), log), Scripted("b", clock, (0.01, 0.01), log), EFFORT)
     measured = [name for name, _ in log[4:]]  # after two steps each to warm up
     assert measured == (["a", "b", "b", "a"] * len(measured))[: len(measured)]
     assert len(measured) == 2 * found.rounds
@@ -83,5 +87,5 @@ def test_contestants_alternate_and_share_no_input(clock):
 
 @pytest.mark.parametrize(("step", "rounds"), [(1.0, 5), (0.001, 13)])
 def test_both_time_and_rounds_are_enough(clock, step, rounds):
-    found = compare(Scripted("a", clock, (step / 2,) * 2, []), Scripted("b", clock, (step / 2,) * 2, []), EFFORT)
+    found = compared(Scripted("a", clock, (step / 2,) * 2, []), Scripted("b", clock, (step / 2,) * 2, []), EFFORT)
     assert found.rounds == rounds

@@ -221,7 +221,7 @@ def test_outputs_too_large_for_the_cache(layout: str, width: int) -> None:
 @pytest.mark.parametrize("shape", [(8, 64, 32, 32), (3, 100, 50, 41), (9000, 33)], ids=str)
 @pytest.mark.parametrize(("p", "center"), [(1, "mean"), (2, "mean"), (2, "zero")])
 def test_rows_too_many_for_the_cache(p: float, center: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """They are walked in parts, of which some make whole cache lines and some do not; a bad value stays in its channel."""
+    """They are walked in parts, some of them whole cache lines and some not; a bad value stays in its channel."""
     keep = {"memory_format": torch.channels_last} if len(shape) == 4 else {}
     xs, dys = ([torch.randn(shape, dtype=dtype).contiguous(**keep) for _ in range(2)] for _ in range(2))
     xs[1].select(1, 7).view(-1)[:3] = torch.inf

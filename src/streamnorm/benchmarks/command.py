@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -11,25 +10,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
 from tyro import conf
 
-from streamnorm.benchmarks.cases import SUITES, Case, all_cases
-from streamnorm.benchmarks.contestants import Contestant, Floor
+from streamnorm.benchmarks.cases import SUITES, all_cases
 from streamnorm.benchmarks.cuda import bench_cuda
 from streamnorm.benchmarks.figures import save_figure
-from streamnorm.benchmarks.memory import measure_memory
-from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow, memory_rows, time_rows
+from streamnorm.benchmarks.fresh import measure
+from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow
 from streamnorm.benchmarks.tables import print_results, save_results
-from streamnorm.benchmarks.timing import Effort, compare
+from streamnorm.benchmarks.timing import Effort
 from streamnorm.experiments.environment import environment, usable_cores
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.files import locked, write_text
 
-FULL = Effort(seconds=0.6, rounds=7)
+FULL = Effort(seconds=0.25, rounds=3)
+PROCESSES = 3
+"""So many one after the other for each case; ``--quick`` makes do with one."""
+
 QUICK = Effort(seconds=0.04, rounds=3, warm_up=0.01)
 WIDTH = 144
 """Columns of the tables where no terminal says how wide it is."""
@@ -37,9 +37,9 @@ WIDTH = 144
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure time and memory of the layers beside torch.nn's own, in turns in one process.
+    """Measure time and memory of the layers beside torch.nn's own, in turns.
 
-    Takes about five minutes on two cores; leave the machine alone meanwhile.
+    Takes about ten minutes on two cores; leave the machine alone meanwhile.
     """
 
     out: Annotated[str | None, conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
@@ -94,8 +94,6 @@ def bench(words: Sequence[str]) -> int:
     """``streamnorm bench``."""
     options = tyro.cli(BenchOptions, args=list(words), prog="streamnorm bench", config=(conf.FlagCreatePairsOff,))
     options.check()
-    if options.keep_memory:
-        _keep_memory()
     folder = options.folder()
     if options.device == "cuda":
         return bench_cuda(folder, options.quick, options.only)
@@ -119,44 +117,17 @@ def _measure(options: BenchOptions) -> Results:
     """Run every case on every number of threads."""
     times: list[TimeRow] = []
     memory: list[MemoryRow] = []
-    effort = QUICK if options.quick else FULL
+    effort, processes = (QUICK, 1) if options.quick else (FULL, PROCESSES)
     cases = [case for case in all_cases() if case.suite in options.only and (case.quick or not options.quick)]
-    before = torch.get_num_threads()
-    try:
-        for case in track(cases, "measuring", console=Console(stderr=True), transient=True):
-            torch.manual_seed(0)
-            _measure_case(case, options.thread_counts(), effort, times, memory)
-    finally:
-        torch.set_num_threads(before)
+    for case in track(cases, "measuring", console=Console(stderr=True), transient=True):
+        found = measure(case, options.thread_counts(), effort, processes, options.keep_memory)
+        times += found[0]
+        memory += found[1]
     return Results(times, memory, dict(environment()))
-
-
-def _measure_case(
-    case: Case, thread_counts: list[int], effort: Effort, times: list[TimeRow], memory: list[MemoryRow]
-) -> None:
-    matches = case.make()
-    for threads in thread_counts:
-        torch.set_num_threads(threads)
-        for match in matches:
-            times += time_rows(case, match, threads, compare(match.ours, match.rival, effort))
-    torch.set_num_threads(1)
-    contestants: dict[str, Contestant] = {}
-    for match in matches:
-        contestants |= {contestant.name: contestant for contestant in (match.ours, match.rival)}
-    found = {name: measure_memory(one) for name, one in contestants.items() if not isinstance(one, Floor)}
-    memory += memory_rows(case, found, next(match.rival.name for match in matches if match.stock))
 
 
 def _can_keep_memory() -> bool:
     return platform.libc_ver()[0] == "glibc"
-
-
-def _keep_memory() -> None:
-    """Tell glibc to take no block of memory straight from the system, and to give none back."""
-    libc = ctypes.CDLL(None)
-    most_blocks, slack_at_the_end = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    libc.mallopt(most_blocks, 0)
-    libc.mallopt(slack_at_the_end, 2**31 - 1)
 
 
 def machine_load() -> float | None:

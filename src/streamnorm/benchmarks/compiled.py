@@ -19,9 +19,9 @@ import streamnorm as sn
 from streamnorm.benchmarks.cases import STEPS, Case, Match, batch_norm, input_pool, streaming
 from streamnorm.benchmarks.command import WIDTH, machine_load, warn_if_busy
 from streamnorm.benchmarks.contestants import LayerSteps
-from streamnorm.benchmarks.results import Results, TimeRow, time_rows
+from streamnorm.benchmarks.results import Pairing, Results, TimeRow, time_rows
 from streamnorm.benchmarks.tables import print_results, save_times
-from streamnorm.benchmarks.timing import Effort, compare
+from streamnorm.benchmarks.timing import Comparison, Effort, compare
 from streamnorm.experiments.environment import environment
 from streamnorm.experiments.files import locked, write_text
 
@@ -90,7 +90,8 @@ def measure(cases: list[Case], effort: Effort) -> list[TimeRow]:
             torch.manual_seed(0)
             torch.compiler.reset()
             for match in case.make():
-                rows += time_rows(case, match, 1, compare(match.ours, match.rival, effort))
+                rounds = compare(match.ours, match.rival, effort)
+                rows += time_rows(case, Pairing.of(match, 1), Comparison.of(rounds))
     finally:
         torch.set_num_threads(before)
     return rows

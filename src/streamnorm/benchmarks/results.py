@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from streamnorm.benchmarks.cases import Case, Match
 from streamnorm.benchmarks.memory import Memory
@@ -57,17 +58,31 @@ class Results:
     environment: dict[str, object]
 
 
-def time_rows(case: Case, match: Match, threads: int, comparison: Comparison) -> Iterator[TimeRow]:
+class Pairing(NamedTuple):
+    """Who was timed in turns with whom; ``stock`` where the rival is the layer that users would have taken."""
+
+    threads: int
+    ours: str
+    rival: str
+    stock: bool
+
+    @classmethod
+    def of(cls, match: Match, threads: int) -> Pairing:
+        """The names of a match."""
+        return cls(threads, match.ours.name, match.rival.name, match.stock)
+
+
+def time_rows(case: Case, pairing: Pairing, comparison: Comparison) -> Iterator[TimeRow]:
     """A row for each part of the step."""
     for part, ratio in comparison.ratio.items():
-        aimed = match.stock and part == TOGETHER
-        target = TIME_TARGETS.get((case.suite, case.name, threads)) if aimed else None
+        aimed = pairing.stock and part == TOGETHER
+        target = TIME_TARGETS.get((case.suite, case.name, pairing.threads)) if aimed else None
         yield TimeRow(
             case.suite,
             case.name,
-            threads,
-            match.ours.name,
-            match.rival.name,
+            pairing.threads,
+            pairing.ours,
+            pairing.rival,
             part,
             ratio.median,
             ratio.low,
@@ -75,7 +90,7 @@ def time_rows(case: Case, match: Match, threads: int, comparison: Comparison) ->
             comparison.ours[part].median,
             comparison.rival[part].median,
             comparison.rounds,
-            match.stock,
+            pairing.stock,
             target,
             None if target is None else ratio.median <= target,
         )

@@ -51,6 +51,13 @@ class Spread(NamedTuple):
         return cls(*(float(value) for value in np.percentile(values, (25, 50, 75))))
 
 
+class Rounds(NamedTuple):
+    """Of two contestants that took turns: the seconds of each part of a step, by round."""
+
+    ours: list[dict[str, float]]
+    rival: list[dict[str, float]]
+
+
 class Comparison(NamedTuple):
     """Ratios of the first contestant's time to the second's, and the seconds that a step of each takes, by part."""
 
@@ -59,25 +66,30 @@ class Comparison(NamedTuple):
     rival: dict[str, Spread]
     rounds: int
 
+    @classmethod
+    def of(cls, rounds: Rounds) -> Comparison:
+        """What the rounds say."""
+        parts = list(rounds.ours[0])
+        return cls(
+            {part: Spread.of([a[part] / b[part] for a, b in zip(*rounds)]) for part in parts},
+            {part: Spread.of([a[part] for a in rounds.ours]) for part in parts},
+            {part: Spread.of([b[part] for b in rounds.rival]) for part in parts},
+            len(rounds.ours),
+        )
 
-def compare(ours: Contestant, rival: Contestant, effort: Effort) -> Comparison:
+
+def compare(ours: Contestant, rival: Contestant, effort: Effort) -> Rounds:
     """Time two contestants in turns. Who begins changes from round to round: each follows itself as often."""
     pair = (_Runner(ours, 0), _Runner(rival, 1))
     with _no_garbage_collection():
         step = min(runner.warm_up(effort.warm_up) for runner in pair)
         steps = max(1, round(effort.block / step))
-        blocks: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
+        blocks = Rounds([], [])
         start = time.perf_counter()
-        while len(blocks[0]) < effort.rounds or time.perf_counter() - start < effort.seconds:
-            for who in (0, 1) if len(blocks[0]) % 2 == 0 else (1, 0):
+        while len(blocks.ours) < effort.rounds or time.perf_counter() - start < effort.seconds:
+            for who in (0, 1) if len(blocks.ours) % 2 == 0 else (1, 0):
                 blocks[who].append(pair[who].block(steps))
-    parts = list(blocks[0][0])
-    return Comparison(
-        {part: Spread.of([a[part] / b[part] for a, b in zip(*blocks)]) for part in parts},
-        {part: Spread.of([a[part] for a in blocks[0]]) for part in parts},
-        {part: Spread.of([b[part] for b in blocks[1]]) for part in parts},
-        len(blocks[0]),
-    )
+    return blocks
 
 
 class _Runner:
