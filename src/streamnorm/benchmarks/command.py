@@ -18,7 +18,7 @@ from tyro import conf
 from streamnorm.benchmarks.cases import SUITES, all_cases
 from streamnorm.benchmarks.cuda import bench_cuda
 from streamnorm.benchmarks.figures import save_figure
-from streamnorm.benchmarks.fresh import measure
+from streamnorm.benchmarks.fresh import keep_freed_memory, measure
 from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow
 from streamnorm.benchmarks.tables import print_results, save_results
 from streamnorm.benchmarks.timing import Effort
@@ -96,6 +96,8 @@ def bench(words: Sequence[str]) -> int:
     options.check()
     folder = options.folder()
     if options.device == "cuda":
+        if options.keep_memory:
+            keep_freed_memory()
         return bench_cuda(folder, options.quick, options.only)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -120,9 +122,9 @@ def _measure(options: BenchOptions) -> Results:
     effort, processes = (QUICK, 1) if options.quick else (FULL, PROCESSES)
     cases = [case for case in all_cases() if case.suite in options.only and (case.quick or not options.quick)]
     for case in track(cases, "measuring", console=Console(stderr=True), transient=True):
-        found = measure(case, options.thread_counts(), effort, processes, options.keep_memory)
-        times += found[0]
-        memory += found[1]
+        of_time, of_memory = measure(case, options.thread_counts(), effort, processes, options.keep_memory)
+        times += of_time
+        memory += of_memory
     return Results(times, memory, dict(environment()))
 
 

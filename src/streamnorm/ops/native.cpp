@@ -426,7 +426,8 @@ struct Runs : Walk {
   // One statistic at a time keeps it in cache; with few statistics their chunks are shared out among the threads.
   const bool whole;
   // What is read next: of memory that is seen for the first time the next run, and of what is in the cache by then that of
-  // the next statistic; and in a panel that is walked where it lies, that of the next panel.
+  // the next statistic; and in a panel that is walked where it lies, that of the next panel. What is written next is
+  // write_ahead bytes further, in whole runs where runs are short; and where they were gathered the next statistic's.
   const int64_t next_run, next_again, next_panel, next_write;
 
   Runs(const Call& c, const Kernels& k)
@@ -497,6 +498,7 @@ struct Runs : Walk {
     if (with_dy) copy_in(c.dy, at.sa, dy, copied_stride, rows, end - b);
     c.block.from = c.block.to = copied_stride;
     c.block.past_cache = false;
+    c.block.write = 0;
     c.x = x;
     c.dy = dy;
     c.out = dy + copy_bytes();
@@ -819,7 +821,7 @@ struct Rows : Walk {
         rows_ahead(columns > most_narrow ? 2 : rows_per_strip / 2),
         write_rows(columns > most_narrow ? 2 : write_ahead / (columns * width)),
         tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer),
-        merged(p == 2 && centered && columns <= most_narrow) {}
+        merged(!known && p == 2 && centered && columns <= most_narrow) {}
 
   // Row `row` of what is saved, or an array of coefficients, from outer index o on.
   const void* saved(int row, int64_t o) const { return move_wide((const void*)call.saved, row * at.G + o * columns); }
@@ -867,14 +869,16 @@ struct Rows : Walk {
   }
   // Mean and sum of squared deviations of a task so far, made to cover a strip too.
   void merge(const Strip& s, double* moments) const {
-    alignas(64) double sums[3][most_narrow + 16] = {}, centre[most_narrow + 16];
+    alignas(64) double sums[3 * most_narrow], centre[most_narrow];
+    double *of_d = sums + stride, *of_squares = of_d + stride;
+    memset(sums, 0, 3 * stride * sizeof(double));
     Block now = s.block, ahead = s.block;
     now.next = 0;
     ahead.next = 2 * s.block.next;  // the next strip
-    loops.sum_columns(now, s.x, sums[0]);
-    loops.means(columns, (double)s.block.rows, sums[0], centre);
-    loops.moments_columns(ahead, s.x, centre, sums[1], sums[2] - sums[1]);
-    loops.merge_moments(columns, (double)s.before, (double)s.block.rows, centre, sums[1], sums[2], moments, moments + stride);
+    loops.sum_columns(now, s.x, sums);
+    loops.means(columns, (double)s.block.rows, sums, centre);
+    loops.moments_columns(ahead, s.x, centre, of_d, stride);
+    loops.merge_moments(columns, (double)s.before, (double)s.block.rows, centre, of_d, of_squares, moments, moments + stride);
   }
   double rows_of(int64_t task) const { return (double)smaller(rows_per_task, at.B - task % tasks_per_block * rows_per_task); }
   // From the moments of the tasks, in order: the sums of each outer index; and once mu is known those of squares.
