@@ -126,6 +126,11 @@ struct Kernels {
   void (*gradients_columns)(const Block&, const void* x, const void* dy, const void* mu, bool centered, double p, double* out, int64_t stride);
   void (*input_columns)(const Block&, const void* x, const void* dy, void* dx, const void* centre, const void* scale,
                         const void* constant, const void* along, double p);
+  // For p = 1, or null where there are no instructions for signs.
+  void (*gradients_signs_columns)(const Block&, const void* x, const void* dy, const void* mu, bool centered, double* out, int64_t stride,
+                                  uint32_t* signs);
+  void (*input_signs_columns)(const Block&, const uint32_t* signs, const void* dy, void* dx, const void* scale, const void* constant,
+                              const void* along);
 
   void (*locations)(const Call&, int64_t from, int64_t to, const double* sums);
   void (*scales)(const Call&, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance);
@@ -814,6 +819,8 @@ struct Rows : Walk {
   const int64_t rows_per_task, rows_per_strip, rows_ahead, write_rows, tasks_per_block, tasks_per_outer, tasks;
   // Squares need no look of their own at x: those of a strip, from its own mean while it is in the cache, give them from any.
   const bool merged;
+  // The gradient of x looks at x but once, and leaves signs to itself, where they have room in the stretch of dx of their strip.
+  const bool by_signs;
 
   Rows(const Call& c, const Kernels& k)
       : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), copied(narrow || columns < lanes), copied_stride(larger(columns, lanes)),
@@ -821,7 +828,9 @@ struct Rows : Walk {
         rows_ahead(columns > most_narrow ? 2 : rows_per_strip / 2),
         write_rows(columns > most_narrow ? 2 : write_ahead / (columns * width)),
         tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer),
-        merged(!known && p == 2 && centered && columns <= most_narrow) {}
+        merged(!known && p == 2 && centered && columns <= most_narrow),
+        by_signs(!known && p == 1 && c.dx && k.input_signs_columns && !copied && columns % lanes == 0 && at.sb == columns &&
+                 rows_per_strip * columns <= strip_size) {}
 
   // Row `row` of what is saved, or an array of coefficients, from outer index o on.
   const void* saved(int row, int64_t o) const { return move_wide((const void*)call.saved, row * at.G + o * columns); }
@@ -982,6 +991,14 @@ struct Rows : Walk {
       loops.input_columns(s.block, s.x, s.dy, s.out, centered ? saved(0, s.o) : nullptr, from_outer(scale, s.o),
                           from_outer(constant, s.o), from_outer(along, s.o), p);
     };
+    auto add_and_leave_signs = [&](int64_t task, const Strip& s) {
+      loops.gradients_signs_columns(s.block, s.x, s.dy, saved(0, s.o), centered, partial + task * size, stride, (uint32_t*)s.out);
+    };
+    auto put_by_signs = [&](int64_t, const Strip& s) {
+      uint32_t signs[strip_size / 8];  // dx is written over them
+      memcpy(signs, s.out, s.block.rows * columns / lanes * sizeof *signs);
+      loops.input_signs_columns(s.block, signs, s.dy, s.out, from_outer(scale, s.o), from_outer(constant, s.o), from_outer(along, s.o));
+    };
 
     if (known && call.dx) {
       each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, true, false); });
@@ -993,13 +1010,13 @@ struct Rows : Walk {
       each_outer(add_parameters);
       each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, false, true); });
     } else {
-      each_strip(Way::forth, true, nullptr, add);
+      if (by_signs) each_strip(Way::forth, true, call.dx, add_and_leave_signs);
+      else each_strip(Way::forth, true, nullptr, add);
       fold(sums, partial, size);
       each_outer(add_parameters);
-      if (call.dx) {
-        each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, true, true); });
-        each_strip(Way::back, true, call.dx, put);
-      }
+      if (call.dx) each_outer([&](int64_t o, int64_t from, int64_t to) { stream(o, from, to, true, true); });
+      if (by_signs) each_strip(Way::back, true, call.dx, put_by_signs);
+      else if (call.dx) each_strip(Way::back, true, call.dx, put);
     }
     if (call.dw) set_parameter(call.dw, call.dw_type, columns, dw);
     if (call.db) set_parameter(call.db, call.bias_type, columns, db);

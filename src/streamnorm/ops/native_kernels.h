@@ -39,18 +39,13 @@ template <class F> struct Pack {
 };
 
 // EACH(i, n, statement): the statement for i = 0 to n - 1, n <= 8, written out. Arrays become registers only if the compiler
-// sees them indexed by constants from the start. Not so in baseline x86, which runs on old processors only: there it would be
-// much code for little.
-#if ISA_BYTES == 16 && HAS_X86_VARIANTS
-#define EACH(i, n, ...) for (int i = 0; i < n; i++) { __VA_ARGS__; }
-#else
+// sees them indexed by constants from the start.
 #define EACH_AT(i, at, n, ...) if constexpr (n > at) { constexpr int i = at; __VA_ARGS__; }
 #define EACH(i, n, ...) \
   { \
     EACH_AT(i, 0, n, __VA_ARGS__) EACH_AT(i, 1, n, __VA_ARGS__) EACH_AT(i, 2, n, __VA_ARGS__) EACH_AT(i, 3, n, __VA_ARGS__) \
     EACH_AT(i, 4, n, __VA_ARGS__) EACH_AT(i, 5, n, __VA_ARGS__) EACH_AT(i, 6, n, __VA_ARGS__) EACH_AT(i, 7, n, __VA_ARGS__) \
   }
-#endif
 #define EACH_PART(...) EACH(i, Pack<F>::parts, __VA_ARGS__)
 
 template <class F> INLINE Pack<F> operator+(Pack<F> a, const Pack<F>& b) { EACH_PART(a.v[i] += b.v[i]); return a; }
@@ -77,6 +72,31 @@ template <class F> INLINE Pack<F> signed_as(const Pack<F>& k, const Pack<F>& d) 
   return r;
 }
 
+#if ISA_BYTES == 64
+// The signs of a pack: of the lower half of the bits one for each lane below 0, of the upper half for each that is not 0.
+INLINE uint32_t signs_of(const Pack<float>& d) {
+  auto v = (__m512)d.v[0];
+  return (uint32_t)_mm512_movepi32_mask((__m512i)v) | (uint32_t)_mm512_cmp_ps_mask(v, __m512{}, _CMP_NEQ_UQ) << 16;
+}
+INLINE uint32_t signs_of(const Pack<double>& d) {
+  auto v = (__m512d)d.v[0];
+  return (uint32_t)_mm512_movepi64_mask((__m512i)v) | (uint32_t)_mm512_cmp_pd_mask(v, __m512d{}, _CMP_NEQ_UQ) << 16;
+}
+// As signed_as of the pack that had these signs.
+INLINE Pack<float> signed_by(Pack<float> k, uint32_t signs) {
+  auto v = (__m512i)k.v[0];
+  v = _mm512_mask_xor_epi32(v, (__mmask16)signs, v, _mm512_set1_epi32(INT32_MIN));
+  k.v[0] = (Pack<float>::V)_mm512_maskz_mov_epi32((__mmask16)(signs >> 16), v);
+  return k;
+}
+INLINE Pack<double> signed_by(Pack<double> k, uint32_t signs) {
+  auto v = (__m512i)k.v[0];
+  v = _mm512_mask_xor_epi64(v, (__mmask8)signs, v, _mm512_set1_epi64(INT64_MIN));
+  k.v[0] = (Pack<double>::V)_mm512_maskz_mov_epi64((__mmask8)(signs >> 16), v);
+  return k;
+}
+#endif
+
 // Which lanes of a pack count: all, or those in [first, end).
 struct All {
   template <class F> INLINE Pack<F> operator()(const Pack<F>& a) const { return a; }
@@ -97,12 +117,13 @@ template <class F> struct Lanes {
 
 // --- memory ------------------------------------------------------------------------------------------------------------
 
+// Register by register: what GCC makes of one copy of 64 bytes goes through memory where a register holds fewer.
 template <class F> INLINE Pack<F> load(const F* p) {
   Pack<F> r;
-  __builtin_memcpy(r.v, p, 64);
+  EACH_PART(__builtin_memcpy(&r.v[i], p + i * Pack<F>::per_part, ISA_BYTES));
   return r;
 }
-template <class F> INLINE void store(F* p, const Pack<F>& a) { __builtin_memcpy(p, a.v, 64); }
+template <class F> INLINE void store(F* p, const Pack<F>& a) { EACH_PART(__builtin_memcpy(p + i * Pack<F>::per_part, &a.v[i], ISA_BYTES)); }
 // Ask for the cache line of what is read later; p need not lie in the tensor.
 template <class F> INLINE void fetch(const F* p) { __builtin_prefetch(p); }
 
@@ -193,11 +214,14 @@ template <class T> void narrow(const float* from, void* to, int64_t count) {
 
 typedef Register<double>::V F64;
 
-// The halves of a register of floats in double precision. What GCC makes of the plain expression for AVX-512 is slow.
+// The halves of a register of floats in double precision. What GCC makes of the plain expression for wide registers is slow.
 INLINE void widen(F32 x, F64& low, F64& high) {
 #if ISA_BYTES == 64
   low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
   high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+#elif ISA_BYTES == 32
+  low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
 #else
   typedef float Half __attribute__((vector_size(ISA_BYTES / 2)));
   Half a, b;
@@ -464,8 +488,10 @@ template <int N> struct Count {
 template <class F, class Fn> INLINE void tiles(int64_t columns, const Fn& fn) {
   constexpr int L = Pack<F>::lanes;
   int64_t c = 0;
-  for (; c + 4 * L <= columns; c += 4 * L) fn(All{}, Count<4>{}, c);
-  for (; c + 2 * L <= columns; c += 2 * L) fn(All{}, Count<2>{}, c);
+  constexpr int most = 4 / Pack<F>::parts;  // their sums, of up to three values, are to stay in registers
+  for (; c + most * L <= columns; c += most * L) fn(All{}, Count<most>{}, c);
+  if constexpr (most == 4)
+    for (; c + 2 * L <= columns; c += 2 * L) fn(All{}, Count<2>{}, c);
   for (; c < columns; c += L) {
     int64_t at = larger(0, smaller(c, columns - L));
     fn(Lanes<F>(c - at, columns - at), Count<1>{}, at);
@@ -558,8 +584,10 @@ template <class F> void output_columns(const Block& block, const void* x_, void*
   });
 }
 
-template <class F, int P>
-void gradients_columns(const Block& block, const void* x_, const void* dy_, const void* mu_, bool centered, double p, double* out, int64_t stride) {
+// keep(number of a pack, x − centre) sees each pack, too.
+template <class F, int P, class Keep>
+INLINE void gradients_columns(const Block& block, const void* x_, const void* dy_, const void* mu_, bool centered, double p, double* out, int64_t stride,
+                              const Keep& keep) {
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   const F* mu = (const F*)mu_;
   tiles<F>(block.length, [=, &block](auto lanes, auto count, int64_t c) INLINE_LAMBDA {
@@ -572,12 +600,17 @@ void gradients_columns(const Block& block, const void* x_, const void* dy_, cons
     add_rows<3, W, F>(block, lanes, c, out + c, stride, [&](int w, int64_t i, Pack<F>* q) INLINE_LAMBDA {
       fetch(x + i + block.next);
       fetch(dy + i + block.next);
-      Pack<F> value = load(x + i);
+      Pack<F> value = load(x + i), d = value - from[w];
       q[0] = load(dy + i);
       q[1] = q[0] * (value - m[w]);
-      q[2] = slope<P>(value - from[w], (F)p);
+      q[2] = slope<P>(d, (F)p);
+      keep(i / L, d);
     });
   });
+}
+template <class F, int P>
+void gradients_columns(const Block& block, const void* x, const void* dy, const void* mu, bool centered, double p, double* out, int64_t stride) {
+  gradients_columns<F, P>(block, x, dy, mu, centered, p, out, stride, [](int64_t, const Pack<F>&) INLINE_LAMBDA {});
 }
 
 template <class F, int P>
@@ -607,6 +640,39 @@ void input_columns(const Block& block, const void* x_, const void* dy_, void* dx
     });
   });
 }
+
+// For p = 1 the input's gradient needs no more of x than the signs of x − centre: the first function leaves them, a word for each
+// pack, and the second takes them. Columns are whole packs, side by side. With AVX-512 alone signs come for less than x itself.
+#if ISA_BYTES == 64
+template <class F>
+void gradients_signs_columns(const Block& block, const void* x, const void* dy, const void* mu, bool centered, double* out, int64_t stride, uint32_t* signs) {
+  gradients_columns<F, 1>(block, x, dy, mu, centered, 1, out, stride,
+                          [=](int64_t pack, const Pack<F>& d) INLINE_LAMBDA { signs[pack] = signs_of(d); });
+}
+template <class F>
+void input_signs_columns(const Block& block, const uint32_t* signs, const void* dy_, void* dx_, const void* scale_, const void* constant_, const void* along_) {
+  const F* dy = (const F*)dy_;
+  F* dx = (F*)dx_;
+  const F *scale = (const F*)scale_, *constant = (const F*)constant_, *along = (const F*)along_;
+  writing(block, dx, [=, &block](auto put) INLINE_LAMBDA {
+    tiles<F>(block.length, [=, &block](auto, auto count, int64_t c) INLINE_LAMBDA {
+      constexpr int W = decltype(count)::packs, L = Pack<F>::lanes;
+      Pack<F> a[W], b[W], k[W];
+      EACH(w, W, {
+        a[w] = load(scale + c + w * L);
+        b[w] = load(constant + c + w * L);
+        k[w] = load(along + c + w * L);
+      });
+      int64_t i = c;
+      for (int64_t r = 0; r < block.rows; r++, i += block.from)
+        EACH(w, W, {
+          fetch(dy + i + w * L + block.next);
+          put(dx + i + w * L, load(dy + i + w * L) * a[w] + (b[w] + signed_by(k[w], signs[i / L + w])));
+        });
+    });
+  });
+}
+#endif
 
 // --- the stream, over a range [from, to) of statistics ------------------------------------------------------------------------
 
@@ -868,6 +934,13 @@ template <class F, int P> const Kernels* table() {
       output_columns<F>,
       gradients_columns<F, P>,
       input_columns<F, P>,
+#if ISA_BYTES == 64
+      gradients_signs_columns<F>,
+      input_signs_columns<F>,
+#else
+      nullptr,
+      nullptr,
+#endif
       locations<F>,
       scales<F, P>,
       stream_gradients<F>,
