@@ -217,9 +217,24 @@ def test_outputs_too_large_for_the_cache(layout: str, width: int) -> None:
     assert all(near(mine, expected, 8e-6) for mine, expected in zip(ours, theirs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [16, 64, 256, 512, 4096, 40])
+def test_elements_at_the_centre_have_no_sign(channels: int, dtype: torch.dtype) -> None:
+    """Of p = 1, where signs are kept from one look at x to the next; 4096 and 40 channels are walked without them."""
+    xs, dys = (
+        [LAYOUTS["channels_last"](torch.randn(3, channels, 5, 7, dtype=dtype)) for _ in range(2)] for _ in range(2)
+    )
+    xs = [x.relu() for x in xs]
+    layer = sn.StreamingNorm2d(channels, p=1, center="zero", dtype=dtype)
+    ours = sequence("native", copy.deepcopy(layer), xs, dys)
+    theirs = sequence("torch", layer, xs, dys)
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-12}[dtype]
+    assert all(near(mine, expected, tolerance) for mine, expected in zip(ours, theirs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 64, 32, 32), (3, 100, 50, 41), (9000, 33)], ids=str)
-@pytest.mark.parametrize(("p", "center"), [(1, "mean"), (2, "mean"), (2, "zero")])
+@pytest.mark.parametrize(("p", "center"), [(1, "mean"), (1, "zero"), (2, "mean"), (2, "zero")])
 def test_rows_too_many_for_the_cache(p: float, center: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """They are walked in parts, some of them whole cache lines and some not; a bad value stays in its channel."""
     keep = {"memory_format": torch.channels_last} if len(shape) == 4 else {}
@@ -270,3 +285,46 @@ def test_without_memory_for_its_threads_it_raises() -> None:
     """An exception must not leave a thread of the OpenMP runtime, which would end the process."""
     run = subprocess.run([sys.executable, "-c", _OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
     assert run.stdout == "refused\n", run.stderr
+
+
+_ALL_THAT_COMES_OUT = """
+import hashlib, torch, streamnorm as sn
+torch.manual_seed(0)
+torch.set_num_threads(1)
+found = hashlib.sha256()
+for p in (1, 2):  # the power function of other p is the system's
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for shape in ((9, 70), (3, 64, 9, 9), (3, 21, 9, 9)):
+            for channels_last in (False, True)[: len(shape) // 2]:
+                layer = sn.Norm(shape[1], sn.NormRef.batch("channel"), sn.LpMoment(p=p), sn.Stream())
+                layer = layer.double() if dtype == torch.float64 else layer
+                for _ in range(3):
+                    x, dy = torch.randn(shape).relu().to(dtype), torch.randn(shape).to(dtype)
+                    if channels_last:
+                        x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
+                    y = layer(x.requires_grad_())
+                    y.backward(dy)
+                    sn.commit(layer)
+                    for t in (y, x.grad, *(p.grad for p in layer.parameters()), *layer.state):
+                        found.update(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+print(sn.engines()["native"], found.hexdigest())
+"""
+
+
+def test_instruction_sets_agree_to_the_last_bit() -> None:
+    outcomes = {}
+    for instructions in ("avx512", "avx2", "baseline"):
+        run = subprocess.run(
+            [sys.executable, "-c", _ALL_THAT_COMES_OUT],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"STREAMNORM_ISA": instructions},
+        )
+        if "has no instruction set" in run.stderr:
+            continue
+        assert run.returncode == 0, run.stderr
+        assert instructions in run.stdout, run.stdout
+        outcomes[instructions] = run.stdout.split()[-1]
+    assert "baseline" in outcomes
+    assert len(set(outcomes.values())) == 1, outcomes
