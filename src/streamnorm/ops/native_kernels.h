@@ -317,6 +317,13 @@ template <class F> NOINLINE void raise(F* values, F exponent) {
   for (int i = 0; i < Pack<F>::lanes; i++) values[i] = sizeof(F) == 4 ? powf((float)values[i], (float)exponent) : pow(values[i], exponent);
 }
 template <class F> INLINE Pack<F> raised(const Pack<F>& a, F exponent) {
+  constexpr int most_factors = 8;
+  const int factors = exponent <= most_factors ? (int)exponent : 0;
+  if (factors >= 1 && factors == exponent) {  // a tenth of the time of the power function
+    Pack<F> product = a;
+    _Pragma("GCC unroll 1") for (int i = 1; i < factors; i++) product = product * a;
+    return product;
+  }
   alignas(64) F values[Pack<F>::lanes];
   store(values, a);
   raise(values, exponent);
