@@ -14,7 +14,7 @@ import torch
 
 from streamnorm.benchmarks import command, compiled, fresh
 from streamnorm.benchmarks.cases import FLOOR_FROM, Case, _layers, _networks, _recurrent, _resnet, all_cases, input_pool
-from streamnorm.benchmarks.contestants import Floor
+from streamnorm.benchmarks.contestants import Floor, LayerSteps
 from streamnorm.benchmarks.memory import Memory
 from streamnorm.benchmarks.results import (
     MemoryRow,
@@ -83,11 +83,24 @@ def test_the_floor_copies(channels_last):
     assert floor._targets[0].equal(inputs[4].x)
 
 
-def test_small_inputs_have_no_floor():
-    for channels, has_floor in ((64, True), (32, False)):
+def test_the_layers_around_write_what_is_read():
+    inputs = input_pool((2, 4))
+    before = [(pair.x.clone(), pair.dy.clone()) for pair in inputs]
+    warm, cold = (LayerSteps("", torch.nn.BatchNorm1d(4), inputs, cold=cold) for cold in (False, True))
+    for contestant, turn in ((warm, 2), (cold, 3), (Floor(inputs), 4)):
+        contestant.before_forward(turn)
+        contestant.before_backward(turn)
+    changed = [
+        (i, part) for i, pair in enumerate(inputs) for part in (0, 1) if not torch.equal(pair[part], before[i][part])
+    ]
+    assert changed == [(2, 0), (2, 1), (4, 0), (6, 0)]  # the floor reads two of the inputs
+
+
+def test_small_inputs_have_no_floor_and_are_never_cold():
+    for channels, large in ((64, True), (32, False)):
         shape = (1, channels, 32, 32)
-        assert (4 * channels * 32 * 32 >= FLOOR_FROM) is has_floor
-        assert any(match.rival.name == "floor" for match in _layers(shape)) is has_floor
+        assert (4 * channels * 32 * 32 >= FLOOR_FROM) is large
+        assert ({"floor", "BatchNorm, cold inputs"} <= {match.rival.name for match in _layers(shape)}) is large
 
 
 @pytest.fixture
@@ -133,7 +146,9 @@ def test_files_and_words(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert all(row["met"] == str(float(row["ratio"]) <= float(row["target"])) for row in aimed)
     assert all(0 < float(row["ratio_q1"]) <= float(row["ratio"]) <= float(row["ratio_q3"]) for row in times)
     with open(tmp_path / "memory.csv") as file:
-        assert all(int(row["peak_bytes"]) > 0 for row in csv.DictReader(file))
+        memory = list(csv.DictReader(file))
+    assert all(int(row["peak_bytes"]) > 0 for row in memory)
+    assert not any("floor" in row["contestant"] or "cold" in row["contestant"] for row in memory)
     facts = json.loads((tmp_path / "environment.json").read_text())
     assert facts["load_before"] == 3.2
     assert facts["options"]["quick"] is True

@@ -48,6 +48,16 @@ class Updating(Scripted):
     updates = True
 
 
+class BetweenOthers(Scripted):
+    """The layers before and behind take time that is not counted."""
+
+    def before_forward(self, turn: int) -> None:
+        self.clock.now += 7
+
+    def before_backward(self, turn: int) -> None:
+        self.clock.now += 9
+
+
 def compared(ours: Contestant, rival: Contestant, effort: Effort) -> Comparison:
     return Comparison.of(compare(ours, rival, effort))
 
@@ -59,8 +69,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_ratios_are_those_of_the_times(clock):
-    found = compared(Scripted("a", clock, (0.001, 0.002), []), Scripted("bound", clock, (0.002, 0.008), []), EFFORT)
+@pytest.mark.parametrize("kind", [Scripted, BetweenOthers])
+def test_ratios_are_those_of_the_times(clock, kind):
+    found = compared(kind("a", clock, (0.001, 0.002), []), Scripted("bound", clock, (0.002, 0.008), []), EFFORT)
     assert found.ratio["forward"] == pytest.approx(Spread(0.5, 0.5, 0.5))
     assert found.ratio["backward"].median == pytest.approx(0.25)
     assert found.ratio[TOGETHER].median == pytest.approx(0.3)

@@ -83,6 +83,10 @@ def _layers(shape: tuple[int, ...], channels_last: bool = False) -> list[Match]:
     if 4 * math.prod(shape) >= FLOOR_FROM:
         floor = Floor(inputs)
         matches += [Match(l1, floor), Match(batch, floor)]
+        cold_batch = LayerSteps("BatchNorm, cold inputs", batch.module, inputs, cold=True)
+        matches += [
+            Match(LayerSteps(f"{x.name}, cold inputs", x.module, inputs, cold=True), cold_batch) for x in (l1, l2)
+        ]
     return matches
 
 

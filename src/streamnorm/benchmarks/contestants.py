@@ -28,13 +28,22 @@ class Contestant(ABC):
     updates: ClassVar[bool] = False
     """Whether ``update`` is a part of the step that is timed, and not only tidying."""
 
+    has_memory = True
+    """Whether its memory is measured, too."""
+
     def __init__(self, name: str, engine: str | None = None) -> None:
         self.name = name
         self.engine = engine
 
+    def before_forward(self, turn: int) -> None:  # noqa: B027  (most have nothing to do)
+        """What the layer before does, not timed: it writes the input."""
+
     @abstractmethod
     def forward(self, turn: int) -> Tensor:
         """The output for this turn's input."""
+
+    def before_backward(self, turn: int) -> None:  # noqa: B027
+        """What the layer behind does, not timed: it writes the gradient of the output."""
 
     @abstractmethod
     def backward(self, output: Tensor, turn: int) -> None:
@@ -57,20 +66,36 @@ class LayerSteps(Contestant):
         module: the layer.
         inputs: what it is applied to, one after the other; ``x`` requires its gradient.
         engine: as Contestant.
+        cold: inputs are found where earlier steps left them, in main memory if they are large. Otherwise each is
+            written anew just before it is read, as the layers around it do in training.
     """
 
-    def __init__(self, name: str, module: nn.Module, inputs: list[Pair], engine: str | None = None) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, inputs: list[Pair], engine: str | None = None, cold: bool = False
+    ) -> None:
         super().__init__(name, engine)
         self.module = module
         self.inputs = inputs
+        self._cold = cold
+        self.has_memory = not cold  # which is that of the layer whose inputs are warm
         self._parameters = list(module.parameters())
         self._used = inputs[0].x
+
+    def before_forward(self, turn: int) -> None:
+        """Write the input anew."""
+        if not self._cold:
+            _write_anew(self.inputs[turn % len(self.inputs)].x)
 
     def forward(self, turn: int) -> Tensor:
         """The output; of a recurrent layer, the hidden states of all steps."""
         self._used = self.inputs[turn % len(self.inputs)].x
         output = self.module(self._used)
         return output[0] if isinstance(output, tuple) else output
+
+    def before_backward(self, turn: int) -> None:
+        """Write the gradient of the output anew."""
+        if not self._cold:
+            _write_anew(self.inputs[turn % len(self.inputs)].dy)
 
     def backward(self, output: Tensor, turn: int) -> None:
         """Gradients of input and parameters."""
@@ -133,14 +158,24 @@ class Floor(Contestant):
     least even where every channel stays in cache between two looks at it.
     """
 
+    has_memory = False
+
     def __init__(self, inputs: list[Pair]) -> None:
         super().__init__("floor")
         self._sources = [pair.x.detach() for pair in inputs]
         self._targets = [torch.empty_like(source) for source in self._sources[:2]]
 
+    def before_forward(self, turn: int) -> None:
+        """Write the source anew."""
+        _write_anew(self._sources[turn % len(self._sources)])
+
     def forward(self, turn: int) -> Tensor:
         """One copy."""
         return self._targets[turn // 2 % 2].copy_(self._sources[turn % len(self._sources)])
+
+    def before_backward(self, turn: int) -> None:
+        """Write the other source anew."""
+        _write_anew(self._sources[(turn + 2) % len(self._sources)])
 
     def backward(self, output: Tensor, turn: int) -> None:
         """A copy and a half."""
@@ -151,6 +186,11 @@ class Floor(Contestant):
 
     def update(self) -> None:
         """Nothing to tidy."""
+
+
+def _write_anew(tensor: Tensor) -> None:
+    """Leave a tensor in the caches as an elementwise layer leaves its output, by all threads."""
+    tensor.detach().neg_()
 
 
 def _flat(tensor: Tensor) -> Tensor:

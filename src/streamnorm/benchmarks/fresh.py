@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from streamnorm.benchmarks.cases import Case
-from streamnorm.benchmarks.contestants import Contestant, Floor
+from streamnorm.benchmarks.contestants import Contestant
 from streamnorm.benchmarks.memory import Memory, measure_memory
 from streamnorm.benchmarks.results import MemoryRow, Pairing, TimeRow, memory_rows, time_rows
 from streamnorm.benchmarks.timing import Comparison, Effort, Rounds, compare
@@ -63,9 +63,7 @@ def measure_here(case: Case, thread_counts: list[int], effort: Effort, keep_memo
     contestants: dict[str, Contestant] = {}
     for match in matches:
         contestants |= {contestant.name: contestant for contestant in (match.ours, match.rival)}
-    return Measured(
-        rounds, {name: measure_memory(one) for name, one in contestants.items() if not isinstance(one, Floor)}
-    )
+    return Measured(rounds, {name: measure_memory(one) for name, one in contestants.items() if one.has_memory})
 
 
 def keep_freed_memory() -> None:

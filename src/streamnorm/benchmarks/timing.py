@@ -116,17 +116,18 @@ class _Runner:
         forward = backward = update = 0.0
         with ops.force(contestant.engine) if contestant.engine else nullcontext():
             for _ in range(steps):
+                contestant.before_forward(self._turn)
                 began = clock()
                 output = contestant.forward(self._turn)
-                middle = clock()
+                forward += clock() - began
+                contestant.before_backward(self._turn)
+                began = clock()
                 contestant.backward(output, self._turn)
-                end = clock()
+                ended = clock()
                 contestant.update()
-                updated = clock()
+                update += clock() - ended
+                backward += ended - began
                 del output
-                forward += middle - began
-                backward += end - middle
-                update += updated - end
                 self._turn += 2
         times = {"forward": forward, "backward": backward}
         if contestant.updates:
