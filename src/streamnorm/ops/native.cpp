@@ -410,7 +410,7 @@ struct Totals {
 
 // Runs: a statistic owns A runs of B elements, each of them contiguous.
 struct Runs : Walk {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18;
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, most_in_panel = 8192, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18;
 
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
@@ -420,7 +420,8 @@ struct Runs : Walk {
   // Short runs of one statistic are copied together first: they would push each other out of the cache. This is done for
   // a panel of statistics whose runs lie side by side, so that memory is read in longer stretches.
   const bool gathered;
-  // A panel also serves statistics of one run each, where they lie: their formulas are evaluated eight at a time.
+  // A panel also serves statistics of one run each, where they lie: their formulas are evaluated eight at a time. It holds so
+  // many that x, dy and what is written stay in the first-level cache, or what was gathered nearly does.
   const bool paneled;
   const int64_t panel_step, panel;  // bytes from a statistic of a panel to the next, and statistics
   // The loops work on a copy of a chunk where its type is narrow, or its runs are shorter than a pack.
@@ -445,7 +446,7 @@ struct Runs : Walk {
         gathered(affine == Affine::uniform && gains_by_gathering(c.n * wide_width)),
         paneled(gathered || (affine == Affine::uniform && at.A == 1 && chunks == 1 && !narrow && !known)),
         panel_step(gathered ? (c.n + lanes) * wide_width : at.sg2 * width),
-        panel(larger(1, smaller(smaller(8, at.G / (2 * c.threads)), gather_bytes / ((c.n + lanes) * wide_width)))),
+        panel(larger(1, smaller(smaller(8, at.G / (2 * c.threads)), (gathered ? 2 : 1) * most_in_panel / (c.n * wide_width)))),
         copied(narrow || at.B < lanes), copied_stride(larger(at.B, lanes)), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
