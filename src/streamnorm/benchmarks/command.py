@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
 from tyro import conf
 
+import streamnorm as sn
 from streamnorm.benchmarks.cases import SUITES, all_cases
 from streamnorm.benchmarks.cuda import bench_cuda
 from streamnorm.benchmarks.figures import save_figure
@@ -105,6 +107,7 @@ def bench(words: Sequence[str]) -> int:
         warn_if_busy(Console(stderr=True), before, 0)
         results = _measure(options)
         results.environment.update(load_before=before, load_after=machine_load(), options=asdict(options))
+        results.environment.update(engines=sn.engines(), torch_instructions=torch.backends.cpu.get_cpu_capability())
         save_results(results, folder)
         save_figure(results, folder)
         write_text(folder / "environment.json", json.dumps(results.environment, indent=2) + "\n")
