@@ -420,7 +420,7 @@ struct Runs : Walk {
   // Short runs of one statistic are copied together first: they would push each other out of the cache. This is done for
   // a panel of statistics whose runs lie side by side, so that memory is read in longer stretches.
   const bool gathered;
-  // A panel also serves statistics of one run each, where they lie: their formulas are evaluated eight at a time. It holds so
+  // A panel also serves statistics of one run each, where they lie: their formulas are evaluated several at a time. It holds so
   // many that x, dy and what is written stay in the first-level cache, or what was gathered nearly does.
   const bool paneled;
   const int64_t panel_step, panel;  // bytes from a statistic of a panel to the next, and statistics

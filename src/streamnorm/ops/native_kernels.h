@@ -683,21 +683,24 @@ void input_signs_columns(const Block& block, const uint32_t* signs, const void* 
 
 // --- the stream, over a range [from, to) of statistics ------------------------------------------------------------------------
 
-// The formulas below serve eight statistics at a time (D8) and one (double).
-typedef double D8 __attribute__((vector_size(64)));
-typedef int64_t I8 __attribute__((vector_size(64)));
-typedef float S8 __attribute__((vector_size(32)));
+// The formulas below serve a register of statistics at a time (Doubles) and one (double). What GCC makes of vectors wider than a
+// register takes three times as long.
+typedef double Doubles __attribute__((vector_size(ISA_BYTES)));
+typedef int64_t Longs __attribute__((vector_size(ISA_BYTES)));
+typedef float Floats __attribute__((vector_size(ISA_BYTES / 2)));
 template <class D> struct Like {
-  typedef I8 Mask;
-  typedef S8 Float;
+  typedef Longs Mask;
+  typedef Floats Float;
 #if ISA_BYTES == 64
-  static INLINE D8 wide(const S8& v) { return (D8)_mm512_cvtps_pd((__m256)v); }
-  static INLINE S8 narrow(const D8& v) { return (S8)_mm512_cvtpd_ps((__m512d)v); }
+  static INLINE Doubles wide(const Floats& v) { return (Doubles)_mm512_cvtps_pd((__m256)v); }
+  static INLINE Floats narrow(const Doubles& v) { return (Floats)_mm512_cvtpd_ps((__m512d)v); }
+  static INLINE Doubles wide(const Longs& v) { return __builtin_convertvector(v, Doubles); }
 #else
-  static INLINE D8 wide(const S8& v) { return __builtin_convertvector(v, D8); }
-  static INLINE S8 narrow(const D8& v) { return __builtin_convertvector(v, S8); }
+  static INLINE Doubles wide(const Floats& v) { return __builtin_convertvector(v, Doubles); }
+  static INLINE Floats narrow(const Doubles& v) { return __builtin_convertvector(v, Floats); }
+  // Of counts, which are less than 2^52: they are the last bits of 2^52 and them. There is no instruction for it.
+  static INLINE Doubles wide(const Longs& v) { return (Doubles)(v | (Longs)(Doubles{} + 0x1p52)) - 0x1p52; }
 #endif
-  static INLINE D8 wide(const I8& v) { return __builtin_convertvector(v, D8); }
 };
 template <> struct Like<double> {
   typedef int64_t Mask;
@@ -735,19 +738,20 @@ template <class D, class Fn> INLINE D each(const D& v, const Fn& fn) {
   return get<D>(values);
 }
 INLINE int64_t below(double a, double b) { return a < b ? -1 : 0; }
-INLINE I8 below(const D8& a, const D8& b) { return a < b; }
+INLINE Longs below(const Doubles& a, const Doubles& b) { return a < b; }
 INLINE double choose(int64_t mask, double yes, double no) { return mask ? yes : no; }
-INLINE D8 choose(const I8& mask, const D8& yes, const D8& no) { return (D8)(((I8)yes & mask) | ((I8)no & ~mask)); }
+INLINE Doubles choose(const Longs& mask, const Doubles& yes, const Doubles& no) { return (Doubles)(((Longs)yes & mask) | ((Longs)no & ~mask)); }
 // Whether v is finite, also once it is rounded to F.
 template <class F, class D> INLINE typename Like<D>::Mask finite(const D& v) {
   D limit = D{} + (sizeof(F) == 4 ? 0x1.ffffffp127 : __builtin_inf());
   return below(v, limit) & below(-limit, v);
 }
 
-// fn(i, a value of the type to calculate with) for i in [from, to), eight at a time where there are as many
+// fn(i, a value of the type to calculate with) for i in [from, to), a register at a time where there are as many
 template <class Fn> INLINE void each_statistic(int64_t from, int64_t to, const Fn& fn) {
+  constexpr int64_t lanes = sizeof(Doubles) / sizeof(double);
   int64_t i = from;
-  for (; i + 8 <= to; i += 8) fn(i, D8{});
+  for (; i + lanes <= to; i += lanes) fn(i, Doubles{});
   for (; i < to; i++) fn(i, 0.0);
 }
 
