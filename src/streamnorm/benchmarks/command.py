@@ -41,7 +41,7 @@ WIDTH = 144
 class BenchOptions:
     """Measure time and memory of the layers beside torch.nn's own, in turns.
 
-    Takes about ten minutes on two cores; leave the machine alone meanwhile.
+    Takes about twelve minutes on two cores; leave the machine alone meanwhile.
     """
 
     out: Annotated[str | None, conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
