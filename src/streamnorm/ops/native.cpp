@@ -314,7 +314,11 @@ struct Variant {
 #endif
     {"baseline", baseline::kernels},
 };
-const Variant* variant = nullptr;
+const Variant *variant = nullptr, *small_variant = nullptr;  // results do not depend on which is used
+
+// After 512-bit work an Intel processor lowers its clock for a while, which slows all that follows: Python and the rest of
+// PyTorch, too. Shorter work does not make up for it.
+constexpr int64_t small_work = 1 << 14;  // elements
 
 bool can_run(const char* name) {
 #if HAS_X86_VARIANTS
@@ -324,6 +328,13 @@ bool can_run(const char* name) {
   if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2");
 #endif
   return !strcmp(name, "baseline");
+}
+bool slowed_by_wide_registers() {
+#if HAS_X86_VARIANTS
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 // --- walks over a tensor ----------------------------------------------------------------------------------------------
@@ -1025,7 +1036,8 @@ struct Rows : Walk {
 };
 
 template <class W> void walk(const Call& call, bool forward) {
-  W kernel(call, *variant->kernels(call.type == Type::f64, call.formula->p));
+  const Variant& used = call.layout->G * call.n <= small_work ? *small_variant : *variant;
+  W kernel(call, *used.kernels(call.type == Type::f64, call.formula->p));
   if (forward) kernel.forward();
   else kernel.backward();
 }
@@ -1691,7 +1703,8 @@ PyObject* setup(PyObject*, PyObject* args) {
     names[i] = name;
   }
   exchange = api;
-  variant = chosen;
+  variant = small_variant = chosen;
+  if (!wanted && !strcmp(chosen->name, "avx512") && slowed_by_wide_registers()) small_variant = chosen + 1;
   return Py_BuildValue("sO", chosen->name, threads ? Py_True : Py_False);
 }
 
