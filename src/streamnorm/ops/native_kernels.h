@@ -696,7 +696,11 @@ template <class D> struct Like {
   static INLINE Floats narrow(const Doubles& v) { return (Floats)_mm512_cvtpd_ps((__m512d)v); }
   static INLINE Doubles wide(const Longs& v) { return __builtin_convertvector(v, Doubles); }
 #else
+#if ISA_BYTES == 32
+  static INLINE Doubles wide(const Floats& v) { return (Doubles)_mm256_cvtps_pd((__m128)v); }  // GCC widens by halves
+#else
   static INLINE Doubles wide(const Floats& v) { return __builtin_convertvector(v, Doubles); }
+#endif
   static INLINE Floats narrow(const Doubles& v) { return __builtin_convertvector(v, Floats); }
   // Of counts, which are less than 2^52: they are the last bits of 2^52 and them. There is no instruction for it.
   static INLINE Doubles wide(const Longs& v) { return (Doubles)(v | (Longs)(Doubles{} + 0x1p52)) - 0x1p52; }
