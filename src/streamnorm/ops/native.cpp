@@ -314,10 +314,10 @@ struct Variant {
 #endif
     {"baseline", baseline::kernels},
 };
-const Variant *variant = nullptr, *small_variant = nullptr;  // results do not depend on which is used
+const Variant *variant = nullptr, *usual_variant = nullptr;  // results do not depend on which is used
 
 // After 512-bit work an Intel processor lowers its clock for a while, which slows all that follows: Python and the rest of
-// PyTorch, too. Shorter work does not make up for it.
+// PyTorch, too. It makes up for that only in large work on columns, whose sums need more registers than AVX2 has.
 constexpr int64_t small_work = 1 << 14;  // elements
 
 bool can_run(const char* name) {
@@ -1036,7 +1036,8 @@ struct Rows : Walk {
 };
 
 template <class W> void walk(const Call& call, bool forward) {
-  const Variant& used = call.layout->G * call.n <= small_work ? *small_variant : *variant;
+  const bool hard = call.layout->rows && call.layout->G * call.n > small_work;
+  const Variant& used = hard ? *variant : *usual_variant;
   W kernel(call, *used.kernels(call.type == Type::f64, call.formula->p));
   if (forward) kernel.forward();
   else kernel.backward();
@@ -1703,8 +1704,8 @@ PyObject* setup(PyObject*, PyObject* args) {
     names[i] = name;
   }
   exchange = api;
-  variant = small_variant = chosen;
-  if (!wanted && !strcmp(chosen->name, "avx512") && slowed_by_wide_registers()) small_variant = chosen + 1;
+  variant = usual_variant = chosen;
+  if (!wanted && !strcmp(chosen->name, "avx512") && slowed_by_wide_registers()) usual_variant = chosen + 1;
   return Py_BuildValue("sO", chosen->name, threads ? Py_True : Py_False);
 }
 

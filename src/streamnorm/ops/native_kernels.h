@@ -759,78 +759,112 @@ template <class Fn> INLINE void each_statistic(int64_t from, int64_t to, const F
   for (; i < to; i++) fn(i, 0.0);
 }
 
-// What a use does to the stream of an index, and what it then sees (design, sections 2.2 to 2.4).
-template <class F> struct Stream {
+// What a use does to the stream of an index, and what it then sees (design, sections 2.2 to 2.4). Usual: it sees both averages
+// and not the present, and all indices have counted as much (until a value is not finite). To know so saves half the time.
+template <class F, bool usual> struct Stream {
   const F* lasting;
   F* recent;
   int64_t *count, G, elements;
-  bool on;
-  double n, per_n, w1, w2, w3;
+  double n, per_n, w1, w2, w3, common_share;
 
-  INLINE explicit Stream(const Call& call)
+  INLINE Stream(const Call& call, int64_t from)
       : lasting((const F*)call.lasting), recent((F*)call.recent), count(call.count), G(call.layout->G), elements(call.n),
-        on(call.lasting != nullptr), n((double)call.n), per_n(1 / n), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]) {}
+        n((double)call.n), per_n(1 / n), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]),
+        common_share(usual ? n / ((double)count[from] + n) : 0) {}
 
+  INLINE bool on() const { return usual || lasting; }
   // This call's share in the short-term average.
-  template <class D> INLINE D share(int64_t i) const { return on ? n / (get<D>(count + i) + n) : D{}; }
-  template <class D> INLINE D fresh(int row, int64_t i, const D& share, const D& value) const {
-    D average = get<D>(recent + row * G + i);
-    return average + (value - average) * share;
+  template <class D> INLINE D share(int64_t i) const {
+    if (usual) return D{} + common_share;
+    return on() ? n / (get<D>(count + i) + n) : D{};
+  }
+  // The short-term average, and what this call makes of it.
+  template <class D> struct Recent {
+    D before, after;
+  };
+  template <class D> INLINE Recent<D> average(int row, int64_t i, const D& share, const D& value) const {
+    if (!on()) return {D{}, D{}};
+    D before = get<D>(recent + row * G + i);
+    return {before, before + (value - before) * share};
   }
   // A weight of zero keeps a value out altogether.
-  template <class D> INLINE D see(int row, int64_t i, const D& share, const D& value) const {
-    D seen = w3 != 0 ? w3 * value : D{};
-    if (!on) return seen;
-    if (w2 != 0) seen = w2 * fresh(row, i, share, value) + seen;
-    if (w1 != 0) seen = w1 * get<D>(lasting + row * G + i) + seen;
+  template <class D> INLINE D see(int row, int64_t i, const Recent<D>& average, const D& value) const {
+    D seen = !usual && w3 != 0 ? w3 * value : D{};
+    if (!on()) return seen;
+    if (usual || w2 != 0) seen = w2 * average.after + seen;
+    if (usual || w1 != 0) seen = w1 * get<D>(lasting + row * G + i) + seen;
     return seen;
   }
   template <class D>
-  INLINE void advance(int64_t i, const D& share, const D& mu, const D& m, const typename Like<D>::Mask& keep) const {
-    if (!on) return;
+  INLINE void advance(int64_t i, const Recent<D>& mu, const Recent<D>& m, const typename Like<D>::Mask& keep) const {
+    if (!on()) return;
     typename Like<D>::Mask counted;
-    put(recent + i, choose(keep, fresh(0, i, share, mu), get<D>(recent + i)));
-    put(recent + G + i, choose(keep, fresh(1, i, share, m), get<D>(recent + G + i)));
     __builtin_memcpy(&counted, count + i, sizeof counted);
     counted += keep & elements;
+    put(recent + i, choose(keep, mu.after, mu.before));
+    put(recent + G + i, choose(keep, m.after, m.before));
     __builtin_memcpy(count + i, &counted, sizeof counted);
   }
 };
 
+INLINE bool counts_alike(const int64_t* count, int64_t from, int64_t to) {
+  Longs differences = {};
+  int64_t i = from;
+  for (constexpr int64_t lanes = sizeof(Longs) / sizeof(int64_t); i + lanes <= to; i += lanes) {
+    Longs counts;
+    __builtin_memcpy(&counts, count + i, sizeof counts);
+    differences |= counts ^ count[from];
+  }
+  int64_t difference = 0;
+  for (; i < to; i++) difference |= count[i] ^ count[from];
+  for (int64_t l = 0; l < (int64_t)(sizeof(Longs) / sizeof(int64_t)); l++) difference |= differences[l];
+  return difference == 0;
+}
+// fn(the stream), for the statistics in [from, to)
+template <class F, class Fn> INLINE void with_stream(const Call& call, int64_t from, int64_t to, const Fn& fn) {
+  bool sees_averages = call.lasting && call.mix[0] != 0 && call.mix[1] != 0 && call.mix[2] == 0;
+  if (sees_averages && from < to && counts_alike(call.count, from, to)) fn(Stream<F, true>(call, from));
+  else fn(Stream<F, false>(call, from));
+}
+
 // mu, from sums over x
 template <class F> void locations(const Call& call, int64_t from, int64_t to, const double* sums) {
-  Stream<F> stream(call);
   F* mu = (F*)call.saved;
-  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
-    typedef decltype(kind) D;
-    put(mu + i, stream.see(0, i, stream.template share<D>(i), get<D>(sums + i - from) * stream.per_n));
+  with_stream<F>(call, from, to, [=](auto stream) INLINE_LAMBDA {
+    each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+      typedef decltype(kind) D;
+      D share = stream.template share<D>(i), b_mu = get<D>(sums + i - from) * stream.per_n;
+      put(mu + i, stream.see(0, i, stream.average(0, i, share, b_mu), b_mu));
+    });
   });
 }
 
 // To use: 1/s and the slope sigma²/(p·m·s³) of the normalized value in m; m too where it is asked for.
 // To advance: the state; and the slope becomes NaN where a statistic is not finite.
 template <class F, int P> void scales(const Call& call, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance) {
-  Stream<F> stream(call);
-  F *inverse = (F*)call.saved + stream.G, *slope = inverse + stream.G;
+  F *inverse = (F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   double *moments = call.moments, k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
-  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
-    typedef decltype(kind) D;
-    D share = stream.template share<D>(i), b_m = get<D>(powers + i - from) * stream.per_n;
-    if (use) {
-      D m = stream.see(1, i, share, b_m);
-      D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINE_LAMBDA { return pow(v, 2 / p); });
-      D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINE_LAMBDA { return v > 0 ? pow(v, 2 / p - 1) : 0; });
-      D r = 1 / each(sigma2 + eps, [](double v) INLINE_LAMBDA { return __builtin_sqrt(v); });
-      put(inverse + i, r);
-      put(slope + i, k2 / p * lift * r * r * r);
-      if (moments) put(moments + i, m);
-    }
-    if (advance) {
-      D b_mu = get<D>(sums + i - from) * stream.per_n;
-      auto keep = finite<F>(b_mu) & finite<F>(b_m);
-      put(slope + i, choose(keep, get<D>(slope + i), D{} + __builtin_nan("")));
-      stream.advance(i, share, b_mu, b_m, keep);
-    }
+  with_stream<F>(call, from, to, [=](auto stream) INLINE_LAMBDA {
+    each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+      typedef decltype(kind) D;
+      D share = stream.template share<D>(i), b_m = get<D>(powers + i - from) * stream.per_n;
+      auto average_m = stream.average(1, i, share, b_m);
+      if (use) {
+        D m = stream.see(1, i, average_m, b_m);
+        D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINE_LAMBDA { return pow(v, 2 / p); });
+        D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINE_LAMBDA { return v > 0 ? pow(v, 2 / p - 1) : 0; });
+        D r = 1 / each(sigma2 + eps, [](double v) INLINE_LAMBDA { return __builtin_sqrt(v); });
+        put(inverse + i, r);
+        put(slope + i, k2 / p * lift * r * r * r);
+        if (moments) put(moments + i, m);
+      }
+      if (advance) {
+        D b_mu = get<D>(sums + i - from) * stream.per_n;
+        auto keep = finite<F>(b_mu) & finite<F>(b_m);
+        put(slope + i, choose(keep, get<D>(slope + i), D{} + __builtin_nan("")));
+        stream.advance(i, stream.average(0, i, share, b_mu), average_m, keep);
+      }
+    });
   });
 }
 
@@ -838,24 +872,28 @@ template <class F, int P> void scales(const Call& call, int64_t from, int64_t to
 template <class F>
 void stream_gradients(const Call& call, int64_t from, int64_t to, const double* sums, const double* sums_from_mu, const double* sums_of_u,
                       void* constant_, void* along_, bool use, bool advance) {
-  Stream<F> stream(call);
-  const F *inverse = (const F*)call.saved + stream.G, *slope = inverse + stream.G;
+  const F *inverse = (const F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   F *constant = (F*)constant_ - from, *along = (F*)along_ - from;
-  double p = call.formula->p, scale = call.grad_scale, per_element = stream.per_n / scale;
+  double p = call.formula->p, scale = call.grad_scale;
   bool centered = call.formula->centered;
-  each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
-    typedef decltype(kind) D;
-    int64_t j = i - from;
-    D share = stream.template share<D>(i), lift = get<D>(slope + i);
-    D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
-    D moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, share, g_m), D{});  // 0 where the slope is NaN
-    D g_mu = -(get<D>(sums + j) * per_element) * get<D>(inverse + i);
-    if (centered) g_mu -= choose(moment == D{}, D{}, moment * p * (get<D>(sums_of_u + j) * stream.per_n));
-    if (use) {
-      put(constant + i, stream.see(0, i, share, g_mu) * scale);
-      put(along + i, p * moment * scale);
-    }
-    if (advance) stream.advance(i, share, g_mu, g_m, finite<F>(g_m) & finite<F>(g_mu));
+  with_stream<F>(call, from, to, [=](auto stream) INLINE_LAMBDA {
+    double per_element = stream.per_n / scale;
+    each_statistic(from, to, [=](int64_t i, auto kind) INLINE_LAMBDA {
+      typedef decltype(kind) D;
+      int64_t j = i - from;
+      D share = stream.template share<D>(i), lift = get<D>(slope + i);
+      D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
+      auto average_m = stream.average(1, i, share, g_m);
+      D moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m), D{});  // 0 where the slope is NaN
+      D g_mu = -(get<D>(sums + j) * per_element) * get<D>(inverse + i);
+      if (centered) g_mu -= choose(moment == D{}, D{}, moment * p * (get<D>(sums_of_u + j) * stream.per_n));
+      auto average_mu = stream.average(0, i, share, g_mu);
+      if (use) {
+        put(constant + i, stream.see(0, i, average_mu, g_mu) * scale);
+        put(along + i, p * moment * scale);
+      }
+      if (advance) stream.advance(i, average_mu, average_m, finite<F>(g_m) & finite<F>(g_mu));
+    });
   });
 }
 
