@@ -19,28 +19,9 @@
 #include <immintrin.h>
 #endif
 
-#ifndef _WIN32
-#include <sys/mman.h>
-#endif
-
+#include "dlpack.h"
+#include "kept_memory.h"
 #include "threads.h"
-
-// --- DLPack 1.x, the part that is used (https://github.com/dmlc/dlpack, dlpack.h) ------------------------------------
-
-struct DLTensor {
-  void* data;
-  struct { int32_t type, id; } device;
-  int32_t ndim;
-  struct { uint8_t code, bits; uint16_t lanes; } dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLPackExchangeAPI {
-  struct { struct { uint32_t major, minor; } version; void* previous; } header;
-  void *allocate, *from_object, *to_object;
-  int (*borrow)(void* object, DLTensor* out);
-  void* stream;
-};
 
 // --- what the kernels are told -----------------------------------------------------------------------------------------
 
@@ -201,18 +182,6 @@ struct Scratch {
     data = bytes <= most_kept && kept.data ? kept.data : (char*)own.allocate(bytes);
   }
 };
-
-// A large output often lies in fresh memory, and every small page of it would cost a page fault that takes longer than the
-// arithmetic. The hint affects nothing but whole large pages inside it, all of which are about to be written.
-void expect_writes(void* data, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 1 << 21;
-  uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
-  if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 float as_float(uint32_t bits) {
   float f;
@@ -1047,7 +1016,7 @@ void run(const Call& call, bool forward) { call.layout->rows ? walk<Rows>(call, 
 
 // --- from a view and a tensor's strides to a layout ----------------------------------------------------------------------
 
-constexpr int max_axes = 16;
+constexpr int max_axes = DLTensor::most_axes;
 
 // What is known of a (view, formula) before any tensor is seen, and the layout of the tensor seen last.
 struct Plan {
@@ -1063,6 +1032,7 @@ struct Plan {
   static constexpr int spares = 4, largest_spare = 1 << 16;
   PyObject* spare[spares] = {};  // see make_saved
   int last = 0;
+  PyObject *like_input = nullptr, *like_parameter = nullptr;  // see new_like
 };
 
 struct Axis {
@@ -1183,6 +1153,8 @@ const Layout* find_layout(Plan& plan, const DLTensor& x) {
   }
   memcpy(plan.strides, x.strides, plan.dims * sizeof(int64_t));
   plan.known = true;
+  Py_XDECREF(plan.like_input);
+  plan.like_input = nullptr;
   return &plan.layout;
 }
 
@@ -1191,7 +1163,7 @@ const Layout* find_layout(Plan& plan, const DLTensor& x) {
 // What is kept of PyTorch, by setup().
 const DLPackExchangeAPI* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
-PyObject *empty_like = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
+PyObject *empty_strided = nullptr, *dtypes = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
 PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr, *is_neg = nullptr;
 PyObject* names[8] = {};  // of the state's buffers
 PyObject *unsupported = nullptr, *backward_in_python = nullptr;
@@ -1272,6 +1244,8 @@ const char* const plan_name = "streamnorm.plan";
 void free_plan(PyObject* capsule) {
   Plan* plan = (Plan*)PyCapsule_GetPointer(capsule, plan_name);
   for (PyObject* spare : plan->spare) Py_XDECREF(spare);
+  Py_XDECREF(plan->like_input);
+  Py_XDECREF(plan->like_parameter);
   delete plan;
 }
 // A plan is a tuple whose first item is the capsule that make_plan returns.
@@ -1458,6 +1432,51 @@ PyObject* make_saved(Plan& plan, Type wide) {
   return *vacant = bytes;
 }
 
+KeptMemory memory;
+
+PyObject* tuple_of(int count, const int64_t* values) {
+  Reference tuple(PyTuple_New(count));
+  for (int i = 0; tuple && i < count; i++) {
+    PyObject* value = PyLong_FromLongLong(values[i]);
+    if (!value) return nullptr;
+    PyTuple_SetItem(tuple, i, value);
+  }
+  return tuple.release();
+}
+// A new tensor with the shape, the strides and the type of t, and where it is. `description` keeps what empty_strided is told.
+PyObject* new_like(const DLTensor& t, PyObject*& description, DLTensor& out) {
+  const size_t size = size_of(t) * t.dtype.bits / 8;
+  if (memory.serves(size)) {
+    DLManagedTensor* managed = memory.take(t, size);
+    if (!managed) return PyErr_NoMemory();
+    out = managed->tensor;
+    void* object = nullptr;
+    return exchange->to_object(managed, &object) ? nullptr : (PyObject*)object;
+  }
+  PyObject* dtype = PyTuple_GetItem(dtypes, (Py_ssize_t)type_of(t));
+  if (!dtype) return nullptr;
+  if (!description || PyTuple_GetItem(description, 2) != dtype) {
+    Reference shape(tuple_of(t.ndim, t.shape)), strides(tuple_of(t.ndim, t.strides));
+    if (!shape || !strides) return nullptr;
+    Py_XDECREF(description);
+    description = PyTuple_Pack(3, shape.object, strides.object, dtype);
+    if (!description) return nullptr;
+  }
+  PyObject* made = PyObject_CallObject(empty_strided, description);
+  if (!made || borrow(made, out)) return made;
+  Py_DecRef(made);
+  return refuse("this memory");
+}
+PyObject* new_like_parameter(Plan& plan, PyObject* parameter, DLTensor& out) {
+  DLTensor t;
+  if (!borrow_flat(parameter, plan.channels, t)) return refuse("this gain or bias");
+  if (t.ndim == 1) return new_like(t, plan.like_parameter, out);
+  PyObject* description = nullptr;
+  PyObject* made = new_like(t, description, out);
+  Py_XDECREF(description);
+  return made;
+}
+
 // What forward leaves for backward, besides x: (plan, saved, grad_scale, weight, bias), and with a stream the gradient half
 // of its state. Of weight and bias only the kind is needed, the gain's values are saved.
 enum Kept { kept_plan, kept_saved, kept_grad_scale, kept_weight, kept_bias, kept_half };
@@ -1489,14 +1508,12 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!borrow_flat(stats_object, 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("this tensor for statistics");
     call.moments = (double*)moments.zeroed(plan->G * sizeof(double));
   }
-  Reference output(PyObject_CallFunctionObjArgs(empty_like, x_object, nullptr));
+  Reference output(new_like(x, plan->like_input, y));
   if (!output) return nullptr;
-  if (!borrow(output, y) || type_of(y) != call.type || !same_strides(x, y)) return refuse("this output");
   Reference saved(make_saved(*plan, wide));
   if (!saved) return nullptr;
 
   call.y = y.data;
-  expect_writes(call.y, plan->numel * x.dtype.bits / 8);
   call.saved = PyBytes_AsString(saved);
   if (call.weight) {
     char* gain = saved_gain(*plan, wide, call.saved);
@@ -1567,19 +1584,16 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   for (int i = 0; i < 4; i++) {
     PyObject* grad = Py_None;
     if (i < 3 && of[i] != Py_None && PyTuple_GetItem(needs, i) == Py_True) {
-      grad = PyObject_CallFunctionObjArgs(empty_like, of[i], nullptr);
+      grad = i == 0 ? new_like(x, plan->like_input, t) : new_like_parameter(*plan, of[i], t);
       if (!grad) return nullptr;
+      *data[i] = t.data;
+      *types[i] = type_of(t);
     } else {
       Py_IncRef(grad);
     }
     PyTuple_SetItem(result, i, grad);
-    if (grad == Py_None) continue;
-    if (!borrow(grad, t) || (i == 0 ? !same_strides(x, t) : !is_contiguous(t))) return refuse("this gradient");
-    *data[i] = t.data;
-    *types[i] = type_of(t);
   }
   if (call.dx) {
-    expect_writes(call.dx, plan->numel * x.dtype.bits / 8);
     memcpy(call.mix, plan->formula.beta, sizeof call.mix);
     if (streams) half.use(*plan, call);
   }
@@ -1664,13 +1678,13 @@ PyObject* commit(PyObject*, PyObject* uses) {
   return rest.release();
 }
 
-// setup(Tensor, Parameter, exchange, (empty_like, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,
+// setup(Tensor, Parameter, exchange, (empty_strided, dtypes, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,
 //       is_grad_enabled, is_neg), names, library, instructions or None) -> (instructions, whether there are threads)
 PyObject* setup(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *capsule, *functions[8], *buffers;
+  PyObject *tensor, *parameter, *capsule, *functions[9], *buffers;
   const char *library, *wanted;
-  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
-                        &functions[4], &functions[5], &functions[6], &functions[7], &PyTuple_Type, &buffers, &library, &wanted))
+  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
+                        &functions[4], &functions[5], &functions[6], &functions[7], &functions[8], &PyTuple_Type, &buffers, &library, &wanted))
     return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
@@ -1689,9 +1703,9 @@ PyObject* setup(PyObject*, PyObject* args) {
     return nullptr;
   }
   const bool threads = find_threads(library);
-  PyObject** places[] = {&tensor_type, &parameter_type, &empty_like, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg};
-  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7]};
-  for (int i = 0; i < 10; i++) {
+  PyObject** places[] = {&tensor_type, &parameter_type, &empty_strided, &dtypes, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg};
+  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7], functions[8]};
+  for (int i = 0; i < 11; i++) {
     Py_IncRef(values[i]);
     Py_XDECREF(*places[i]);
     *places[i] = values[i];
@@ -1709,6 +1723,20 @@ PyObject* setup(PyObject*, PyObject* args) {
   return Py_BuildValue("sO", chosen->name, threads ? Py_True : Py_False);
 }
 
+// keep_memory(bytes): at most so many wait for the next outputs
+PyObject* keep_memory(PyObject*, PyObject* bytes) {
+  const size_t most = PyLong_AsSize_t(bytes);
+  if (PyErr_Occurred()) return nullptr;
+  memory.keep_at_most(most);
+  Py_IncRef(Py_None);
+  return Py_None;
+}
+// memory_usage() -> bytes that outputs hold, the most that they held since the last call, and bytes that wait
+PyObject* memory_usage(PyObject*, PyObject*) {
+  KeptMemory::Usage now = memory.usage();
+  return Py_BuildValue("nnn", (Py_ssize_t)now.used, (Py_ssize_t)now.highest, (Py_ssize_t)now.kept);
+}
+
 template <class Fn> PyCFunction function(Fn fn) { return (PyCFunction)(void (*)(void))fn; }
 
 PyMethodDef methods[] = {
@@ -1719,6 +1747,8 @@ PyMethodDef methods[] = {
     {"backward", function(backward), METH_FASTCALL, nullptr},
     {"attach", function(attach), METH_FASTCALL, nullptr},
     {"commit", commit, METH_O, nullptr},
+    {"keep_memory", keep_memory, METH_O, nullptr},
+    {"memory_usage", memory_usage, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Training steps on CPU tensors; see native.py.", -1, methods, nullptr, nullptr, nullptr, nullptr};

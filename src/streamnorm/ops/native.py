@@ -34,8 +34,20 @@ def _copy_like(x: Tensor, dy: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(dy)
 
 
+# What Inductor's code allocates with: half the time of torch.empty_like.
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None) or (
+    lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+)
+
 LIBRARY = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
 """PyTorch's own, through which the extensions find its OpenMP runtime."""
+
+
+def _mebibytes_to_keep() -> int:
+    wanted = os.environ.get("STREAMNORM_KEEP_MIB") or "256"
+    if not wanted.isdecimal():
+        raise ValueError(f"STREAMNORM_KEEP_MIB is a number of mebibytes, such as 256, or 0, got {wanted!r}")
+    return int(wanted)
 
 
 def _load() -> tuple[Any, str]:
@@ -48,7 +60,8 @@ def _load() -> tuple[Any, str]:
     except ImportError as error:
         return None, f"not available: it was not built ({error}); install streamnorm where there is a C++ compiler"
     functions = (
-        torch.empty_like,
+        _empty_strided,
+        (torch.float32, torch.float64, torch.bfloat16, torch.float16),
         _copy_like,
         torch.get_num_threads,
         torch._C._len_torch_dispatch_stack,
@@ -62,6 +75,7 @@ def _load() -> tuple[Any, str]:
         isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, functions, State._fields, LIBRARY, isa)
     except ImportError as error:
         return None, f"not available: {error}"
+    extension.keep_memory(_mebibytes_to_keep() << 20)
     where = "the threads of PyTorch" if threads else "one thread"
     return extension, f"available: C++ for {isa}, on {where}"
 
