@@ -56,14 +56,15 @@ pytest: install
 search: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile search tests/test_properties.py
 
-# A build of its own in build/sanitize. Python itself leaks by design, and its allocator would hide bytes objects from view.
+# A build of its own in build/sanitize. Python itself leaks by design, and its allocator would hide bytes objects from view, as kept
+# memory would hide outputs.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: install
 	CFLAGS="$(SANITIZE) -g1" CXXFLAGS="$(SANITIZE) -g1" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --force \
 	  --build-temp build/sanitize-objects --build-lib build/sanitize
 	for library in build/sanitize/streamnorm/ops/*.so; do nm -D $$library | grep -q __asan_report || exit 1; done
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONMALLOC=malloc PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 \
+	  PYTHONMALLOC=malloc STREAMNORM_KEEP_MIB=0 PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -q -p no:xdist tests/ops tests/recurrent/test_engines.py tests/recurrent/test_native.py
 
 test-integrations: $(INTEGRATIONS)/installed

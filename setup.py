@@ -26,7 +26,7 @@ FLAGS = (
 native = Extension(
     "streamnorm.ops._native",
     sources=["src/streamnorm/ops/native.cpp"],
-    depends=["src/streamnorm/ops/native_kernels.h", "src/streamnorm/ops/threads.h"],
+    depends=[f"src/streamnorm/ops/{name}.h" for name in ("native_kernels", "dlpack", "kept_memory", "threads")],
     extra_compile_args=FLAGS,
     language="c++",
     optional=True,

@@ -32,6 +32,7 @@ _REDUCED = (torch.float16, torch.bfloat16)
 _UNPICKLED = {
     "_accepted": None,
     "_plan": None,
+    "_planned_shape": None,
     "_watched": False,
     "_optimizer": None,
     "_owner": None,
@@ -86,7 +87,9 @@ class Norm(nn.Module):
     # The kind of input that was looked at last, and its view: the same kind is not looked at again.
     _accepted: tuple[torch.Size, torch.dtype, bool] | None = None
     _accepted_view: View
+    # What the last training step without a mask was done by, and for which shape.
     _plan: ops.Plan | None = None
+    _planned_shape: torch.Size | None = None
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -165,6 +168,7 @@ class Norm(nn.Module):
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
         self.formula = Formula(*constants) if self.stream is None else self.stream.formula(*constants)
         self._formula_text = repr(self.formula)
+        self._planned_shape = None
 
     def _formula_in_graph(self) -> Formula:
         """The formula, as constants where a graph is being made.
@@ -194,6 +198,10 @@ class Norm(nn.Module):
         """Normalize x."""
         if is_compiling():
             return self._forward_traced(x, mask)
+        if x.shape == self._planned_shape and mask is None and self.training and not self.frozen:
+            y = self._train_again(x)
+            if y is not NotImplemented:
+                return y
         kind = (x.shape, x.dtype, self.training)
         if kind != self._accepted:
             self._check_input(x)
@@ -254,18 +262,34 @@ class Norm(nn.Module):
             return self._normalize_alone(x, mask, view)
         if not self._watched or (DistributedDataParallel._active_ddp_module is not None and agreement.is_new(self)):
             updates.notice(self)
-        try:  # a step of a small layer feels the search of nn.Module.__getattr__
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
-        except KeyError:  # parametrized: computed when it is asked for
-            weight, bias = self.weight, self.bias
+        weight, bias = self.weight, self.bias
         if mask is None:
             plan = self._plan
             if plan is None or plan.view is not view or plan.formula is not self.formula:
                 plan = self._plan = ops.prepare(view, self.formula)
+            self._planned_shape = x.shape
             y = ops.attempt(x, weight, bias, plan, self._buffers, self._grad_scale)
             if y is not NotImplemented:
                 return y
         return ops.normalize(x, weight, bias, mask, view, self.formula, self.state, self._grad_scale)
+
+    def _train_again(self, x: Tensor) -> Any:
+        """The short way for one more input of a shape: of a small layer's step, the Python around it is the most.
+
+        Returns NotImplemented, with nothing done, where there is more to be looked at.
+        """
+        if (
+            _passes()
+            or _backward_pass() != -1
+            or self._per_batch
+            or DistributedDataParallel._active_ddp_module is not None
+        ):
+            return NotImplemented
+        try:  # past the search of nn.Module.__getattr__
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # parametrized: computed when they are asked for
+            return NotImplemented
+        return ops.attempt(x, weight, bias, self._plan, self._buffers, self._grad_scale)
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""

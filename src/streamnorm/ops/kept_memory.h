@@ -1,7 +1,7 @@
 // Memory for large outputs, kept from step to step.
 //
-// An allocator gives memory back to the system, which hands it out again page by page: a page fault for every 4 KiB, longer
-// than it takes to normalize them. Blocks that were freed here wait for the next output of the same size instead.
+// What an allocator gives back to the system comes again page by page, and a page fault for every 4 KiB of an output takes
+// longer than to normalize it. Here a block that was freed waits for the next output of its size.
 
 #pragma once
 
@@ -20,17 +20,35 @@
 
 namespace {
 
+constexpr size_t large_page = 1 << 21;
+
+// Large pages for what is about to be written, so that fresh memory costs few faults. Whole ones inside alone are affected.
+void expect_writes(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  uintptr_t first = ((uintptr_t)data + large_page - 1) & ~(large_page - 1), end = ((uintptr_t)data + bytes) & ~(large_page - 1);
+  if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 class KeptMemory {
   struct Block {
     DLManagedTensor managed;
     int64_t shape[DLTensor::most_axes], strides[DLTensor::most_axes];
     size_t bytes;
-    char* data;
+    void* data;
   };
-  // Never destroyed: outputs may outlive the interpreter.
-  std::mutex& lock = *new std::mutex;
-  std::vector<Block*>& waiting = *new std::vector<Block*>;
-  size_t used = 0, highest = 0, kept = 0, most_kept = 0;
+  std::mutex lock;
+  std::vector<Block*> waiting;  // the longest unused first
+  size_t bytes_waiting = 0, most_waiting = 0;
+
+  KeptMemory() {
+#ifndef _WIN32  // a child must not find the lock taken by a thread that it does not have
+    auto unlock = [] { get().lock.unlock(); };
+    pthread_atfork([] { get().lock.lock(); }, unlock, unlock);
+#endif
+  }
 
   static std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes >= large_page ? large_page : 64); }
   static void destroy(Block* block) {
@@ -41,78 +59,71 @@ class KeptMemory {
     auto* block = new (std::nothrow) Block();
     if (!block) return nullptr;
     block->bytes = bytes;
-    block->data = (char*)operator new(bytes, alignment(bytes), std::nothrow);
+    block->data = operator new(bytes, alignment(bytes), std::nothrow);
     if (!block->data) {
       delete block;
       return nullptr;
     }
-#ifdef MADV_HUGEPAGE  // whole large pages inside alone are affected, and all of them are about to be written
-    if (bytes >= large_page) madvise(block->data, bytes / large_page * large_page, MADV_HUGEPAGE);
-#endif
+    expect_writes(block->data, bytes);
     return block;
   }
-  static void give_back(DLManagedTensor* managed) {
-    auto* block = (Block*)managed;
-    KeptMemory& memory = *(KeptMemory*)managed->context;
-    std::lock_guard<std::mutex> guard(memory.lock);
-    memory.used -= block->bytes;
-    memory.kept += block->bytes;
-    memory.waiting.push_back(block);
-    memory.trim();
-  }
-  // The longest unused go first.
-  void trim() {
-    size_t gone = 0;
-    for (; kept > most_kept; gone++) {
-      kept -= waiting[gone]->bytes;
-      destroy(waiting[gone]);
-    }
-    waiting.erase(waiting.begin(), waiting.begin() + gone);
-  }
-  // The one used last is the likeliest to be in the cache still.
+  // The one that was freed last is the likeliest to be in the cache still.
   Block* find(size_t bytes) {
     for (size_t i = waiting.size(); i-- > 0;)
       if (waiting[i]->bytes == bytes) {
         Block* block = waiting[i];
         waiting.erase(waiting.begin() + i);
-        kept -= bytes;
+        bytes_waiting -= bytes;
         return block;
       }
     return nullptr;
   }
+  void trim() {
+    size_t gone = 0;
+    for (; bytes_waiting > most_waiting; gone++) {
+      bytes_waiting -= waiting[gone]->bytes;
+      destroy(waiting[gone]);
+    }
+    waiting.erase(waiting.begin(), waiting.begin() + gone);
+  }
+  static void give_back(DLManagedTensor* managed) {
+    auto* block = (Block*)managed;
+    KeptMemory& memory = get();
+    std::lock_guard<std::mutex> guard(memory.lock);
+    memory.waiting.push_back(block);
+    memory.bytes_waiting += block->bytes;
+    memory.trim();
+  }
 
  public:
-  static constexpr size_t large_page = 1 << 21;
-  static constexpr size_t from = 1 << 16;  // bytes: smaller ones the allocator keeps by itself
-
-  struct Usage {
-    size_t used, highest, kept;
-  };
-  void keep_at_most(size_t bytes) {
+  // Never destroyed: tensors may outlive whatever ends a process.
+  static KeptMemory& get() {
+    static auto* memory = new KeptMemory;
+    return *memory;
+  }
+  // At most so many bytes wait from now on. Returns the setting before.
+  size_t keep_at_most(size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
-    most_kept = bytes;
+    const size_t before = most_waiting;
+    most_waiting = bytes;
     trim();
+    return before;
   }
-  // What outputs hold, the most that they held since the last call, and what waits.
-  Usage usage() {
+  size_t waiting_now() {
     std::lock_guard<std::mutex> guard(lock);
-    Usage now = {used, highest, kept};
-    highest = used;
-    return now;
+    return bytes_waiting;
   }
-  bool serves(size_t bytes) { return bytes >= from && bytes <= most_kept; }
-  // A tensor like another without gaps, or null for want of memory. Its deleter brings it back.
+  // Smaller ones an allocator keeps by itself, and larger ones would push out all others.
+  bool serves(size_t bytes) const { return bytes >= 1 << 16 && bytes <= most_waiting; }
+  // A tensor like another one, which has no gaps; null for want of memory. Its deleter gives the memory back.
   DLManagedTensor* take(const DLTensor& like, size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
     Block* block = find(bytes);
     if (!block) block = create(bytes);
     if (!block) return nullptr;
-    used += bytes;
-    if (highest < used) highest = used;
     memcpy(block->shape, like.shape, like.ndim * sizeof(int64_t));
     memcpy(block->strides, like.strides, like.ndim * sizeof(int64_t));
-    DLTensor tensor = {block->data, {1, 0}, like.ndim, like.dtype, block->shape, block->strides, 0};
-    block->managed = {{1, 0}, this, give_back, 0, tensor};
+    block->managed = {{1, 0}, nullptr, give_back, 0, {block->data, {1, 0}, like.ndim, like.dtype, block->shape, block->strides, 0}};
     return &block->managed;
   }
 };

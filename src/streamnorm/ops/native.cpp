@@ -1032,7 +1032,9 @@ struct Plan {
   static constexpr int spares = 4, largest_spare = 1 << 16;
   PyObject* spare[spares] = {};  // see make_saved
   int last = 0;
-  PyObject *like_input = nullptr, *like_parameter = nullptr;  // see new_like
+  // What new tensors are asked for with: for one that lies as the input seen last, and for gradients of parameters by type.
+  PyObject *like_input = nullptr, *like_parameter[4] = {};
+  Type like_input_type;
 };
 
 struct Axis {
@@ -1245,7 +1247,7 @@ void free_plan(PyObject* capsule) {
   Plan* plan = (Plan*)PyCapsule_GetPointer(capsule, plan_name);
   for (PyObject* spare : plan->spare) Py_XDECREF(spare);
   Py_XDECREF(plan->like_input);
-  Py_XDECREF(plan->like_parameter);
+  for (PyObject* description : plan->like_parameter) Py_XDECREF(description);
   delete plan;
 }
 // A plan is a tuple whose first item is the capsule that make_plan returns.
@@ -1432,8 +1434,6 @@ PyObject* make_saved(Plan& plan, Type wide) {
   return *vacant = bytes;
 }
 
-KeptMemory memory;
-
 PyObject* tuple_of(int count, const int64_t* values) {
   Reference tuple(PyTuple_New(count));
   for (int i = 0; tuple && i < count; i++) {
@@ -1443,38 +1443,47 @@ PyObject* tuple_of(int count, const int64_t* values) {
   }
   return tuple.release();
 }
-// A new tensor with the shape, the strides and the type of t, and where it is. `description` keeps what empty_strided is told.
-PyObject* new_like(const DLTensor& t, PyObject*& description, DLTensor& out) {
-  const size_t size = size_of(t) * t.dtype.bits / 8;
-  if (memory.serves(size)) {
-    DLManagedTensor* managed = memory.take(t, size);
+// What empty_strided is told for a tensor like this one.
+PyObject* describe(const DLTensor& t) {
+  Reference shape(tuple_of(t.ndim, t.shape)), strides(tuple_of(t.ndim, t.strides));
+  PyObject* dtype = PyTuple_GetItem(dtypes, (Py_ssize_t)type_of(t));
+  return shape && strides && dtype ? PyTuple_Pack(3, shape.object, strides.object, dtype) : nullptr;
+}
+PyObject* new_tensor(PyObject* description, DLTensor& out) {
+  Reference tensor(description ? PyObject_CallObject(empty_strided, description) : nullptr);
+  if (!tensor) return nullptr;
+  return borrow(tensor, out) ? tensor.release() : refuse("this memory");
+}
+// An uninitialized tensor that lies as x does, and where it is.
+PyObject* new_like_input(Plan& plan, const DLTensor& x, DLTensor& out) {
+  const size_t size = plan.numel * x.dtype.bits / 8;
+  if (KeptMemory::get().serves(size)) {
+    DLManagedTensor* managed = KeptMemory::get().take(x, size);
     if (!managed) return PyErr_NoMemory();
     out = managed->tensor;
-    void* object = nullptr;
-    return exchange->to_object(managed, &object) ? nullptr : (PyObject*)object;
+    void* tensor = nullptr;
+    return exchange->to_object(managed, &tensor) ? nullptr : (PyObject*)tensor;
   }
-  PyObject* dtype = PyTuple_GetItem(dtypes, (Py_ssize_t)type_of(t));
-  if (!dtype) return nullptr;
-  if (!description || PyTuple_GetItem(description, 2) != dtype) {
-    Reference shape(tuple_of(t.ndim, t.shape)), strides(tuple_of(t.ndim, t.strides));
-    if (!shape || !strides) return nullptr;
-    Py_XDECREF(description);
-    description = PyTuple_Pack(3, shape.object, strides.object, dtype);
-    if (!description) return nullptr;
+  if (!plan.like_input || plan.like_input_type != type_of(x)) {
+    Py_XDECREF(plan.like_input);
+    plan.like_input = describe(x);
+    plan.like_input_type = type_of(x);
   }
-  PyObject* made = PyObject_CallObject(empty_strided, description);
-  if (!made || borrow(made, out)) return made;
-  Py_DecRef(made);
-  return refuse("this memory");
+  PyObject* tensor = new_tensor(plan.like_input, out);
+  if (tensor) expect_writes(out.data, size);
+  return tensor;
 }
+// The same for the gradient of a gain or bias.
 PyObject* new_like_parameter(Plan& plan, PyObject* parameter, DLTensor& out) {
   DLTensor t;
-  if (!borrow_flat(parameter, plan.channels, t)) return refuse("this gain or bias");
-  if (t.ndim == 1) return new_like(t, plan.like_parameter, out);
-  PyObject* description = nullptr;
-  PyObject* made = new_like(t, description, out);
-  Py_XDECREF(description);
-  return made;
+  if (!borrow_flat(parameter, plan.channels, t) || type_of(t) == Type::other) return refuse("this gain or bias");
+  if (t.ndim != 1) {
+    Reference description(describe(t));
+    return new_tensor(description, out);
+  }
+  PyObject*& description = plan.like_parameter[(int)type_of(t)];
+  if (!description) description = describe(t);
+  return new_tensor(description, out);
 }
 
 // What forward leaves for backward, besides x: (plan, saved, grad_scale, weight, bias), and with a stream the gradient half
@@ -1508,7 +1517,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!borrow_flat(stats_object, 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("this tensor for statistics");
     call.moments = (double*)moments.zeroed(plan->G * sizeof(double));
   }
-  Reference output(new_like(x, plan->like_input, y));
+  Reference output(new_like_input(*plan, x, y));
   if (!output) return nullptr;
   Reference saved(make_saved(*plan, wide));
   if (!saved) return nullptr;
@@ -1584,7 +1593,7 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   for (int i = 0; i < 4; i++) {
     PyObject* grad = Py_None;
     if (i < 3 && of[i] != Py_None && PyTuple_GetItem(needs, i) == Py_True) {
-      grad = i == 0 ? new_like(x, plan->like_input, t) : new_like_parameter(*plan, of[i], t);
+      grad = i == 0 ? new_like_input(*plan, x, t) : new_like_parameter(*plan, of[i], t);
       if (!grad) return nullptr;
       *data[i] = t.data;
       *types[i] = type_of(t);
@@ -1723,19 +1732,13 @@ PyObject* setup(PyObject*, PyObject* args) {
   return Py_BuildValue("sO", chosen->name, threads ? Py_True : Py_False);
 }
 
-// keep_memory(bytes): at most so many wait for the next outputs
+// keep_memory(bytes) -> the setting before: at most so many bytes wait for the next outputs
 PyObject* keep_memory(PyObject*, PyObject* bytes) {
   const size_t most = PyLong_AsSize_t(bytes);
-  if (PyErr_Occurred()) return nullptr;
-  memory.keep_at_most(most);
-  Py_IncRef(Py_None);
-  return Py_None;
+  return PyErr_Occurred() ? nullptr : PyLong_FromSize_t(KeptMemory::get().keep_at_most(most));
 }
-// memory_usage() -> bytes that outputs hold, the most that they held since the last call, and bytes that wait
-PyObject* memory_usage(PyObject*, PyObject*) {
-  KeptMemory::Usage now = memory.usage();
-  return Py_BuildValue("nnn", (Py_ssize_t)now.used, (Py_ssize_t)now.highest, (Py_ssize_t)now.kept);
-}
+// waiting_memory() -> bytes that wait
+PyObject* waiting_memory(PyObject*, PyObject*) { return PyLong_FromSize_t(KeptMemory::get().waiting_now()); }
 
 template <class Fn> PyCFunction function(Fn fn) { return (PyCFunction)(void (*)(void))fn; }
 
@@ -1748,7 +1751,7 @@ PyMethodDef methods[] = {
     {"attach", function(attach), METH_FASTCALL, nullptr},
     {"commit", commit, METH_O, nullptr},
     {"keep_memory", keep_memory, METH_O, nullptr},
-    {"memory_usage", memory_usage, METH_NOARGS, nullptr},
+    {"waiting_memory", waiting_memory, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Training steps on CPU tensors; see native.py.", -1, methods, nullptr, nullptr, nullptr, nullptr};

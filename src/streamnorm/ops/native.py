@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from . import eager
 from .first_order import first_order_only
@@ -46,7 +46,9 @@ LIBRARY = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"
 def _mebibytes_to_keep() -> int:
     wanted = os.environ.get("STREAMNORM_KEEP_MIB") or "256"
     if not wanted.isdecimal():
-        raise ValueError(f"STREAMNORM_KEEP_MIB is a number of mebibytes, such as 256, or 0, got {wanted!r}")
+        raise ValueError(
+            f"STREAMNORM_KEEP_MIB is a number of mebibytes, such as 256, or 0 to keep nothing, got {wanted!r}"
+        )
     return int(wanted)
 
 
@@ -81,6 +83,8 @@ def _load() -> tuple[Any, str]:
 
 
 _native, _status = _load()
+if _native is not None:
+    keep_memory, waiting_memory = _native.keep_memory, _native.waiting_memory
 
 
 def status() -> str:
@@ -161,8 +165,6 @@ def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Pl
         use: the plan, the state (or the module's dict of buffers that holds it, or None), grad_scale and stats. It
             may be kept from call to call.
     """
-    if is_dynamo_compiling():  # other compilers work under a dispatch mode, which C++ looks for
-        return NotImplemented
     try:
         return _apply(x, weight, bias, use)
     except _native.Unsupported:
