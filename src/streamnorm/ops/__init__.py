@@ -33,6 +33,7 @@ _NO_TRANSFORMS = (
 
 Plan = native.Plan
 prepare = native.prepare
+keep_memory = native.keep_memory
 
 
 def attempt(

@@ -83,13 +83,23 @@ def _load() -> tuple[Any, str]:
 
 
 _native, _status = _load()
-if _native is not None:
-    keep_memory, waiting_memory = _native.keep_memory, _native.waiting_memory
 
 
 def status() -> str:
     """What this engine is, for ``streamnorm.engines()``."""
     return _status
+
+
+def keep_memory(most: int) -> int:
+    """Let at most so many bytes of freed outputs wait for the next ones; the setting before."""
+    before: int = 0 if _native is None else _native.keep_memory(most)
+    return before
+
+
+def waiting_memory() -> int:
+    """How many bytes wait."""
+    waiting: int = 0 if _native is None else _native.waiting_memory()
+    return waiting
 
 
 def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
