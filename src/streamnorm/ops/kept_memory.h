@@ -1,7 +1,8 @@
 // Memory for large outputs, kept from step to step.
 //
 // What an allocator gives back to the system comes again page by page, and a page fault for every 4 KiB of an output takes
-// longer than to normalize it. Here a block that was freed waits for the next output of its size.
+// longer than to normalize it. Here a block that was freed waits for the next output of its size. What waits and what is in
+// use are together never more than was in use at some time.
 
 #pragma once
 
@@ -42,6 +43,7 @@ class KeptMemory {
   std::mutex lock;
   std::vector<Block*> waiting;  // the longest unused first
   size_t bytes_waiting = 0, most_waiting = 0;
+  size_t bytes_used = 0, most_used = 0;
 
   KeptMemory() {
 #ifndef _WIN32  // a child must not find the lock taken by a thread that it does not have
@@ -78,9 +80,9 @@ class KeptMemory {
       }
     return nullptr;
   }
-  void trim() {
+  void let_wait(size_t most) {
     size_t gone = 0;
-    for (; bytes_waiting > most_waiting; gone++) {
+    for (; bytes_waiting > most; gone++) {
       bytes_waiting -= waiting[gone]->bytes;
       destroy(waiting[gone]);
     }
@@ -92,7 +94,8 @@ class KeptMemory {
     std::lock_guard<std::mutex> guard(memory.lock);
     memory.waiting.push_back(block);
     memory.bytes_waiting += block->bytes;
-    memory.trim();
+    memory.bytes_used -= block->bytes;
+    memory.let_wait(memory.most_waiting);
   }
 
  public:
@@ -106,7 +109,7 @@ class KeptMemory {
     std::lock_guard<std::mutex> guard(lock);
     const size_t before = most_waiting;
     most_waiting = bytes;
-    trim();
+    let_wait(most_waiting);
     return before;
   }
   size_t waiting_now() {
@@ -118,9 +121,15 @@ class KeptMemory {
   // A tensor like another one, which has no gaps; null for want of memory. Its deleter gives the memory back.
   DLManagedTensor* take(const DLTensor& like, size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
+    const size_t using_now = bytes_used + bytes, most = using_now > most_used ? using_now : most_used;
     Block* block = find(bytes);
-    if (!block) block = create(bytes);
+    if (!block) {
+      let_wait(most - using_now);  // outputs of many sizes take no more memory than they would without waiting
+      block = create(bytes);
+    }
     if (!block) return nullptr;
+    bytes_used = using_now;
+    most_used = most;
     memcpy(block->shape, like.shape, like.ndim * sizeof(int64_t));
     memcpy(block->strides, like.strides, like.ndim * sizeof(int64_t));
     block->managed = {{1, 0}, nullptr, give_back, 0, {block->data, {1, 0}, like.ndim, like.dtype, block->shape, block->strides, 0}};

@@ -77,9 +77,10 @@ def _load() -> tuple[Any, str]:
         isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, functions, State._fields, LIBRARY, isa)
     except ImportError as error:
         return None, f"not available: {error}"
-    extension.keep_memory(_mebibytes_to_keep() << 20)
+    most = _mebibytes_to_keep()
+    extension.keep_memory(most << 20)
     where = "the threads of PyTorch" if threads else "one thread"
-    return extension, f"available: C++ for {isa}, on {where}"
+    return extension, f"available: C++ for {isa}, on {where}; keeps up to {most} MiB of freed outputs"
 
 
 _native, _status = _load()
