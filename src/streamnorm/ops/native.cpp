@@ -1221,8 +1221,8 @@ bool negated(PyObject* tensor) {
 
 // --- the Python functions --------------------------------------------------------------------------------------------------
 
-constexpr int64_t alone = 32768;   // elements below which giving up the GIL does not pay
-constexpr int64_t grain = 32768;   // elements of a thread, as in PyTorch
+constexpr int64_t alone = 12288;  // elements below which neither other threads nor giving up the GIL pays
+constexpr int64_t grain = 8192;   // elements of a thread: a few microseconds, as long as to call it
 
 // An owned reference, or null with a Python error set.
 struct Reference {
