@@ -44,4 +44,7 @@ recurrent = Extension(
     py_limited_api=True,
 )
 
-setup(ext_modules=[native, recurrent], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setup(
+    ext_modules=[native, recurrent],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"parallel": True}},
+)

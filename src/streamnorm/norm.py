@@ -85,9 +85,9 @@ class Norm(nn.Module):
     _adapting: Formula | None = None
 
     # The kind of input that was looked at last, and its view: the same kind is not looked at again.
-    _accepted: tuple[torch.Size, torch.dtype, bool] | None = None
+    _accepted: tuple[torch.Size, torch.dtype, torch.device, bool] | None = None
     _accepted_view: View
-    # What the last training step without a mask was done by, and for which shape.
+    # What the C++ engine knows of inputs of the shape that it took last, if it took the last one.
     _plan: ops.Plan | None = None
     _planned_shape: torch.Size | None = None
 
@@ -168,7 +168,6 @@ class Norm(nn.Module):
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
         self.formula = Formula(*constants) if self.stream is None else self.stream.formula(*constants)
         self._formula_text = repr(self.formula)
-        self._planned_shape = None
 
     def _formula_in_graph(self) -> Formula:
         """The formula, as constants where a graph is being made.
@@ -202,7 +201,7 @@ class Norm(nn.Module):
             y = self._train_again(x)
             if y is not NotImplemented:
                 return y
-        kind = (x.shape, x.dtype, self.training)
+        kind = (x.shape, x.dtype, x.device, self.training)
         if kind != self._accepted:
             self._check_input(x)
             if x.numel() == 0 and not self._joins_batches:
@@ -267,8 +266,8 @@ class Norm(nn.Module):
             plan = self._plan
             if plan is None or plan.view is not view or plan.formula is not self.formula:
                 plan = self._plan = ops.prepare(view, self.formula)
-            self._planned_shape = x.shape
             y = ops.attempt(x, weight, bias, plan, self._buffers, self._grad_scale)
+            self._planned_shape = None if y is NotImplemented else x.shape
             if y is not NotImplemented:
                 return y
         return ops.normalize(x, weight, bias, mask, view, self.formula, self.state, self._grad_scale)
@@ -276,20 +275,24 @@ class Norm(nn.Module):
     def _train_again(self, x: Tensor) -> Any:
         """The short way for one more input of a shape: of a small layer's step, the Python around it is the most.
 
-        Returns NotImplemented, with nothing done, where there is more to be looked at.
+        Returns NotImplemented, with nothing done, where there is more to be looked at. The engine itself refuses inputs
+        and states that do not fit the plan or each other.
         """
+        plan = self._plan
         if (
             _passes()
             or _backward_pass() != -1
             or self._per_batch
             or DistributedDataParallel._active_ddp_module is not None
+            or plan is None
+            or plan.formula is not self.formula
         ):
             return NotImplemented
         try:  # past the search of nn.Module.__getattr__
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # parametrized: computed when they are asked for
             return NotImplemented
-        return ops.attempt(x, weight, bias, self._plan, self._buffers, self._grad_scale)
+        return ops.attempt(x, weight, bias, plan, self._buffers, self._grad_scale)
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""
@@ -373,6 +376,13 @@ class Norm(nn.Module):
             raise TypeError(
                 f"the input is {x.dtype} and the layer's state {kept.dtype}: convert one of them with .double() or "
                 ".float()"
+            )
+        if (
+            kept is not None and x.device != kept.device
+        ):  # found out in the middle of a step, it would leave half of one
+            raise RuntimeError(
+                f"the input is on {x.device} and the layer's state on {kept.device}: move one of them, such as with "
+                f"model.to({str(x.device)!r})"
             )
 
     def _check_rank(self, x: Tensor) -> None:

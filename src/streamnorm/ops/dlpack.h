@@ -14,17 +14,17 @@ struct DLTensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
-struct DLManagedTensor {  // its name there ends in "Versioned"
+struct DLManagedTensorVersioned {
   struct { uint32_t major, minor; } version;
   void* context;
-  void (*deleter)(DLManagedTensor* self);
+  void (*deleter)(DLManagedTensorVersioned* self);
   uint64_t flags;
   DLTensor tensor;
 };
 struct DLPackExchangeAPI {
   struct { struct { uint32_t major, minor; } version; void* previous; } header;
   void *allocate, *from_object;
-  int (*to_object)(DLManagedTensor* tensor, void** object);
+  int (*to_object)(DLManagedTensorVersioned* tensor, void** object);
   int (*borrow)(void* object, DLTensor* out);
   void* stream;
 };

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -36,7 +37,7 @@ void expect_writes(void* data, size_t bytes) {
 
 class KeptMemory {
   struct Block {
-    DLManagedTensor managed;
+    DLManagedTensorVersioned managed;
     int64_t shape[DLTensor::most_axes], strides[DLTensor::most_axes];
     size_t bytes;
     void* data;
@@ -45,6 +46,7 @@ class KeptMemory {
   std::vector<Block*> waiting;  // the longest unused first
   size_t bytes_waiting = 0, most_waiting = 0;
   size_t bytes_used = 0, most_used = 0;
+  size_t blocks = 0;  // that exist; there is room for so many to wait, so that giving one back asks for no memory
 
   KeptMemory() {
 #ifndef _WIN32  // a child must not find the lock taken by a thread that it does not have
@@ -54,21 +56,23 @@ class KeptMemory {
   }
 
   static std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes >= large_page ? large_page : 64); }
-  static void destroy(Block* block) {
+  void destroy(Block* block) {
     operator delete(block->data, alignment(block->bytes));
     delete block;
+    blocks--;
   }
-  static Block* create(size_t bytes) {
-    auto* block = new (std::nothrow) Block();
-    if (!block) return nullptr;
-    block->bytes = bytes;
-    block->data = operator new(bytes, alignment(bytes), std::nothrow);
-    if (!block->data) {
-      delete block;
+  Block* create(size_t bytes) {
+    try {
+      waiting.reserve(blocks + 1);
+      auto block = std::make_unique<Block>();
+      block->bytes = bytes;
+      block->data = operator new(bytes, alignment(bytes));
+      expect_writes(block->data, bytes);
+      blocks++;
+      return block.release();
+    } catch (const std::bad_alloc&) {
       return nullptr;
     }
-    expect_writes(block->data, bytes);
-    return block;
   }
   // The one that was freed last is the likeliest to be in the cache still.
   Block* find(size_t bytes) {
@@ -89,7 +93,7 @@ class KeptMemory {
     }
     waiting.erase(waiting.begin(), waiting.begin() + gone);
   }
-  static void give_back(DLManagedTensor* managed) {
+  static void give_back(DLManagedTensorVersioned* managed) {
     auto* block = (Block*)managed;
     KeptMemory& memory = get();
     std::lock_guard<std::mutex> guard(memory.lock);
@@ -120,12 +124,16 @@ class KeptMemory {
   // Smaller ones an allocator keeps by itself, and larger ones would push out all others.
   bool serves(size_t bytes) const { return bytes >= 1 << 16 && bytes <= most_waiting; }
   // A tensor like another one, which has no gaps; null for want of memory. Its deleter gives the memory back.
-  DLManagedTensor* take(const DLTensor& like, size_t bytes) {
+  DLManagedTensorVersioned* take(const DLTensor& like, size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
     const size_t using_now = bytes_used + bytes, most = using_now > most_used ? using_now : most_used;
     Block* block = find(bytes);
     if (!block) {
       let_wait(most + most / 2 - using_now);
+      block = create(bytes);
+    }
+    if (!block) {
+      let_wait(0);
       block = create(bytes);
     }
     if (!block) return nullptr;

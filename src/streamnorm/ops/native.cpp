@@ -1,7 +1,8 @@
 // The C++ engine of streamnorm: training steps on CPU tensors.
 //
-// It knows nothing of PyTorch but two public interfaces: DLPack's C exchange table (through which a tensor's pointer,
-// shape and strides are read without a copy or an owner) and the OpenMP runtime that PyTorch has loaded. native.py
+// It knows nothing of PyTorch but DLPack's C exchange table (through which a tensor's pointer, shape and strides are read
+// without a copy or an owner, and large outputs are made), the OpenMP runtime that PyTorch has loaded, and a few functions
+// that native.py hands over. native.py
 // decides what comes here; the formulas are in native_kernels.h, and are explained in plain.py.
 
 #define PY_SSIZE_T_CLEAN
@@ -1018,6 +1019,13 @@ void run(const Call& call, bool forward) { call.layout->rows ? walk<Rows>(call, 
 
 constexpr int max_axes = DLTensor::most_axes;
 
+// What the new tensor made last was asked for with: the next one is often like it.
+struct Description {
+  PyObject* arguments = nullptr;  // (shape, strides, dtype)
+  Type type;
+  int64_t strides[max_axes];
+};
+
 // What is known of a (view, formula) before any tensor is seen, and the layout of the tensor seen last.
 struct Plan {
   int axes, dims;
@@ -1032,9 +1040,7 @@ struct Plan {
   static constexpr int spares = 4, largest_spare = 1 << 16;
   PyObject* spare[spares] = {};  // see make_saved
   int last = 0;
-  // What new tensors are asked for with: for one that lies as the input seen last, and for gradients of parameters by type.
-  PyObject *like_input = nullptr, *like_parameter[4] = {};
-  Type like_input_type;
+  Description like_input, like_parameter;
 };
 
 struct Axis {
@@ -1155,8 +1161,6 @@ const Layout* find_layout(Plan& plan, const DLTensor& x) {
   }
   memcpy(plan.strides, x.strides, plan.dims * sizeof(int64_t));
   plan.known = true;
-  Py_XDECREF(plan.like_input);
-  plan.like_input = nullptr;
   return &plan.layout;
 }
 
@@ -1246,8 +1250,8 @@ const char* const plan_name = "streamnorm.plan";
 void free_plan(PyObject* capsule) {
   Plan* plan = (Plan*)PyCapsule_GetPointer(capsule, plan_name);
   for (PyObject* spare : plan->spare) Py_XDECREF(spare);
-  Py_XDECREF(plan->like_input);
-  for (PyObject* description : plan->like_parameter) Py_XDECREF(description);
+  Py_XDECREF(plan->like_input.arguments);
+  Py_XDECREF(plan->like_parameter.arguments);
   delete plan;
 }
 // A plan is a tuple whose first item is the capsule that make_plan returns.
@@ -1443,47 +1447,51 @@ PyObject* tuple_of(int count, const int64_t* values) {
   }
   return tuple.release();
 }
-// What empty_strided is told for a tensor like this one.
-PyObject* describe(const DLTensor& t) {
-  Reference shape(tuple_of(t.ndim, t.shape)), strides(tuple_of(t.ndim, t.strides));
-  PyObject* dtype = PyTuple_GetItem(dtypes, (Py_ssize_t)type_of(t));
-  return shape && strides && dtype ? PyTuple_Pack(3, shape.object, strides.object, dtype) : nullptr;
-}
-PyObject* new_tensor(PyObject* description, DLTensor& out) {
-  Reference tensor(description ? PyObject_CallObject(empty_strided, description) : nullptr);
+// An uninitialized tensor with the shape, the strides and the type of t, and where it is. A description serves one shape.
+PyObject* new_small(const DLTensor& t, Description& d, DLTensor& out) {
+  const Type type = type_of(t);
+  const size_t strides_size = t.ndim * sizeof(int64_t);
+  Reference arguments(d.arguments);
+  if (d.arguments && d.type == type && !memcmp(d.strides, t.strides, strides_size)) {
+    Py_IncRef(arguments);
+  } else {
+    Reference shape(tuple_of(t.ndim, t.shape)), strides(tuple_of(t.ndim, t.strides));
+    PyObject* dtype = PyTuple_GetItem(dtypes, (Py_ssize_t)type);
+    arguments.object = shape && strides && dtype ? PyTuple_Pack(3, shape.object, strides.object, dtype) : nullptr;
+    if (!arguments) return nullptr;
+    Py_IncRef(arguments);
+    Py_XDECREF(d.arguments);
+    d.arguments = arguments;
+    d.type = type;
+    memcpy(d.strides, t.strides, strides_size);
+  }
+  Reference tensor(PyObject_CallObject(empty_strided, arguments));
   if (!tensor) return nullptr;
-  return borrow(tensor, out) ? tensor.release() : refuse("this memory");
+  if (!borrow(tensor, out)) return refuse("this memory");
+  expect_writes(out.data, size_of(t) * t.dtype.bits / 8);
+  return tensor.release();
 }
-// An uninitialized tensor that lies as x does, and where it is.
+// The same for an input, which may be large.
 PyObject* new_like_input(Plan& plan, const DLTensor& x, DLTensor& out) {
   const size_t size = plan.numel * x.dtype.bits / 8;
-  if (KeptMemory::get().serves(size)) {
-    DLManagedTensor* managed = KeptMemory::get().take(x, size);
-    if (!managed) return PyErr_NoMemory();
-    out = managed->tensor;
-    void* tensor = nullptr;
-    return exchange->to_object(managed, &tensor) ? nullptr : (PyObject*)tensor;
-  }
-  if (!plan.like_input || plan.like_input_type != type_of(x)) {
-    Py_XDECREF(plan.like_input);
-    plan.like_input = describe(x);
-    plan.like_input_type = type_of(x);
-  }
-  PyObject* tensor = new_tensor(plan.like_input, out);
-  if (tensor) expect_writes(out.data, size);
-  return tensor;
+  KeptMemory& memory = KeptMemory::get();
+  if (!memory.serves(size)) return new_small(x, plan.like_input, out);
+  DLManagedTensorVersioned* managed = memory.take(x, size);
+  if (!managed) return PyErr_NoMemory();
+  out = managed->tensor;
+  void* tensor = nullptr;
+  if (exchange->to_object(managed, &tensor)) return nullptr;  // whose the memory is then, is not known: it is not given back
+  return (PyObject*)tensor;
 }
-// The same for the gradient of a gain or bias.
+// And for the gradient of a gain or bias.
 PyObject* new_like_parameter(Plan& plan, PyObject* parameter, DLTensor& out) {
   DLTensor t;
-  if (!borrow_flat(parameter, plan.channels, t) || type_of(t) == Type::other) return refuse("this gain or bias");
-  if (t.ndim != 1) {
-    Reference description(describe(t));
-    return new_tensor(description, out);
-  }
-  PyObject*& description = plan.like_parameter[(int)type_of(t)];
-  if (!description) description = describe(t);
-  return new_tensor(description, out);
+  if (!borrow_flat(parameter, plan.channels, t) || type_of(t) == Type::other || t.ndim > max_axes) return refuse("this gain or bias");
+  if (t.ndim == 1) return new_small(t, plan.like_parameter, out);
+  Description description;
+  PyObject* tensor = new_small(t, description, out);
+  Py_XDECREF(description.arguments);
+  return tensor;
 }
 
 // What forward leaves for backward, besides x: (plan, saved, grad_scale, weight, bias), and with a stream the gradient half
@@ -1697,7 +1705,7 @@ PyObject* setup(PyObject*, PyObject* args) {
     return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
-  if (api->header.version.major != 1 || !api->borrow) {
+  if (api->header.version.major != 1 || !api->borrow || !api->to_object) {
     PyErr_Format(PyExc_ImportError, "PyTorch speaks DLPack %d, the C++ engine was made for version 1", (int)api->header.version.major);
     return nullptr;
   }

@@ -7,6 +7,7 @@ anything; then the PyTorch engine runs. This module holds what must be Python: t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,10 +35,13 @@ def _copy_like(x: Tensor, dy: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(dy)
 
 
-# What Inductor's code allocates with: half the time of torch.empty_like.
-_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None) or (
-    lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
-)
+try:  # what Inductor's code allocates with: half the time of torch.empty_like
+    from torch._C._dynamo.guards import _empty_strided_cpu as _empty_strided  # type: ignore[attr-defined]
+except ImportError:
+
+    def _empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype)
+
 
 LIBRARY = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
 """PyTorch's own, through which the extensions find its OpenMP runtime."""
@@ -78,7 +82,7 @@ def _load() -> tuple[Any, str]:
     except ImportError as error:
         return None, f"not available: {error}"
     most = _mebibytes_to_keep()
-    extension.keep_memory(most << 20)
+    extension.keep_memory(min(most << 20, sys.maxsize))
     where = "the threads of PyTorch" if threads else "one thread"
     return extension, f"available: C++ for {isa}, on {where}; keeps up to {most} MiB of freed outputs"
 
