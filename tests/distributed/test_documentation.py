@@ -33,7 +33,7 @@ def test_the_page(processes: Processes) -> None:
 
 def test_the_example_under_torchrun() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for _ in range(2):
+    for _ in range(4):
         result = subprocess.run(
             [*command, str(ROOT / "examples" / "distributed.py")],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
@@ -42,7 +42,7 @@ def test_the_example_under_torchrun() -> None:
             timeout=300,
         )
         if "terminate called without an active exception" not in result.stderr:
-            break  # seen once: a thread of PyTorch's, still there when its process ends
+            break  # a thread of PyTorch's ProcessGroupGloo lets go of a tensor after Python has ended, on a busy machine
     assert result.returncode == 0, result.stderr
     lines = re.findall(r"process (\d): accuracy (\d\.\d+), statistics equal", result.stdout)
     assert sorted(rank for rank, _ in lines) == ["0", "1"]
