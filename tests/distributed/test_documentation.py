@@ -42,7 +42,7 @@ def test_the_example_under_torchrun() -> None:
             timeout=300,
         )
         if "terminate called without an active exception" not in result.stderr:
-            break  # a thread of PyTorch's ProcessGroupGloo lets go of a tensor after Python has ended, on a busy machine
+            break  # on a busy machine a thread of gloo lets go of a tensor after Python has ended
     assert result.returncode == 0, result.stderr
     lines = re.findall(r"process (\d): accuracy (\d\.\d+), statistics equal", result.stdout)
     assert sorted(rank for rank, _ in lines) == ["0", "1"]
