@@ -377,9 +377,8 @@ class Norm(nn.Module):
                 f"the input is {x.dtype} and the layer's state {kept.dtype}: convert one of them with .double() or "
                 ".float()"
             )
-        if (
-            kept is not None and x.device != kept.device
-        ):  # found out in the middle of a step, it would leave half of one
+        # Found out in the middle of a step, it would leave half of one.
+        if kept is not None and x.device != kept.device:
             raise RuntimeError(
                 f"the input is on {x.device} and the layer's state on {kept.device}: move one of them, such as with "
                 f"model.to({str(x.device)!r})"

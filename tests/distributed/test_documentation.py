@@ -33,7 +33,7 @@ def test_the_page(processes: Processes) -> None:
 
 def test_the_example_under_torchrun() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for _ in range(4):
+    for _ in range(2):
         result = subprocess.run(
             [*command, str(ROOT / "examples" / "distributed.py")],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},

@@ -1448,7 +1448,7 @@ PyObject* tuple_of(int count, const int64_t* values) {
   return tuple.release();
 }
 // An uninitialized tensor with the shape, the strides and the type of t, and where it is. A description serves one shape.
-PyObject* new_small(const DLTensor& t, Description& d, DLTensor& out) {
+PyObject* new_tensor(const DLTensor& t, Description& d, DLTensor& out) {
   const Type type = type_of(t);
   const size_t strides_size = t.ndim * sizeof(int64_t);
   Reference arguments(d.arguments);
@@ -1471,11 +1471,11 @@ PyObject* new_small(const DLTensor& t, Description& d, DLTensor& out) {
   expect_writes(out.data, size_of(t) * t.dtype.bits / 8);
   return tensor.release();
 }
-// The same for an input, which may be large.
+// The same for an input; large ones get kept memory.
 PyObject* new_like_input(Plan& plan, const DLTensor& x, DLTensor& out) {
   const size_t size = plan.numel * x.dtype.bits / 8;
   KeptMemory& memory = KeptMemory::get();
-  if (!memory.serves(size)) return new_small(x, plan.like_input, out);
+  if (!memory.serves(size)) return new_tensor(x, plan.like_input, out);
   DLManagedTensorVersioned* managed = memory.take(x, size);
   if (!managed) return PyErr_NoMemory();
   out = managed->tensor;
@@ -1487,9 +1487,9 @@ PyObject* new_like_input(Plan& plan, const DLTensor& x, DLTensor& out) {
 PyObject* new_like_parameter(Plan& plan, PyObject* parameter, DLTensor& out) {
   DLTensor t;
   if (!borrow_flat(parameter, plan.channels, t) || type_of(t) == Type::other || t.ndim > max_axes) return refuse("this gain or bias");
-  if (t.ndim == 1) return new_small(t, plan.like_parameter, out);
+  if (t.ndim == 1) return new_tensor(t, plan.like_parameter, out);
   Description description;
-  PyObject* tensor = new_small(t, description, out);
+  PyObject* tensor = new_tensor(t, description, out);
   Py_XDECREF(description.arguments);
   return tensor;
 }
