@@ -241,3 +241,34 @@ def test_a_window_forgets_by_samples_not_by_updates(engine: str) -> None:
     sn.commit(once)
     torch.testing.assert_close(often.long, once.long)
     torch.testing.assert_close(once.long[0, 0], torch.tensor(3 * (1 - math.exp(-12 / 9)), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "stream", [Stream(window=9), Stream(alpha=(0.5, 0.2, 0.3), beta=(0.6, 0.3, 0.1), kappa=(0.9, 0.2, 0.8, 0.1))]
+)
+def test_a_formula_tells_its_weights(stream: Stream) -> None:
+    """They are those that the reference mixes and commits by."""
+    formula = stream.formula(1, True, 1, 1e-5)
+    alpha, beta, kappa = formula.weights(6, 3)
+    assert alpha == pytest.approx(ops.plain.mix_weights(formula.alpha, formula.window, torch.tensor(6)))
+    assert beta == pytest.approx(ops.plain.mix_weights(formula.beta, formula.window, torch.tensor(3)))
+    layer = filled([6, 6, 6], [3, 3, 3], torch.float64)
+    layer.set_stream(stream)
+    layer.samples.fill_(6)
+    layer.grad_samples.fill_(3)
+    with torch.no_grad():
+        long = kappa[0] * layer.long + kappa[1] * layer.short
+        long_grad = kappa[2] * layer.long_grad + kappa[3] * layer.short_grad
+    sn.commit(layer)
+    torch.testing.assert_close(layer.long, long)
+    torch.testing.assert_close(layer.long_grad, long_grad)
+
+
+def test_a_memory_in_samples() -> None:
+    window, constants = (stream.formula(1, True, 1, 1e-5) for stream in (Stream(window=200), Stream(kappa=0.7)))
+    assert window.weights(1, 1).memory(1) == pytest.approx(200, rel=0.01)
+    assert window.weights(1000, 1000).memory(1000) == pytest.approx(1000, rel=0.01)
+    assert constants.weights(1, 1).memory(1) == pytest.approx(1 / 0.3)
+    assert constants.weights(128, 128).memory(128) == pytest.approx(128 / 0.3)
+    with pytest.raises(ValueError, match="without a stream"):
+        sn.SampleNorm(3).formula.weights(1, 1)

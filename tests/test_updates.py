@@ -610,3 +610,38 @@ def test_statistics_of_an_unfinished_update_are_committed_after_loading(engine: 
         SGD(each.parameters(), lr=0.1).step()
     assert not collecting(resumed)
     assert_same_state(resumed, model)
+
+
+def test_a_listener_sees_both_memories_before_the_commit(engine: str) -> None:
+    first, second = (nn.Sequential(nn.Linear(2, 2), sn.StreamingNorm1d(2)) for _ in range(2))
+    optimizer, unused = (SGD(model.parameters(), lr=0.1) for model in (first, second))
+    sn.bind(second, unused)
+    heard: list[tuple[Optimizer | None, list[tuple[nn.Module, int]]]] = []
+    handle = updates.before_commit(
+        lambda layers, who: heard.append((who, [(layer, int(layer.samples)) for layer in layers]))
+    )
+    other = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    for model in (first, second):
+        model(torch.randn(3, 2)).sum().backward()
+    optimizer.step()
+    sn.commit(second)
+    other.step()
+    handle.remove()
+    optimizer.step()
+    assert heard == [(optimizer, [(first[1], 3)]), (None, [(second[1], 3)]), (other, [])]
+
+
+def test_layers_commit_though_a_listener_raises(engine: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    layer = sn.StreamingNorm1d(2)
+    layer(torch.randn(3, 2))
+    handle = updates.before_commit(fail)
+    try:
+        with pytest.raises(OSError, match="full"):
+            sn.commit(layer)
+    finally:
+        handle.remove()
+    assert not layer.samples
+    assert layer.long[0].all()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,15 @@ from .ops import traced
 if TYPE_CHECKING:
     from .norm import Norm
 
+    Listener = Callable[[Sequence[Norm], Optimizer | None], None]
+
 _layers: dict[int, weakref.ref[Norm]] = {}
 """The streaming layers that were used in training, in the order of their first use."""
 
 _hook: RemovableHandle | None = None
+
+_listeners: OrderedDict[int, Listener] = OrderedDict()
+"""Called at weight updates; :func:`before_commit` adds to them."""
 
 
 def watch(layer: Norm) -> None:
@@ -70,6 +76,34 @@ def adopt(ddp: DistributedDataParallel) -> None:
     """Take the layers of a DistributedDataParallel model as they stand in it, in every process alike."""
     agreement.adopt(ddp)
     enroll(ddp.module)
+
+
+def before_commit(listener: Listener) -> RemovableHandle:
+    """Call ``listener(layers, optimizer)`` at every weight update that is noticed, just before the layers commit.
+
+    The listener sees the short- and the long-term statistics of this update side by side, joined over the processes
+    where there are several. ``layers`` are those that are about to commit; the list is empty at a step of an optimizer
+    that no layer follows. ``optimizer`` is None after :func:`commit`. It runs in every step of training, so it has to
+    be cheap. The layers commit also if it raises.
+
+    Args:
+        listener: the function.
+
+    Returns:
+        A handle, whose ``remove`` ends the calls.
+
+    Example:
+        >>> import streamnorm as sn
+        >>> layer = sn.StreamingNorm1d(2)
+        >>> handle = before_commit(lambda layers, optimizer: print(int(layers[0].samples), "samples"))
+        >>> _ = layer(torch.randn(4, 2))
+        >>> sn.commit(layer)
+        4 samples
+        >>> handle.remove()
+    """
+    handle = RemovableHandle(_listeners)
+    _listeners[handle.id] = listener
+    return handle
 
 
 def commit(model: nn.Module) -> None:
@@ -156,7 +190,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         layers = (reference() for reference in list(_layers.values()))
         return [layer for layer in layers if layer is not None and _follows(layer, optimizer, trained)]
 
-    _commit(following)
+    _commit(following, optimizer)
 
 
 def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
@@ -173,8 +207,13 @@ def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
 
 
 @torch.no_grad()
-def _commit(select: Callable[[], list[Norm]]) -> None:
-    commit_merged(agreement.merged(select))
+def _commit(select: Callable[[], list[Norm]], optimizer: Optimizer | None = None) -> None:
+    layers = agreement.merged(select)
+    try:
+        for listener in tuple(_listeners.values()):
+            listener(layers, optimizer)
+    finally:
+        commit_merged(layers)
 
 
 def commit_merged(layers: list[Norm]) -> None:

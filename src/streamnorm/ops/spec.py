@@ -89,6 +89,35 @@ class Formula(NamedTuple):
     kappa: tuple[float, float, float, float] | None = None
     window: float | None = None
 
+    def weights(self, samples: float, grad_samples: float) -> Weights:
+        """α, β and κ as they are after this many samples, and gradients of samples, since the last weight update.
+
+        Raises:
+            ValueError: without a stream.
+        """
+        if self.window is not None:
+            seen, kept = zip(*((n / (self.window + n), math.exp(-n / self.window)) for n in (samples, grad_samples)))
+            kappa = (kept[0], 1 - kept[0], kept[1], 1 - kept[1])
+            return Weights((1 - seen[0], seen[0], 0.0), (1 - seen[1], seen[1], 0.0), kappa)
+        if self.alpha is None or self.beta is None or self.kappa is None:
+            raise ValueError("a formula without a stream has no memory")
+        return Weights(self.alpha, self.beta, self.kappa)
+
+
+class Weights(NamedTuple):
+    """How long-term, short-term and present are mixed at a use, and what a commit keeps and takes (section 2.4)."""
+
+    alpha: Mix
+    beta: Mix
+    kappa: tuple[float, float, float, float]
+
+    def memory(self, samples: float) -> float:
+        """The samples that the long-term average stands for where every weight update sees this many; maybe infinite.
+
+        A commit that replaces a share of 1 − κ1 by an average of S samples leads to an average of S/(1 − κ1).
+        """
+        return samples / (1 - self.kappa[0]) if self.kappa[0] < 1 else math.inf
+
 
 class State(NamedTuple):
     """The long- and short-term averages of a stream, changed in place. Row 0 is mu's, row 1 is the moment's.
