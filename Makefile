@@ -14,7 +14,7 @@ INTEGRATION_TESTS := tests/integrations tests/test_docs.py
 # What an installation depends on; Python sources are read where they lie.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/ops/*.cpp src/streamnorm/ops/*.h)
 
-.PHONY: help install demo test lint types pytest search sanitize test-integrations compatibility format bench cuda docs clean
+.PHONY: help install demo test lint types pytest search sanitize test-integrations compatibility format bench cuda docs wheel clean
 
 help:
 	@echo "make demo    train one sample at a time on scikit-learn's digits; writes demo/"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench   measure the layers against torch.nn's own"
 	@echo "make cuda    tests and measurements on an NVIDIA GPU, within ten minutes; writes cuda/"
 	@echo "make docs    build the documentation into docs/_build/html"
+	@echo "make wheel   build the source distribution and this platform's wheel, and test the wheel by itself"
 	@echo "make clean   remove the environment and everything built"
 
 install: $(INSTALLED)
@@ -97,6 +98,14 @@ docs: $(DOCS_INSTALLED)
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@
+
+# The wheel is installed into an environment that holds nothing else but its dependencies and what tests it.
+wheel: install
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/wheel/bin/python .ci/wheel
 
 clean:
 	rm -rf .venv $(INTEGRATIONS) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
