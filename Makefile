@@ -93,6 +93,7 @@ cuda: install
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
+	$(BIN)/python -m pytest -q tests/test_site.py
 	@echo "Open docs/_build/html/index.html"
 
 $(DOCS_INSTALLED): $(INSTALLED)

@@ -91,7 +91,7 @@ def norm_act(channels: int, apply_act: bool = True, act_layer: Any = nn.ReLU, **
 
 @pytest.mark.shows(
     "EfficientNet, RegNet",
-    "`norm_layer=` a function that makes `sn.StreamingNormAct2d` ([Models of others](models.md))",
+    "`norm_layer=` a function that makes `sn.StreamingNormAct2d` ([Models of other libraries](models.md))",
 )
 @pytest.mark.parametrize(("name", "act_layer"), [("efficientnet_b0", nn.SiLU), ("regnety_002", nn.ReLU)])
 def test_norm_layer_where_it_brings_its_activation(name: str, act_layer: type[nn.Module]) -> None:
