@@ -13,11 +13,11 @@ import pytest
 import resume
 import torch
 from resume import TOTAL, Training
-from torch import Tensor
+from torch import Tensor, nn
 
 import streamnorm as sn
 
-FIXTURE = Path(__file__).parent / "fixtures" / "state-v1.pt"
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def flat(state: Any) -> list[Any]:
@@ -62,22 +62,52 @@ def test_going_on_in_a_new_process(whole: dict[str, Any], tmp_path: Path, pause:
     assert_same(torch.load(tmp_path / "end.pt", weights_only=True), whole)
 
 
-def test_the_checkpoint_of_this_version_loads() -> None:
-    """The file was written by ``python tests/test_resume.py`` with version 1 of the layers' state, and is kept.
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_checkpoint_of_every_version_loads(version: int) -> None:
+    """The file of a version was written by ``python tests/test_resume.py`` at that version, and is kept.
 
-    A later version that stores something else has to read it: migrate in ``_load_from_state_dict`` by its
-    ``local_metadata["version"]``, and keep a file of the new version beside this one.
+    A later version that stores something else has to read it: by the version that ``saved_state.prepare`` is given.
+    Keep a file of the new version beside these.
     """
-    saved = torch.load(FIXTURE, weights_only=True)
+    saved = torch.load(FIXTURES / f"state-v{version}.pt", weights_only=True)
     training = Training()
     training.load(saved["checkpoint"])
-    assert saved["checkpoint"]["model"]._metadata["dense.1"]["version"] == 1
+    assert saved["checkpoint"]["model"]._metadata["dense.1"]["version"] == version
     x = torch.linspace(-1, 1, 24).view(2, 4, 3)
     torch.testing.assert_close(training.model.eval()(x), saved["evaluation"])
     training.model.train()
     training.run(TOTAL)
-    for name, value in training.model.state_dict().items():
-        torch.testing.assert_close(value, saved["end"][name], rtol=1e-4, atol=1e-6)
+    end = training.model.state_dict()
+    for name, value in saved["end"].items():
+        torch.testing.assert_close(end[name], value, rtol=1e-4, atol=1e-6)
+    new = {name.rpartition(".")[2] for name in end.keys() - saved["end"].keys()}
+    assert new == ({"lp_moment"} if version == 1 else set())
+
+
+def test_the_present_version_has_its_file() -> None:
+    assert (FIXTURES / f"state-v{sn.Norm._version}.pt").exists()
+
+
+def test_a_pickle_of_version_1_goes_on() -> None:
+    """Whole modules, saved with an unfinished update; they are of the present version from then on."""
+    saved = torch.load(FIXTURES / "pickle-v1.pt", weights_only=False)
+    model, x = saved["model"], saved["x"]
+    torch.testing.assert_close(model(x)[0], saved["evaluation"])
+    assert int(model[1].samples) == 4
+    again = nn.Sequential(
+        nn.Linear(3, 6),
+        sn.StreamingNorm1d(6, p=1.5, scale="gaussian", window=20),
+        sn.GeneralBatchNorm(6),
+        sn.SampleNorm(6, ("group", 2)),
+        sn.GRU(6, 4),
+    ).eval()
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(x)[0], saved["evaluation"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    copy.deepcopy(model).train()(x)[0].square().mean().backward()
+    model.train()(x)[0].square().mean().backward()
+    optimizer.step()
+    assert int(model[1].samples) == 0
 
 
 def write_fixture() -> None:
@@ -87,7 +117,8 @@ def write_fixture() -> None:
     x = torch.linspace(-1, 1, 24).view(2, 4, 3)
     evaluation = copy.deepcopy(training.model).eval()(x).detach()
     training.run(TOTAL)
-    torch.save({"checkpoint": checkpoint, "evaluation": evaluation, "end": training.model.state_dict()}, FIXTURE)
+    result = {"checkpoint": checkpoint, "evaluation": evaluation, "end": training.model.state_dict()}
+    torch.save(result, FIXTURES / f"state-v{sn.Norm._version}.pt")
 
 
 if __name__ == "__main__":

@@ -56,13 +56,14 @@ def test_names_and_shapes(ref: Any, num_stats: int) -> None:
         "grad_count": (num_stats,),
         "samples": (),
         "grad_samples": (),
+        "lp_moment": (3,),
     }
 
 
 def test_a_new_layer_starts_at_the_prior() -> None:
     layer = sn.StreamingNorm1d(3)
     assert layer.long.tolist() == [[0, 0, 0], [1, 1, 1]]
-    others = [buffer for name, buffer in layer.named_buffers() if name != "long"]
+    others = layer.state[1:]
     assert len(others) == 7
     assert not any(buffer.any() for buffer in others)
 
@@ -705,3 +706,221 @@ def test_general_batch_norm_exchanges_state_dicts_with_batch_norm() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 4)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
+
+
+# What a state says of its moment, and what is refused
+
+
+def filled(layer: Any, *shape: int) -> Any:
+    """The layer with statistics, and an unfinished update."""
+    for _ in range(3):
+        use(layer, *shape)
+        sn.commit(layer)
+    use(layer, *shape)
+    return layer
+
+
+Change = Callable[[dict[str, Tensor]], object]
+
+
+def refused(layer: nn.Module, state: Any, message: str, **how: Any) -> None:
+    """Loading raises this, and leaves every number as it was."""
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state, **how)
+    for name, tensor in layer.state_dict().items():
+        assert tensor.equal(before[name]), name
+
+
+MOMENTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"p": 1}, {"p": 2}, r"collected with p=1, center='mean', scale='raw', and this layer has p=2, center='mean'"),
+    ({"p": 1.5}, {"p": 1.6}, r"p=1\.5.*and this layer has p=1\.6.*Make the layer with p=1\.5"),
+    ({}, {"center": "zero"}, r"center='mean', scale='raw', and this layer has p=1, center='zero'"),
+    ({"scale": "gaussian"}, {}, r"scale='gaussian', and this layer has .*scale='raw'\. Make .*scale='gaussian'"),
+]
+
+
+@pytest.mark.parametrize(("saved", "own", "message"), MOMENTS, ids=str)
+@pytest.mark.parametrize("how", [{}, {"strict": False}, {"assign": True}], ids=str)
+def test_statistics_of_another_moment(how: Any, saved: Any, own: Any, message: str) -> None:
+    for one, other in ((saved, own), (own, saved)):
+        model = nn.Sequential(nn.Linear(3, 4), filled(sn.StreamingNorm1d(4, **one), 5, 4))
+        layer = filled(sn.StreamingNorm1d(4, **other), 5, 4)
+        state = {name.removeprefix("1."): tensor for name, tensor in model.state_dict().items() if "1." in name}
+        refused(layer, state, message if one is saved else "lp_moment: these statistics were collected with", **how)
+    with pytest.raises(RuntimeError, match=r"1\.lp_moment: these statistics"):
+        nn.Sequential(nn.Linear(3, 4), layer).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("make", [sn.RNN, sn.GRU, sn.LSTM, sn.GRUCell, sn.LSTMCell])
+def test_recurrent_statistics_of_another_moment(make: Any) -> None:
+    name = "norm_hh" if "Cell" in make.__name__ else "norm_hh_l0"
+    with pytest.raises(RuntimeError, match=rf"{name}\.lp_moment: these statistics .* p=2, .*and this layer has p=1"):
+        make(3, 4).load_state_dict(make(3, 4, p=2).state_dict())
+    make(3, 4, p=2).load_state_dict(make(3, 4, p=2).state_dict())
+
+
+def test_for_p_2_both_scales_are_the_same() -> None:
+    raw, gaussian = filled(sn.StreamingNorm1d(4, p=2), 5, 4), sn.StreamingNorm1d(4, p=2, scale="gaussian")
+    gaussian.load_state_dict(raw.state_dict())
+    x = torch.randn(5, 4)
+    assert gaussian.eval()(x).equal(raw.eval()(x))
+    assert gaussian.lp_moment.tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", [1, 1.3, 2.7])
+def test_a_state_that_was_saved_in_another_precision(p: float, dtype: torch.dtype) -> None:
+    layer, saved = sn.StreamingNorm1d(4, p=p), filled(sn.StreamingNorm1d(4, p=p), 5, 4).state_dict()
+    layer.load_state_dict({name: t.to(dtype) if t.is_floating_point() else t for name, t in saved.items()})
+    assert layer.lp_moment.tolist() == torch.tensor([p, 1.0, 0.0]).tolist()
+
+
+def test_a_state_holds_tensors_of_their_own() -> None:
+    """So that safetensors takes it: it refuses objects, and tensors that share memory."""
+    state = nn.Sequential(sn.StreamingNorm1d(4), sn.StreamingNorm1d(4), sn.GRU(4, 3)).state_dict()
+    assert {type(value) for value in state.values()} == {Tensor}
+    assert len({value.data_ptr() for value in state.values()}) == len(state)
+
+
+def test_states_from_before_the_moment_was_saved() -> None:
+    """Of version 1, or of no known version, as files without metadata are."""
+    saved = filled(sn.StreamingNorm1d(4, p=3), 5, 4).state_dict()
+    del saved["lp_moment"]
+    layer = sn.StreamingNorm1d(4, p=3)
+    with pytest.raises(RuntimeError, match=r"Missing key.*lp_moment"):
+        layer.load_state_dict(saved)
+    saved._metadata[""]["version"] = 1
+    for state in (saved, dict(saved)):
+        layer = sn.StreamingNorm1d(4, p=3, device="meta").to_empty(device="cpu")
+        layer.load_state_dict(state)
+        assert layer.long.equal(saved["long"])
+        assert layer.lp_moment.tolist() == [3, 1, 0]
+
+
+@pytest.mark.parametrize("make", [lambda: sn.StreamingNorm1d(4), lambda: sn.GRU(3, 4)], ids=["layer", "recurrent"])
+def test_a_state_of_a_later_version(make: Callable[[], nn.Module]) -> None:
+    state: Any = make().state_dict()
+    for metadata in state._metadata.values():
+        metadata["version"] = 9
+    with pytest.raises(RuntimeError, match=r"long: this state is of version 9, and this release .* up to 2: install"):
+        make().load_state_dict(state)
+
+
+SPOILT: dict[str, tuple[Change, str]] = {
+    "nan": (lambda s: s["long"][0, 1].fill_(math.nan), r"long: it holds nan at \[0, 1\]; statistics are finite"),
+    "infinite": (lambda s: s["short"][1, 2].fill_(math.inf), r"short: it holds inf at \[1, 2\]"),
+    "gradient": (lambda s: s["long_grad"][1].fill_(-math.inf), r"long_grad: it holds -inf at \[1, 0\]"),
+    "short gradient": (lambda s: s["short_grad"].fill_(math.nan), r"short_grad: it holds nan at \[0, 0\]"),
+    "moment": (lambda s: s["long"][1, 3].fill_(-0.5), r"long: it holds -0\.5 at \[1, 3\]; .* moments"),
+    "short moment": (lambda s: s["short"][1].fill_(-2), r"short: it holds -2\.0 at \[1, 0\]"),
+    "count": (lambda s: s["count"][2].fill_(-3), r"count: it holds -3 at \[2\]; .* counts at least 0"),
+    "gradient count": (lambda s: s["grad_count"].fill_(-1), r"grad_count: it holds -1 at \[0\]"),
+    "samples": (lambda s: s["samples"].fill_(-3), r"samples: it holds -3; .* strict=False .*streamnorm\.calibrate"),
+    "gradient samples": (lambda s: s["grad_samples"].fill_(-3), "grad_samples: it holds -3"),
+    "p": (lambda s: s["lp_moment"][0].fill_(0), r"lp_moment: it is \[0\.0, 1\.0, 0\.0\], and p is .* at least 1"),
+    "size": (lambda s: s.update(short=torch.zeros(2, 3)), r"size mismatch for short: of shape \(2, 3\) in the check"),
+    "gain": (lambda s: s.update(weight=torch.ones(3)), r"size mismatch for weight: of shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"strict": False}, {"assign": True}], ids=str)
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_spoilt_state_is_refused_before_anything_changes(fault: str, how: Any) -> None:
+    change, message = SPOILT[fault]
+    layer, other = (filled(sn.StreamingNorm1d(4, p=1.5), 5, 4) for _ in range(2))
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    change(state)
+    refused(layer, state, message, **how)
+
+
+@pytest.mark.parametrize("fault", ["nan", "moment", "count", "samples"])
+def test_a_spoilt_state_of_a_recurrent_layer(fault: str) -> None:
+    change, message = SPOILT[fault]
+    layer = sn.LSTM(3, 1)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    change({name.removeprefix("norm_ih_l0."): tensor for name, tensor in state.items() if "norm_ih_l0." in name})
+    before = buffers(layer.norm_ih_l0)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=rf"norm_ih_l0\.{message}"):
+        layer.load_state_dict(state)
+    assert not changed(layer.norm_ih_l0, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda: sn.GeneralBatchNorm(4), lambda: sn.GRU(3, 4, norm="batch").norm_ih_l0])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("running_mean", math.nan, "running_mean: it holds nan at"),
+        ("running_var", math.inf, "running_var: it holds inf at"),
+        ("running_var", -1, r"running_var: it holds -1\.0 at"),
+        ("num_batches_tracked", -1, "num_batches_tracked: it holds -1; "),
+    ],
+)
+def test_a_spoilt_state_of_batch_normalization(make: Any, name: str, value: float, message: str) -> None:
+    state = {key: tensor.clone() for key, tensor in make().state_dict().items()}
+    state[name].fill_(value)
+    refused(make(), state, message)
+
+
+def test_batch_normalization_loads_states_without_a_number_of_batches() -> None:
+    """As ``nn.BatchNorm`` does: version 1 of it did not count."""
+    state = with_mean = nn.BatchNorm1d(4).state_dict()
+    with_mean["running_mean"].fill_(3)
+    del state["num_batches_tracked"]
+    layer = sn.GeneralBatchNorm(4)
+    with pytest.raises(RuntimeError, match=r"Missing key.*num_batches_tracked"):
+        layer.load_state_dict(state)
+    layer.load_state_dict(dict(state))
+    assert layer.running_mean.tolist() == [3] * 4
+    assert int(layer.num_batches_tracked) == 0
+
+
+def test_states_whose_numbers_cannot_be_read_load() -> None:
+    layer = sn.StreamingNorm1d(4, device="meta")
+    layer.load_state_dict(sn.StreamingNorm1d(4, device="meta").state_dict(), assign=True)
+    saved = filled(sn.StreamingNorm1d(4), 5, 4).state_dict()
+    layer.load_state_dict(saved, assign=True)
+    assert not changed(layer, dict(saved))
+
+
+# What a BatchNorm has
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("running_mean", r"StreamingNorm1d has no running_mean: layer\.eval_stats\(\)\[0\] .*to_batchnorm\(model\)"),
+        ("running_var", r"no running_var: layer\.eval_stats\(\)\[1\] .*to_batchnorm\(model\)"),
+        ("num_batches_tracked", r"no num_batches_tracked: layer\.samples"),
+        ("momentum", r"no momentum: .* layer\.stream\.window"),
+        ("track_running_stats", r"no track_running_stats: .*streamnorm\.freeze"),
+        ("reset_running_stats", r"no reset_running_stats: .*layer\.reset_stats\(\)"),
+    ],
+)
+def test_a_name_of_batch_normalization_says_what_to_write(name: str, message: str) -> None:
+    layer = sn.StreamingNorm1d(4)
+    with pytest.raises(AttributeError, match=message) as error:
+        getattr(layer, name)
+    assert error.value.name == name
+    assert not hasattr(layer, name)
+    assert getattr(layer, name, None) is None
+    with pytest.raises(AttributeError, match=rf"^'SampleNorm' object has no attribute '{name}'"):
+        getattr(sn.SampleNorm(4), name)
+
+
+def test_fusing_code_is_told_so() -> None:
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    with pytest.raises(AttributeError, match=r"has no running_mean: layer\.eval_stats"):
+        fuse_conv_bn_eval(nn.Conv2d(3, 4, 1).eval(), sn.StreamingNorm2d(4).eval())  # type: ignore[arg-type]
+
+
+def test_the_names_that_a_layer_has_are_its_own() -> None:
+    layer = sn.GeneralBatchNorm(4)
+    assert layer.running_mean.tolist() == [0] * 4
+    assert layer.momentum == 0.1
+    streaming: Any = sn.StreamingNorm1d(4)
+    streaming.momentum = 0.1  # what somebody sets is there
+    assert streaming.momentum == 0.1
+    with pytest.raises(AttributeError, match="'StreamingNorm1d' object has no attribute 'runing_mean'"):
+        streaming.runing_mean  # noqa: B018

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
+from . import saved_state
 from .ops.spec import State
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def adopt(ddp: DistributedDataParallel) -> None:
     found = [(n, m) for n, m in ddp.module.named_modules() if isinstance(m, Norm) and m.stream is not None]
     for _, layer in found:
         layer._ddp = weakref.ref(ddp)
-    ddp.parameters_to_ignore.update(f"{name}.{buffer}".lstrip(".") for name, _ in found for buffer in State._fields)
+    buffers = (*State._fields, saved_state.MOMENT)
+    ddp.parameters_to_ignore.update(f"{name}.{buffer}".lstrip(".") for name, _ in found for buffer in buffers)
     ddp._assign_modules_buffers()  # or it tries to broadcast a list that has become empty
     _adopted.add(ddp)
 

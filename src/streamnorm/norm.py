@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
-from . import agreement, checkpoint, ops, updates
+from . import agreement, checkpoint, ops, saved_state, updates
 from .agreement import Sync
 from .moments import LpMoment
 from .normref import NormRef, RefName
@@ -39,6 +39,16 @@ _UNPICKLED = {
     "_grad_scale": None,
     "_ddp": None,
 }
+_TO_BATCHNORM = "streamnorm.to_batchnorm(model) writes a BatchNorm that has it"
+_INSTEAD = {
+    "running_mean": f"layer.eval_stats()[0] is the mean that evaluation uses, and {_TO_BATCHNORM}",
+    "running_var": f"layer.eval_stats()[1] is the variance that evaluation uses, and {_TO_BATCHNORM}",
+    "num_batches_tracked": "layer.samples is the number of samples since the last weight update",
+    "momentum": "its memory in samples is layer.stream.window",
+    "track_running_stats": "it always does; streamnorm.freeze(model) holds its statistics",
+    "reset_running_stats": "write layer.reset_stats(), or streamnorm.reset_stats(model)",
+}
+"""What to write for what a BatchNorm has and a streaming layer does not."""
 
 
 class Norm(nn.Module):
@@ -73,7 +83,7 @@ class Norm(nn.Module):
         torch.Size([4, 6, 8, 8])
     """
 
-    _version = 1
+    _version = saved_state.VERSION
     _watched = False
     _optimizer: weakref.ref[torch.optim.Optimizer] | None = None
     _owner: weakref.ref[torch.optim.Optimizer] | None = None
@@ -102,6 +112,7 @@ class Norm(nn.Module):
     grad_count: Tensor
     samples: Tensor
     grad_samples: Tensor
+    lp_moment: Tensor
 
     def __init__(
         self,
@@ -140,6 +151,7 @@ class Norm(nn.Module):
             ):
                 self.register_buffer(name, tensor)
         self._set_formula()
+        self._register_moment()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -156,6 +168,7 @@ class Norm(nn.Module):
         if self.stream is not None:
             for buffer, fresh in zip(self.state, self.stream.new_state(1, None, torch.float64)):
                 buffer.copy_(fresh.expand_as(buffer))
+            self.lp_moment.copy_(saved_state.as_tensor(self.moment))  # after to_empty
 
     def set_stream(self, stream: Stream) -> None:
         """Change the constants of a streaming layer; its state stays."""
@@ -168,6 +181,11 @@ class Norm(nn.Module):
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
         self.formula = Formula(*constants) if self.stream is None else self.stream.formula(*constants)
         self._formula_text = repr(self.formula)
+
+    def _register_moment(self) -> None:
+        if self.stream is not None:
+            like = self.long
+            self.register_buffer(saved_state.MOMENT, saved_state.as_tensor(self.moment, like.device, like.dtype))
 
     def _formula_in_graph(self) -> Formula:
         """The formula, as constants where a graph is being made.
@@ -391,6 +409,12 @@ class Norm(nn.Module):
                 "a batch of one is x[None]"
             )
 
+    def __getattr__(self, name: str) -> Any:
+        """As nn.Module's, and what to ask for instead of a BatchNorm's attribute that a stream does not have."""
+        if name in _INSTEAD and self.__dict__.get("stream") is not None and name not in self._buffers:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {_INSTEAD[name]}", name=name, obj=self)
+        return super().__getattr__(name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
         """As nn.Module: ``.double()`` converts the statistics, ``.half()`` and ``.bfloat16()`` leave them float32."""
         self._accepted = None
@@ -406,16 +430,22 @@ class Norm(nn.Module):
         """What a copy takes along: not the ties to this process's optimizers."""
         return {**self.__dict__, **_UNPICKLED}
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self._accepted = None  # assign=True may bring another precision
-        if self.stream is not None and prefix + "running_var" in state_dict:
-            *_, error_msgs = args
-            error_msgs.append(
-                f"{prefix}running_var: this is the state of a BatchNorm. Load it into the BatchNorm model, then "
-                "write streamnorm.convert(model)"
-            )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As nn.Module; a pickle of version 1 holds no moment among its buffers."""
+        super().__setstate__(state)
+        if saved_state.MOMENT not in self._buffers:
+            self._register_moment()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        *_, error_msgs = args
+        faults = saved_state.prepare(self, state_dict, prefix, local_metadata.get("version"))
+        if faults:
+            error_msgs.extend(faults)
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._accepted = None  # assign=True may bring another precision
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._watch()
 
     def _watch(self) -> None:

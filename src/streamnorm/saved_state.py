@@ -1,0 +1,138 @@
+"""What a layer's state_dict has to hold: statistics of the layer's own moment, finite, and counts of at least 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .moments import LpMoment
+
+if TYPE_CHECKING:
+    from .norm import Norm
+
+VERSION = 2
+"""The version of the state. Version 1 did not hold the moment."""
+
+MOMENT = "lp_moment"
+"""The buffer that holds p, centre and scale. Nothing is computed with it; it is there to be saved and compared."""
+
+_STATISTICS = ("long", "short", "long_grad", "short_grad", "running_mean", "running_var")
+_COUNTS = ("count", "grad_count", "samples", "grad_samples", "num_batches_tracked")
+_SAME = 0.004
+"""The relative difference up to which two p are the same: a state may have been saved in bfloat16, of 8 bits."""
+
+
+def as_tensor(moment: LpMoment, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The moment as ``(p, 1 if the centre is the mean else 0, 1 if the scale is gaussian else 0)``.
+
+    Example:
+        >>> as_tensor(LpMoment(p=1, center="zero", scale="gaussian")).tolist()
+        [1.0, 0.0, 1.0]
+    """
+    values = (float(moment.p), float(moment.center == "mean"), float(moment.scale == "gaussian"))
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
+def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int | None) -> list[str]:
+    """Look at what ``load_state_dict`` is about to load into a layer, before it does.
+
+    Args:
+        layer: the layer.
+        state_dict: may be changed: a state of version 1 is given the layer's own moment.
+        prefix: of the layer's names in ``state_dict``.
+        version: of the state, None where it is not known.
+
+    Returns:
+        What stands against loading it, each in a sentence; empty if nothing does.
+    """
+    names = [name for name in (*layer._parameters, *layer._buffers) if prefix + name in state_dict]
+    own = {name: state_dict[prefix + name] for name in names}
+    readable = {name: t for name, t in own.items() if type(t) in (Tensor, nn.Parameter) and not t.is_meta}
+    faults = _size_faults(layer, readable, prefix)
+    if faults or layer.stream is None:
+        if "num_batches_tracked" in layer._buffers and (version is None or version < 2):  # a BatchNorm's of old
+            state_dict.setdefault(prefix + "num_batches_tracked", layer._buffers["num_batches_tracked"])
+        return faults or _value_faults(readable, prefix)
+    if prefix + "running_var" in state_dict:
+        return [
+            f"{prefix}running_var: this is the state of a BatchNorm. Load it into the BatchNorm model, then "
+            "write streamnorm.convert(model)"
+        ]
+    if version is not None and version > VERSION:
+        return [
+            f"{prefix}long: this state is of version {version}, and this release of streamnorm reads versions up to "
+            f"{VERSION}: install a later one"
+        ]
+    faults = _value_faults(readable, prefix)
+    if MOMENT in readable:
+        faults += _moment_faults(layer.moment, readable[MOMENT], prefix)
+    if MOMENT in readable or (MOMENT not in own and (version is None or version < 2)):
+        like = own.get("long", layer.long)
+        state_dict[prefix + MOMENT] = as_tensor(
+            layer.moment, like.device, torch.promote_types(like.dtype, torch.float32)
+        )
+    return faults
+
+
+def _size_faults(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """What PyTorch would find too, with half of the layer loaded by then."""
+    wanted = {name: t.shape for name, t in (layer._parameters | layer._buffers).items() if t is not None}
+    return [
+        f"size mismatch for {prefix}{name}: of shape {tuple(t.shape)} in the checkpoint, {tuple(wanted[name])} in the "
+        "model"
+        for name, t in tensors.items()
+        if name in wanted and t.shape not in (wanted[name], wanted[name] or (1,))  # a scalar may be of shape (1,)
+    ]
+
+
+def _value_faults(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """Statistics that are not finite, and moments and counts that are negative."""
+    good = dict(_good_values(tensors))
+    if not good or all(torch.stack([t.all() for t in good.values()]).tolist()):  # wait for the device once
+        return []
+    return [
+        f"{prefix}{name}: it holds {_first(tensors[name], ~each)}; statistics are finite, moments and counts at least "
+        "0. Take an earlier checkpoint, or leave the statistics of this layer out with strict=False and write "
+        "streamnorm.calibrate(model, batches)"
+        for name, each in good.items()
+        if not each.all()
+    ]
+
+
+def _first(t: Tensor, where: Tensor) -> str:
+    place = where.nonzero()[0].tolist()
+    return f"{t[tuple(place)].item()} at {place}" if place else f"{t.item()}"
+
+
+def _good_values(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """Which values of each tensor may be loaded."""
+    for name, t in tensors.items():
+        if name in _COUNTS:
+            yield name, t >= 0
+        elif name in _STATISTICS:
+            good = t.isfinite()
+            if name == "running_var":
+                good = good & (t >= 0)
+            elif name in ("long", "short"):
+                good[1] &= t[1] >= 0
+            yield name, good
+
+
+def _moment_faults(own: LpMoment, saved: Tensor, prefix: str) -> list[str]:
+    p, center, scale = saved.tolist()
+    try:
+        other = LpMoment(p, "mean" if center else "zero", "gaussian" if scale else "raw")
+    except ValueError:
+        return [f"{prefix}{MOMENT}: it is {saved.tolist()}, and p is a finite number of at least 1"]
+    same = math.isclose(own.p, other.p, rel_tol=_SAME) and math.isclose(own.k, other.k, rel_tol=_SAME)
+    if same and own.center == other.center:
+        return []
+    theirs, ours = (f"p={m.p:g}, center={m.center!r}, scale={m.scale!r}" for m in (other, own))
+    return [
+        f"{prefix}{MOMENT}: these statistics were collected with {theirs}, and this layer has {ours}. Make the layer "
+        f"with {theirs}; streamnorm.convert takes the same options, and scale='gaussian' is its default"
+    ]
