@@ -22,6 +22,7 @@ from .ops import joined
 from .ops.spec import Formula, State, View
 from .ops.tracing import as_constant
 from .stream import IMAGE_WINDOW, WINDOW, Stream
+from .ties import Ties, is_collecting
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -34,8 +35,6 @@ _UNPICKLED = {
     "_plan": None,
     "_planned_shape": None,
     "_watched": False,
-    "_optimizer": None,
-    "_owner": None,
     "_grad_scale": None,
     "_ddp": None,
 }
@@ -85,8 +84,6 @@ class Norm(nn.Module):
 
     _version = saved_state.VERSION
     _watched = False
-    _optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-    _owner: weakref.ref[torch.optim.Optimizer] | None = None
     _grad_scale: Tensor | None = None
     _ddp: weakref.ref[DistributedDataParallel] | None = None
     _sync = Sync()
@@ -141,6 +138,7 @@ class Norm(nn.Module):
         self.ref, self.moment, self.stream = ref, moment, stream
         self.eps, self.affine = eps, affine
         self.frozen = False
+        self._ties = Ties()
         for name, wanted in (("weight", affine), ("bias", affine and bias)):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None
@@ -258,7 +256,8 @@ class Norm(nn.Module):
     @as_constant
     def _watch_while_tracing(self) -> bool:
         """Runs when a graph is made; a guard on ``_watched`` lets it run for the next layer that takes the graph."""
-        self._watch()
+        if not self._watched:
+            updates.meet(self)
         return True
 
     def _pass_empty(self, x: Tensor) -> Tensor:
@@ -428,13 +427,17 @@ class Norm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the ties to this process's optimizers."""
-        return {**self.__dict__, **_UNPICKLED}
+        return {**self.__dict__, **_UNPICKLED, "_ties": self._ties.of_a_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As nn.Module; a pickle of version 1 holds no moment among its buffers."""
-        super().__setstate__(state)
+        """Of a copy, which may have been made in the middle of an update: the next step commits it.
+
+        A pickle of version 1 holds no moment among its buffers.
+        """
+        super().__setstate__({"_ties": Ties(), **state})
         if saved_state.MOMENT not in self._buffers:
             self._register_moment()
+        self._ties.used = self._resume() and self._ties.used
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -446,12 +449,15 @@ class Norm(nn.Module):
             return
         self._accepted = None  # assign=True may bring another precision
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self._watch()
+        if self._resume():
+            self._ties.used = True
 
-    def _watch(self) -> None:
-        """Commit at the next step: after a use, or when statistics of an unfinished update were restored."""
-        if self.stream is not None and not self._watched:
-            updates.watch(self)
+    def _resume(self) -> bool:
+        """Commit at the next step, if these are the statistics of an unfinished update; whether they are."""
+        unfinished = self.stream is not None and is_collecting(self)
+        if unfinished:
+            updates.register(self)
+        return unfinished
 
     def extra_repr(self) -> str:
         """The arguments that differ from layer to layer."""

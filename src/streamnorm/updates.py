@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from . import agreement, ops
 from .ops import traced
+from .ties import (
+    Binding,
+    Parameters,
+    alive,
+    calling_module,
+    leaves_of,
+    optimizers_in,
+    own_parameters,
+    parameters_of,
+    set_surroundings,
+)
 
 if TYPE_CHECKING:
     from .norm import Norm
@@ -23,33 +35,31 @@ if TYPE_CHECKING:
     Listener = Callable[[Sequence[Norm], Optimizer | None], None]
 
 _layers: dict[int, weakref.ref[Norm]] = {}
-"""The streaming layers that were used in training, in the order of their first use."""
+"""The streaming layers that may hold statistics to commit, in the order in which they became known."""
 
-_hook: RemovableHandle | None = None
+_hooks: list[RemovableHandle] = []
 
 _listeners: OrderedDict[int, Listener] = OrderedDict()
 """Called at weight updates; :func:`before_commit` adds to them."""
 
 
-def watch(layer: Norm) -> None:
-    """Let a layer commit at its optimizer's steps; called at its first forward pass in training."""
-    global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_step)
+def register(layer: Norm) -> None:
+    """Let a layer commit at the steps of the optimizer that trains its network."""
+    if not _hooks:
+        _hooks.extend((register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_all)))
     key = id(layer)
     _layers[key] = weakref.ref(layer, lambda _: _layers.pop(key, None))
-    layer._watched = True
 
 
 def enroll(model: nn.Module) -> None:
     """Let the streaming layers of a model commit in the order in which they stand in it, and know them by name."""
-    from .norm import Norm
-
-    for name, module in model.named_modules():
-        if isinstance(module, Norm) and module.stream is not None:
-            _layers.pop(id(module), None)
-            watch(module)
-            module._name = name
+    layers = _streaming_layers(model)
+    for layer in layers:
+        _layers.pop(id(layer), None)
+        register(layer)
+        layer._watched = layer._ties.used = True
+        layer._name = ""
+    set_surroundings(model, layers)
 
 
 def notice(layer: Norm) -> None:
@@ -59,7 +69,17 @@ def notice(layer: Norm) -> None:
         adopt(ddp)
         layer._ddp = weakref.ref(ddp)  # also where the model does not register it
     if not layer._watched:
-        watch(layer)
+        meet(layer)
+
+
+def meet(layer: Norm) -> None:
+    """Find out what a layer stands in, and let it commit."""
+    register(layer)
+    ties = layer._ties
+    ties.used = layer._watched = True
+    ties.leaves = leaves_of(layer)
+    if not ties.around and (module := calling_module(layer)) is not None:
+        set_surroundings(module, _streaming_layers(module))
 
 
 def notice_in_graph(_: Tensor) -> None:
@@ -123,49 +143,70 @@ def commit(model: nn.Module) -> None:
         >>> int(layer.samples)
         0
     """
-    from .norm import streaming_layers
-
-    _commit(lambda: streaming_layers(model))
+    _commit(lambda: _streaming_layers(model))
 
 
-def bind(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+def bind(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
     """Name the optimizer, and the GradScaler if any, of a model's streaming layers.
 
-    Needed in two cases. Layers whose gain and bias no optimizer owns commit at any optimizer's step: where there are
-    several optimizers, say which one is theirs. And a GradScaler multiplies the loss by a number that changes, while
-    streamed gradients have a memory: given the scaler, layers stream unscaled gradients, and a change of scale
-    changes nothing.
+    Needed in few cases. A layer commits at the steps of the optimizer that trains its network, and finds it out by
+    itself (docs/weight-updates.md); say it where that cannot be found out, such as for an optimizer that trains copies
+    of the parameters. And a GradScaler multiplies the loss by a number that changes, while streamed gradients have a
+    memory: given the scaler, layers stream unscaled gradients, and a change of scale changes nothing.
+
+    What counts from then on are the steps of every optimizer that trains one of the model's parameters that
+    ``optimizer`` trains now (one of all that it trains, where the model has none of them). So ``optimizer`` may wrap
+    another one, or be replaced by a later one. A second call takes the place of the first.
 
     With several processes it also names the layers, whose order must be the same in all of them
     (:func:`streamnorm.synchronize`).
 
     Args:
         model: a layer, or any module that holds some.
-        optimizer: the one whose step changes the weights of this model.
+        optimizer: the one whose step changes the weights of this model: a ``torch.optim.Optimizer``, or an object
+            that holds one, as the wrappers of accelerate, Lightning and schedulefree do.
         scaler: the GradScaler of the training loop.
 
     Raises:
         ValueError: if the model holds no streaming layer.
+        TypeError: if there is no ``torch.optim.Optimizer`` in ``optimizer``, so that its step cannot be noticed.
 
     Example:
         >>> import streamnorm as sn
         >>> model = nn.Sequential(nn.Linear(3, 2), sn.StreamingNorm1d(2, affine=False))
         >>> sn.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
     """
-    from .norm import streaming_layers
-
-    layers = streaming_layers(model)
+    layers = _streaming_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no streaming layer to bind; call streamnorm.convert(model) first"
+        )
+    optimizers = optimizers_in(optimizer)
+    if not optimizers:
+        raise TypeError(
+            f"bind takes a torch.optim.Optimizer or an object that holds one, and finds none in this "
+            f"{type(optimizer).__name__}: its step() would not be noticed. Write streamnorm.commit(model) after each "
+            "step() in place of bind"
         )
     if isinstance(model, DistributedDataParallel):
         adopt(model)
     else:
         enroll(model)
+    held = {id(parameter): parameter for each in optimizers for parameter in parameters_of(each)}
+    of_model = [parameter for parameter in model.parameters() if id(parameter) in held]
+    parameters, named = Parameters(of_model or held.values()), tuple(weakref.ref(each) for each in optimizers)
     for layer in layers:
-        layer._optimizer = weakref.ref(optimizer)
+        before = layer._ties.bound
+        replaced = () if before is None else (*before.optimizers, *before.replaced)
+        others = tuple(each for each in replaced if all(each() is not optimizer for optimizer in optimizers))
+        layer._ties.bound = Binding(parameters, named, others)
         layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)
+
+
+def _streaming_layers(model: nn.Module) -> list[Norm]:
+    from .norm import streaming_layers
+
+    return streaming_layers(model)
 
 
 def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> Tensor | None:
@@ -177,33 +218,137 @@ def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> Tensor | None:
     return scaler._scale
 
 
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Called by torch.optim before every step. Make :func:`_after_step` the first that hears of the step's end.
+
+    Whoever averages weights and statistics, or saves them, may do it in a hook of the optimizer's own. torch.optim
+    calls those before the hooks of all optimizers, and in the order in which they were registered.
+    """
+    if is_compiling():
+        return
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    if next(iter(hooks.values()), None) is not _after_step:
+        handle = optimizer.register_step_post_hook(_after_step)
+        hooks.move_to_end(handle.id, last=False)
+
+
+def _after_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Called by torch.optim after every step: of one that had begun before the first layer was used, or is compiled."""
+    if _after_step not in optimizer._optimizer_step_post_hooks.values():
+        _after_step(optimizer, args, kwargs)
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """The hook that torch.optim calls after every step of any optimizer."""
+    """Commit the layers whose network this step has trained."""
     if not _layers:
         return
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item():
         return  # fused optimizers are called on a step that the GradScaler skips: no weight changed
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-    def following() -> list[Norm]:
-        layers = (reference() for reference in list(_layers.values()))
-        return [layer for layer in layers if layer is not None and _follows(layer, optimizer, trained)]
-
-    _commit(following, optimizer)
+    _commit(_Step(optimizer).layers, optimizer)
 
 
-def _follows(layer: Norm, optimizer: Optimizer, trained: set[int]) -> bool:
-    """Whether a step of this optimizer is an update of the layer's network."""
-    if layer._optimizer is not None and layer._optimizer() is not None:
-        return layer._optimizer() is optimizer
-    if id(layer.weight) in trained or id(layer.bias) in trained:
-        layer._owner = weakref.ref(optimizer)
+_trained: weakref.WeakKeyDictionary[Optimizer, Parameters] = weakref.WeakKeyDictionary()
+"""What each optimizer trained at its last step."""
+
+
+class _Step:
+    """A step of an optimizer: whose weight update it was.
+
+    An optimizer trains the network of a layer if it trains
+
+    - a parameter that the layer's gain or bias is, or is computed from;
+    - or one that was trained together with the layer at an earlier update: later stages train other parts of the
+      network, while the gain may be frozen;
+    - or one of the module that the layer stands in, the smallest that any optimizer was seen to train.
+
+    What counts is what an optimizer trains at its step. Whether others exist, which held the layer's parameters
+    before, does not.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        parameters = parameters_of(optimizer)
+        self.ids = {id(parameter) for parameter in parameters}
+        record = _trained.get(optimizer)
+        if record is None or record.ids != self.ids:
+            record = _trained[optimizer] = Parameters(parameters)
+        self.record = record
+        self.in_backward = torch._C._current_graph_task_id() != -1
+        self._modules: dict[int, tuple[bool, bool]] = {}
+
+    def layers(self) -> list[Norm]:
+        """The layers to commit, in the order in which they became known.
+
+        Some may be in a network that no optimizer was seen to train: without parameters of their own, or frozen as a
+        whole. They follow every optimizer, but one that trains another network.
+        """
+        known = [(layer, self.trains(layer)) for reference in [*_layers.values()] if (layer := reference()) is not None]
+        elsewhere = any(answer for _, answer in known)
+        return [
+            layer
+            for layer, answer in known
+            if answer or (answer is None and layer._ties.used and not (elsewhere and layer._ties.around))
+        ]
+
+    def trains(self, layer: Norm) -> bool | None:
+        """Whether this is an update of the layer's network, or None if no optimizer was seen to train that yet."""
+        ties = layer._ties
+        if ties.bound is not None and ties.bound.parameters.ids:
+            return ties.bound.counts(self.optimizer, self.ids)
+        if self.record is ties.home or self.record is ties.stranger:  # as at its last step
+            return self.record is ties.home
+        answer = self._judge(layer)
+        if answer:
+            ties.stranger = None
+        elif answer is False and not self.in_backward:
+            ties.stranger = self.record
+        return answer
+
+    def _judge(self, layer: Norm) -> bool | None:
+        ties = layer._ties
+        own = own_parameters(layer)
+        if any(id(parameter) in self.ids for parameter in own):
+            ties.home = self.record
+            self._approach(layer)
+            return True
+        if self.in_backward and ties.home is not None and any(id(parameter) in ties.home.ids for parameter in own):
+            return False  # one optimizer per parameter: the turn of the gain comes within the same backward pass
+        if ties.home is not None and not self.ids.isdisjoint(ties.home.ids):
+            return True
+        if not self._approach(layer):
+            return None if ties.home is None else False
+        if own and ties.home is not None and _trains_weights(ties.home, next(alive(ties.around))):
+            return False  # two networks in one flat module
+        ties.home = self.record
         return True
-    if layer._owner is not None and layer._owner() is not None:
+
+    def _approach(self, layer: Norm) -> bool:
+        """Whether this trains a module around the layer, and none was seen to train the weights of a smaller one."""
+        ties = layer._ties
+        near = None if ties.near is None else ties.near()
+        for module in alive(ties.around):
+            trained, weights = self._trains_module(module)
+            if weights:
+                ties.near = weakref.ref(module)
+            if trained or module is near:
+                return trained
         return False
-    ddp = None if layer._ddp is None else layer._ddp()
-    return ddp is None or any(id(parameter) in trained for parameter in ddp.parameters())
+
+    def _trains_module(self, module: nn.Module) -> tuple[bool, bool]:
+        """Whether this trains a module at all, and whether more of it than streaming layers."""
+        found = self._modules.get(id(module))
+        if found is None:
+            trained = [parameter for parameter in module.parameters() if id(parameter) in self.ids]
+            norms = {id(parameter) for layer in _streaming_layers(module) for parameter in layer.parameters()}
+            found = bool(trained), any(id(parameter) not in norms for parameter in trained)
+            self._modules[id(module)] = found
+        return found
+
+
+def _trains_weights(home: Parameters, module: nn.Module) -> bool:
+    """Whether the optimizer that trained this also trains the weights of a module, and not only gains and biases."""
+    return any(p.requires_grad and p.dim() > 1 and id(p) in home.ids for p in module.parameters())
 
 
 @torch.no_grad()

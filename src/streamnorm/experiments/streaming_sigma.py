@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import streamnorm as sn
+from streamnorm import updates
 from streamnorm.ops import plain
 from streamnorm.ops.spec import View
 
@@ -34,7 +35,7 @@ class StreamingSigma(sn.Norm):
 
     def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if not self._watched:
-            self._watch()
+            updates.notice(self)
         p, reduced = self.formula.p, view.reduced
         # The stream takes in two statistics of a use, and what the second one is, is our own choice.
         use = plain._Use(self.state, self.formula, view.num_elements, len(x), None)

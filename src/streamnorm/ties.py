@@ -1,0 +1,179 @@
+"""Ties: what a streaming layer knows of the training that it takes part in, in this process."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from .norm import Norm
+
+
+class Parameters:
+    """A set of parameters, held weakly and compared by identity."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.ids: set[int] = set()
+        self._references = [self._hold(tensor) for tensor in tensors]
+
+    def _hold(self, tensor: Tensor) -> weakref.ref[Tensor]:
+        ids, key = self.ids, id(tensor)
+        ids.add(key)
+        return weakref.ref(tensor, lambda _: ids.discard(key))  # the number may serve another tensor afterwards
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What :func:`streamnorm.bind` said: whose steps are updates of a layer.
+
+    Args:
+        parameters: what these optimizers train; any optimizer that trains some of it counts.
+        optimizers: those that were named.
+        replaced: those that were named before and are no longer meant.
+    """
+
+    parameters: Parameters
+    optimizers: tuple[weakref.ref[Optimizer], ...]
+    replaced: tuple[weakref.ref[Optimizer], ...]
+
+    def counts(self, optimizer: Optimizer, trained: set[int]) -> bool:
+        """Whether a step of this optimizer, which trains these parameters, is an update."""
+        return not trained.isdisjoint(self.parameters.ids) and all(other() is not optimizer for other in self.replaced)
+
+
+@dataclass(eq=False)
+class Ties:
+    """A layer's ties to the optimizers and modules around it. A copy or a pickle starts with ties of its own.
+
+    Args:
+        used: whether the layer was used in training, or its state in the middle of an update was loaded.
+        around: the modules that hold it and have other weights too, the innermost first.
+        leaves: parameters of others that its gain and bias are computed from.
+        bound: the optimizers that :func:`streamnorm.bind` named.
+        home: what the optimizer trained that made the last update.
+        stranger: what another optimizer trained, which was found to train another network.
+        near: the innermost module around the layer whose weights any optimizer was seen to train.
+    """
+
+    used: bool = False
+    around: tuple[weakref.ref[nn.Module], ...] = ()
+    leaves: tuple[weakref.ref[Tensor], ...] = ()
+    bound: Binding | None = None
+    home: Parameters | None = None
+    stranger: Parameters | None = None
+    near: weakref.ref[nn.Module] | None = None
+
+    def of_a_copy(self) -> Ties:
+        """What a copy of the layer starts with."""
+        return Ties(around=self.around)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ties:
+        """The copy stands in the copies of the modules around, as far as these are copied too."""
+        copies = (memo.get(id(module)) for module in alive(self.around))
+        return Ties(around=tuple(weakref.ref(module) for module in copies if module is not None))
+
+    def __reduce__(self) -> tuple[type[Ties], tuple[bool]]:
+        """What an unpickled layer stands in is not known: with statistics to commit, it follows any optimizer."""
+        return Ties, (True,)
+
+
+def alive(references: Sequence[weakref.ref[Any]]) -> Iterator[Any]:
+    """What is left of the things referred to."""
+    return (thing for reference in references if (thing := reference()) is not None)
+
+
+def own_parameters(layer: Norm) -> list[Tensor]:
+    """The parameters that the gain and bias of a layer are, or are computed from."""
+    held = layer.parameters() if layer._modules else layer._parameters.values()  # parametrizations are modules
+    return [parameter for parameter in held if parameter is not None] + list(alive(layer._ties.leaves))
+
+
+_MOST_NODES = 10_000
+
+
+def leaves_of(layer: Norm) -> tuple[weakref.ref[Tensor], ...]:
+    """The parameters of others that the layer's gain and bias are computed from right now."""
+    computed = [layer.__dict__.get(name, layer._parameters.get(name)) for name in ("weight", "bias")]
+    to_visit = [tensor.grad_fn for tensor in computed if isinstance(tensor, Tensor) and tensor.grad_fn is not None]
+    seen: set[Any] = set()
+    leaves: dict[int, Tensor] = {}
+    while to_visit and len(seen) < _MOST_NODES:
+        node = to_visit.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
+            leaves[id(variable)] = variable
+        to_visit += [following for following, _ in node.next_functions if following is not None]
+    return tuple(weakref.ref(leaf) for leaf in leaves.values())
+
+
+_CALL = nn.Module._wrapped_call_impl.__code__
+
+
+def calling_module(layer: Norm) -> nn.Module | None:
+    """The outermost module that is being called right now and holds this layer.
+
+    A module does not know what it stands in. The calls that lead to it do, and they tell networks apart that lie in
+    one container, such as the two of a GAN.
+    """
+    outermost = None
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            module = frame.f_locals["self"]
+            if module is not layer and any(inside is layer for inside in module.modules()):
+                outermost = module
+        frame = frame.f_back
+    return outermost
+
+
+def set_surroundings(root: nn.Module, layers: Iterable[Norm]) -> None:
+    """Tell all streaming layers of a module which modules are around them, and the new ones their name."""
+    modules = dict(root.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    layers = list(layers)
+    norms = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    has_weights = {
+        name: any(id(parameter) not in norms for parameter in module.parameters()) for name, module in modules.items()
+    }
+    for layer in layers:
+        name = names[id(layer)]
+        if not layer._name:
+            layer._name = name.replace("_orig_mod.", "").removeprefix("module.")
+        path = name.split(".")
+        outwards = [".".join(path[:length]) for length in range(len(path) - 1, -1, -1)] if name else []
+        layer._ties.around = tuple(weakref.ref(modules[outer]) for outer in outwards if has_weights[outer])
+
+
+def optimizers_in(thing: Any, depth: int = 4) -> list[Optimizer]:
+    """The optimizers whose steps PyTorch reports: this one, and those that it holds if it wraps others."""
+    attributes = getattr(thing, "__dict__", {})
+    reports = isinstance(thing, Optimizer) and "_optimizer_step_post_hooks" in attributes
+    found = {id(thing): thing} if reports else {}
+    parts = [value for name, value in attributes.items() if name not in ("state", "param_groups")]
+    parts += thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
+    for part in parts if depth else ():
+        if isinstance(part, (Optimizer, list, tuple, dict)) or hasattr(type(part), "step"):
+            found.update((id(each), each) for each in optimizers_in(part, depth - 1))
+    return [*found.values()]
+
+
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """All that an optimizer trains."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def is_collecting(layer: Norm) -> bool:
+    """Whether a layer holds statistics that no update has taken in; False where that cannot be read."""
+    samples = layer._buffers.get("samples")
+    if type(samples) is not Tensor or samples.device.type == "meta" or torch._C._len_torch_dispatch_stack():
+        return False
+    return bool((samples > 0) | (layer.grad_samples > 0))
