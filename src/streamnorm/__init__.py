@@ -1,9 +1,11 @@
 """Normalization for PyTorch that works where Batch Normalization does not: one sample at a time, tiny mini-batches."""
 
+from . import insight
 from .accumulation import accumulate
 from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
 from .distributed import joinable, synchronize
+from .insight.monitor import monitor
 from .lifecycle import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
@@ -45,7 +47,9 @@ __all__ = [
     "fold",
     "freeze",
     "frozen",
+    "insight",
     "joinable",
+    "monitor",
     "register_converter",
     "reset_stats",
     "synchronize",

@@ -96,9 +96,10 @@ class Formula(NamedTuple):
             ValueError: without a stream.
         """
         if self.window is not None:
-            seen, kept = zip(*((n / (self.window + n), math.exp(-n / self.window)) for n in (samples, grad_samples)))
-            kappa = (kept[0], 1 - kept[0], kept[1], 1 - kept[1])
-            return Weights((1 - seen[0], seen[0], 0.0), (1 - seen[1], seen[1], 0.0), kappa)
+            seen, seen_grad = samples / (self.window + samples), grad_samples / (self.window + grad_samples)
+            kept, kept_grad = math.exp(-samples / self.window), math.exp(-grad_samples / self.window)
+            kappa = (kept, 1 - kept, kept_grad, 1 - kept_grad)
+            return Weights((1 - seen, seen, 0.0), (1 - seen_grad, seen_grad, 0.0), kappa)
         if self.alpha is None or self.beta is None or self.kappa is None:
             raise ValueError("a formula without a stream has no memory")
         return Weights(self.alpha, self.beta, self.kappa)

@@ -1,0 +1,19 @@
+"""What the layers of a model do: watched while it trains, and looked at once."""
+
+from .monitor import Monitor
+from .readings import Reading
+from .record import Event, LayerFacts, Record, Sample
+from .sinks import lightning_callback, tensorboard, transformers_callback, wandb
+
+__all__ = [
+    "Event",
+    "LayerFacts",
+    "Monitor",
+    "Reading",
+    "Record",
+    "Sample",
+    "lightning_callback",
+    "tensorboard",
+    "transformers_callback",
+    "wandb",
+]
