@@ -144,7 +144,7 @@ def test_optimizers_of_other_models_do_not_count() -> None:
 def test_a_step_that_no_layer_follows_counts() -> None:
     """An optimizer that trains other parameters of the model updates its network too."""
     model = network()
-    optimizer, rest = SGD(model.parameters(), lr=0.1), SGD(model[0].parameters(), lr=0.1)
+    optimizer, rest = SGD(model[1:].parameters(), lr=0.1), SGD(model[0].parameters(), lr=0.1)
     sn.bind(model, optimizer)
     with sn.monitor(model, every=1) as watching:
         train(model, 1, optimizer)
@@ -199,6 +199,21 @@ def test_no_update_at_all_is_told() -> None:
         watching.stop()
     with sn.monitor(network()):
         pass
+
+
+def test_an_optimizer_for_each_parameter() -> None:
+    """Stepped within backward, they make one weight update together."""
+    model = network()
+    optimizers = {parameter: SGD([parameter], lr=0.1) for parameter in model.parameters()}
+    for parameter, optimizer in optimizers.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    with sn.monitor(model, every=2) as watching:
+        for _ in range(8):
+            model(torch.randn(2, 4)).square().mean().backward()
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+    assert seen(watching) == [1, 2, 4, 6, 8]
+    assert {reading.samples for sample in watching.record.samples[2:-1] for reading in sample.layers.values()} == {2}
 
 
 # Events

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -68,7 +69,6 @@ def monitor(model: nn.Module, every: int = 50, out: str | Path | None = None, si
         ValueError: if the model holds no streaming layer, or ``every`` is not a whole number above 0.
 
     Example:
-        >>> import torch
         >>> import streamnorm as sn
         >>> model = nn.Sequential(nn.Linear(3, 8), sn.StreamingNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -182,6 +182,7 @@ class _Run:
         self._reader = Reader(layers)
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._commits = [0] * len(layers)  # since each layer's last snapshot, without those that groups still hold
+        self._backward = -1
         self._open: _Tick | None = None
         self._ticks: list[_Tick] = []
         self._rates: dict[int, tuple[float, float]] = {}  # of an optimizer: the last rate, and the last that was noted
@@ -209,9 +210,12 @@ class _Run:
         group = self._groups.get(key) or self._meet(key, optimizer)
         if not group.ours:
             return
-        record = self._record
-        record.updates += 1
-        due = record.updates % record.every == 0 or record.updates == self._first
+        record, backward = self._record, torch._C._current_graph_task_id()
+        due = False
+        if backward == -1 or backward != self._backward:  # one optimizer per parameter: a backward pass is one update
+            record.updates += 1
+            due = record.updates % record.every == 0 or record.updates == self._first
+        self._backward = backward
         if not due and self._open is None:
             group.commits += 1
             return
