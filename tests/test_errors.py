@@ -6,7 +6,9 @@ import copy
 import inspect
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -97,6 +99,197 @@ def test_a_momentum_is_explained(make: Any) -> None:
     assert "window" in inspect.signature(sn.StreamingNorm2d).parameters
 
 
+U: Any = sn  # without the types that would keep these mistakes from being made
+
+# What stands for a number, a count or a choice and is none. The message quotes the value and says what is meant.
+KINDS: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "channels a float": (lambda: U.StreamingNorm1d(4.0), "got 4.0", "an integer of at least 1"),
+    "channels a string": (lambda: U.SampleNorm("4"), "got '4'", "an integer of at least 1"),
+    "channels in groups": (lambda: U.GeneralBatchNorm("4", ("group", 2)), "got '4'", "an integer"),
+    "channels None": (lambda: U.StreamingNormAct2d(None), "got None", "an integer"),
+    "channels True": (lambda: U.StreamingNorm1d(True), "got True", "an integer of at least 1"),
+    "eps a string": (lambda: U.StreamingNorm1d(4, eps="1e-5"), "got '1e-5'", "such as 1e-5"),
+    "eps None": (lambda: U.GeneralBatchNorm(4, eps=None), "got None", "such as 1e-5"),
+    "affine a number": (lambda: U.SampleNorm(4, affine=1), "got 1", "True or False"),
+    "bias a string": (lambda: U.StreamingNorm1d(4, bias="no"), "got 'no'", "True or False"),
+    "dtype of integers": (lambda: U.StreamingNorm1d(4, dtype=torch.int64), "got torch.int64", "such as torch.float32"),
+    "p a string": (lambda: U.StreamingNorm1d(4, p="1"), "got '1'", "such as 1 or 2"),
+    "p None": (lambda: U.LpMoment(None), "got None", "such as 1 or 2"),
+    "window a string": (lambda: U.StreamingNorm1d(4, window="200"), "got '200'", "a number above 0"),
+    "window True": (lambda: U.StreamingNorm1d(4, window=True), "got True", "a number above 0"),
+    "alpha a string": (lambda: U.StreamingNorm1d(4, alpha="ab"), "got 'ab'", "such as (0.7, 0.3)"),
+    "alpha of strings": (lambda: U.StreamingNorm1d(4, alpha=("1", "0")), "got ('1', '0')", "two or three"),
+    "beta with None": (lambda: U.StreamingNorm1d(4, beta=(None, 1)), "got (None, 1)", "two or three"),
+    "kappa a string": (lambda: U.StreamingNorm1d(4, kappa="0.7"), "got '0.7'", "such as 0.7"),
+    "prior a number": (lambda: U.Stream(prior=3), "got 3", "such as (0, 1)"),
+    "momentum a string": (lambda: U.GeneralBatchNorm(4, momentum="0.1"), "got '0.1'", "in [0, 1] or None"),
+    "ghosts a float": (lambda: U.GeneralBatchNorm(4, ghosts=2.0), "got 2.0", "an integer of at least 1"),
+    "a pattern that is no text": (lambda: U.NormRef(3), "got 3", "'n c ... -> c'"),
+    "a reference by name": (
+        lambda: U.Norm(4, "channel", U.LpMoment()),
+        "got 'channel'",
+        "NormRef.batch('channel')",
+    ),
+    "a moment by its order": (
+        lambda: U.Norm(4, U.NormRef.batch("channel"), 2),
+        "got 2",
+        "LpMoment(p=1)",
+    ),
+    "a stream by its window": (
+        lambda: U.Norm(4, U.NormRef.batch("channel"), U.LpMoment(), 200),
+        "got 200",
+        "Stream(window=200)",
+    ),
+    "another stream by its window": (lambda: U.StreamingNorm1d(4).set_stream(200), "got 200", "Stream(window"),
+    "no stream": (lambda: U.StreamingNorm1d(4).set_stream(None), "got None", "Stream(window"),
+    "an activation by its name": (
+        lambda: U.StreamingNormAct2d(4, act="relu"),
+        "got 'relu'",
+        "such as nn.ReLU()",
+    ),
+    "an activation's class": (
+        lambda: U.StreamingNormAct2d(4, act=nn.ReLU),
+        "got <class",
+        "such as nn.ReLU()",
+    ),
+    "a dropout by its rate": (
+        lambda: U.StreamingNormAct2d(4, drop=0.1),
+        "got 0.1",
+        "such as nn.Dropout(0.1)",
+    ),
+    "a norm that is a number": (lambda: U.GRU(3, 4, norm=3), "got 3", "'streaming', 'batch'"),
+    "a norm that is a module": (
+        lambda: U.GRU(3, 4, norm=nn.LayerNorm(4)),
+        "got a module",
+        "norm=lambda features: LayerNorm(...)",
+    ),
+    "a factory of no modules": (lambda: U.GRU(3, 4, norm=str), "made '12' of 12", "a module"),
+    "gain a string": (lambda: U.LSTM(3, 4, gain="x"), "got 'x'", "such as 0.1"),
+    "max_steps a float": (
+        lambda: U.RNN(3, 4, norm="batch-per-step", max_steps=2.5),
+        "got 2.5",
+        "the length of your training sequences",
+    ),
+    "reset_after a string": (lambda: U.GRU(3, 4, reset_after="no"), "got 'no'", "True or"),
+    "norm_cell a number": (lambda: U.LSTMCell(3, 4, norm_cell=1), "got 1", "True or False"),
+    "mini-batches a string": (lambda: U.accumulate([], "2"), "got '2'", "an integer"),
+    "a loader that is a number": (lambda: U.accumulate(3, 2), "got int", "a DataLoader"),
+    "calibration with a number": (lambda: U.calibrate(U.StreamingNorm1d(4), 3), "got int", "a DataLoader"),
+    "a forward that is none": (lambda: U.calibrate(U.StreamingNorm1d(4), [], 3), "got 3", "a function"),
+    "an adaptation by a string": (lambda: U.adapt(U.StreamingNorm1d(4), "fast"), "got 'fast'", "above 0"),
+    "a converted type": (lambda: U.register_converter("x", S), "got 'x'", "a layer type"),
+    "a converter": (lambda: U.register_converter(nn.Hardtanh, 3), "got 3", "a function"),
+    "where by position": (lambda: U.convert(nn.BatchNorm1d(4), 200), "got 200", "where(name, module)"),
+    "also without a tuple": (
+        lambda: U.convert(nn.GroupNorm(1, 4), also=nn.GroupNorm),
+        "GroupNorm'>",
+        "such as (nn.GroupNorm,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds(name: str) -> None:
+    call, value, meaning = KINDS[name]
+    with pytest.raises(TypeError, match=re.escape(value)) as error:
+        call()
+    assert meaning in str(error.value)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    layer = S(numpy.int64(4), eps=torch.tensor(1e-3), p=numpy.float64(1.5), alpha=torch.tensor([0.5, 0.5]))  # type: ignore[arg-type]
+    assert layer.num_features == 4
+    assert layer.formula == S(4, eps=torch.tensor(1e-3).item(), p=1.5, alpha=(0.5, 0.5)).formula
+    assert hash(sn.LpMoment(torch.tensor(2.0))) == hash(sn.LpMoment(2))  # type: ignore[arg-type]
+    assert sn.NormRef.batch(("group", numpy.int64(2))) == sn.NormRef.batch(("group", 2))
+
+
+@pytest.mark.parametrize("call", [sn.convert, sn.fold, sn.to_batchnorm, sn.commit, sn.freeze, sn.reset_stats, sn.adapt])
+@pytest.mark.parametrize("given", [[S(4)], nn.BatchNorm1d, None])
+def test_a_model_is_asked_for(call: Callable[[Any], Any], given: Any) -> None:
+    got = {list: "got list", type: "got the class BatchNorm1d", type(None): "got NoneType"}[type(given)]
+    with pytest.raises(TypeError, match=f"expected a layer or a model, which is a torch.nn.Module, {got}"):
+        call(given)
+
+
+# Names of arguments
+
+SURPRISE = "got an unexpected keyword argument"
+# What is made, of what, and how the message begins.
+MISSPELT: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
+    (sn.StreamingNorm2d, (4,), {"windw": 3}, f"StreamingNorm2d {SURPRISE} 'windw'; did you mean 'window'?"),
+    (sn.StreamingNormAct2d, (4,), {"actt": 3}, f"StreamingNormAct2d {SURPRISE} 'actt'; did you mean 'act'?"),
+    (sn.StreamingNormAct2d, (4,), {"refs": 3}, f"StreamingNormAct2d {SURPRISE} 'refs'; did you mean 'ref'?"),
+    (sn.SampleNorm, (4,), {"afine": 3}, f"SampleNorm {SURPRISE} 'afine'; did you mean 'affine'?"),
+    (sn.SampleNorm, (4,), {"window": 3}, f"SampleNorm {SURPRISE} 'window'; it takes num_features, ref, eps, affine,"),
+    (sn.GeneralBatchNorm, (4,), {"momemtum": 3}, f"GeneralBatchNorm {SURPRISE} 'momemtum'; did you mean 'momentum'?"),
+    (sn.Norm, (4, None, None), {"strem": 3}, f"Norm {SURPRISE} 'strem'; did you mean 'stream'?"),
+    (sn.Stream, (), {"windows": 3}, f"Stream {SURPRISE} 'windows'; did you mean 'window'?"),
+    (sn.LpMoment, (), {"centre": 3}, f"LpMoment {SURPRISE} 'centre'; did you mean 'center'?"),
+    (sn.NormRef, ("n c -> c",), {"size": 3}, f"NormRef {SURPRISE} 'size'; did you mean 'sizes'?"),
+    (sn.GRU, (3, 4), {"dropuot": 3}, f"GRU {SURPRISE} 'dropuot'; did you mean 'dropout'?"),
+    (sn.LSTM, (3, 4), {"windw": 3}, f"LSTM {SURPRISE} 'windw'; did you mean 'window'?"),
+    (sn.RNNCell, (3, 4), {"nonlinarity": 3}, f"RNNCell {SURPRISE} 'nonlinarity'; did you mean 'nonlinearity'?"),
+    (sn.LSTMCell, (3, 4), {"nonlinearity": 3}, "LSTMCell takes no nonlinearity, got nonlinearity=3: only RNN and"),
+    (sn.GRU, (3, 4), {"norm_cell": 3}, "GRU takes no norm_cell, got norm_cell=3: only LSTM and LSTMCell have it"),
+    (sn.GRU, (3, 4), {"affine": 3}, "GRU takes no affine, got affine=3: write norm=lambda features: StreamingNorm1d("),
+    (sn.convert, (nn.BatchNorm1d(4),), {"windw": 3}, f"convert {SURPRISE} 'windw'; did you mean 'window'?"),
+    (sn.convert, (nn.BatchNorm1d(4),), {"momentum": 3}, "convert takes no momentum, got momentum=3: it has a memory"),
+    (sn.StreamingNorm1d, (4,), {"momntum": 3}, "StreamingNorm1d takes no momentum, got momntum=3: it has a memory"),
+    (sn.StreamingNorm1d, (4,), {"track_running_stats": 3}, "StreamingNorm1d takes no track_running_stats, got track"),
+    (sn.StreamingNorm3d, (), {}, "StreamingNorm3d: missing a required argument: 'num_features'"),
+    (sn.StreamingNorm1d, (4, 1e-5, True, 1), {}, "StreamingNorm1d takes num_features, eps, affine by position and p,"),
+    (type("MyNorm", (S,), {}), (4,), {"windw": 3}, f"MyNorm {SURPRISE} 'windw'; did you mean 'window'?"),
+    (type("MyGRU", (sn.GRU,), {}), (3, 4), {"windw": 3}, f"MyGRU {SURPRISE} 'windw'; did you mean 'window'?"),
+]
+
+
+@pytest.mark.parametrize(("make", "args", "kwargs", "message"), MISSPELT, ids=[case[3][:40] for case in MISSPELT])
+def test_an_argument_that_is_not_there(make: Any, args: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        make(*args, **kwargs)
+
+
+def test_a_projection_is_refused_as_torch_does() -> None:
+    for make in (nn.GRU, U.GRU, U.RNN):
+        with pytest.raises(ValueError, match=r"^proj_size argument is only supported for LSTM, not RNN or GRU$"):
+            make(3, 4, proj_size=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: S(4, ref="chanel"), "did you mean 'channel'?"),
+        (lambda: S(4, ref="n c ... -> c"), "write NormRef('n c ... -> c')"),
+        (lambda: sn.GRU(3, 4, norm="stream"), "did you mean 'streaming'?"),
+        (lambda: sn.synchronize(S(4), "updates"), "did you mean 'update'?"),
+    ],
+)
+def test_the_nearest_choice_is_named(call: Callable[[], Any], hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        call()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(layer, 4) for layer in (S, sn.StreamingNorm2d, sn.StreamingNorm3d, sn.StreamingNormAct2d, G, N)),
+        *(partial(network, 3, 4) for network in (sn.RNN, sn.GRU, sn.LSTM, sn.RNNCell, sn.GRUCell, sn.LSTMCell)),
+        partial(sn.GRU, 3, 4, norm="batch-per-step", max_steps=3),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+def test_initialization_is_skipped_as_for_torch_layers(make: Any) -> None:
+    skipped = nn.utils.skip_init(make.func, *make.args, **make.keywords)
+    assert {t.device.type for t in skipped.state_dict().values()} == {"cpu"}
+    skipped.reset_parameters()
+    ready = make()
+    for name, value in ready.state_dict().items():
+        if "weight_" not in name and "bias_" not in name:
+            assert skipped.state_dict()[name].equal(value), name
+
+
 def test_rounding_is_no_error() -> None:
     assert sn.Stream(alpha=(0.1, 0.2, 0.7)).alpha == (0.1, 0.2, 0.7)
     assert sn.Stream(alpha=(1 / 3, 1 / 3, 1 / 3)).alpha is not None
@@ -116,7 +309,7 @@ def half_used(layer: sn.Norm, *shape: int) -> sn.Norm:
 
 OK = torch.zeros
 # A layer, an input shape that it takes, what it refuses, the error, what the message quotes and what it says to write.
-INPUTS: dict[str, tuple[Callable[[], sn.Norm], tuple[int, ...], tuple[Tensor, ...], type[Exception], str, str]] = {
+INPUTS: dict[str, tuple[Callable[[], sn.Norm], tuple[int, ...], tuple[Any, ...], type[Exception], str, str]] = {
     "rank, 1d": (
         lambda: S(4),
         (3, 4),
@@ -220,6 +413,30 @@ INPUTS: dict[str, tuple[Callable[[], sn.Norm], tuple[int, ...], tuple[Tensor, ..
         "got torch.bool of shape (1,)",
         "(3,) or (3, 5)",
     ),
+    "float8": (
+        lambda: S(4),
+        (3, 4),
+        (OK(3, 4).to(torch.float8_e4m3fn),),
+        TypeError,
+        "torch.float8_e4m3fn",
+        "write x.float()",
+    ),
+    "mask that is no tensor": (
+        lambda: S(4),
+        (3, 4),
+        (OK(3, 4), [True] * 3),
+        TypeError,
+        "got a list",
+        "a bool tensor of shape (3,)",
+    ),
+    "mask on another device": (
+        lambda: S(4),
+        (3, 4),
+        (OK(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
+        RuntimeError,
+        "the mask on meta",
+        "write mask.to(x.device)",
+    ),
     "reference of another size": (
         lambda: S(4, ref=sn.NormRef.of("n c l -> c l", l=5)),
         (3, 4, 5),
@@ -308,6 +525,28 @@ def test_a_state_dict_from_batch_norm() -> None:
         assert "streamnorm.convert(model)" in str(error.value)
         for name, tensor in layer.state_dict().items():
             assert tensor.equal(before[name]), name
+
+
+@pytest.mark.parametrize("version", [None, 1])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_a_batch_norm_of_version_1(version: int | None, assign: bool) -> None:
+    """From before there was ``num_batches_tracked``: GeneralBatchNorm takes it as nn.BatchNorm does."""
+    plain = nn.BatchNorm1d(3)
+    plain(torch.randn(8, 3))
+    old = OrderedDict((name, value) for name, value in plain.state_dict().items() if "num" not in name)
+    if version is not None:
+        old._metadata = OrderedDict({"": {"version": version}})  # type: ignore[attr-defined]
+    ours, theirs = G(3), nn.BatchNorm1d(3)
+    for layer in (ours, theirs):
+        layer(torch.randn(8, 3))
+        layer.load_state_dict(old, assign=assign)
+    for name, value in theirs.state_dict().items():
+        assert value.equal(ours.state_dict()[name]), name
+    on_meta = G(3, device="meta")
+    on_meta.load_state_dict(old, assign=True)
+    assert on_meta.num_batches_tracked.equal(torch.tensor(0))
+    with pytest.raises(RuntimeError, match="running_mean"):  # this one is missed
+        G(3).load_state_dict({name: value for name, value in old.items() if name != "running_mean"})
 
 
 def test_a_state_dict_of_another_size_is_refused_as_torch_does() -> None:

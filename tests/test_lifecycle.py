@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -309,3 +310,35 @@ def test_reset_takes_models_without_statistics() -> None:
     model = nn.Sequential(sn.SampleNorm(3), nn.BatchNorm1d(3))
     sn.reset_stats(model)
     assert torch.isfinite(model(torch.randn(4, 3))).all()
+
+
+@pytest.mark.parametrize("hidden", [math.nan, math.inf])
+def test_a_calibration_that_meets_no_finite_values_changes_nothing(hidden: float) -> None:
+    model = nn.Sequential(nn.Identity(), sn.StreamingNorm1d(3))
+    sn.calibrate(model, [torch.randn(20, 3) + 5])
+    before = copy.deepcopy(model.state_dict())
+    batches = [torch.randn(4, 3) for _ in range(3)]
+    for batch in batches:
+        batch[0, 1] = hidden
+    with pytest.raises(
+        ValueError, match=r"^1 \(StreamingNorm1d\) met no finite values in 1 of its 3 statistics: look for"
+    ):
+        sn.calibrate(model, batches)
+    for name, value in model.state_dict().items():
+        assert value.equal(before[name]), name
+
+
+def test_a_calibration_passes_over_a_mini_batch_that_is_not_finite() -> None:
+    layer, batches = sn.StreamingNorm1d(3), [torch.randn(4, 3) for _ in range(3)]
+    sn.calibrate(layer, batches[1:])
+    expected = copy.deepcopy(layer.state_dict())
+    sn.calibrate(layer, [torch.full((4, 3), math.nan), *batches[1:]])
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_a_place_that_a_mask_hides_in_every_mini_batch_is_no_error() -> None:
+    layer = sn.StreamingNorm1d(2, ref=sn.NormRef.of("n c l -> c l", l=3))
+    mask = torch.tensor([True, True, False]).expand(4, 3)
+    sn.calibrate(layer, [torch.randn(4, 2, 3) + 5], lambda x: layer(x, mask))
+    assert (layer.long[0].view(2, 3)[:, :2] > 3).all()

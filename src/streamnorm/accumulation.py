@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import arguments
+
 Batch = TypeVar("Batch")
 
 
@@ -27,7 +29,7 @@ def accumulate(loader: Iterable[Batch], batches: int) -> Iterator[list[tuple[Bat
 
     Raises:
         ValueError: if ``batches`` is below 1.
-        TypeError: if a mini-batch holds no tensor to count samples by.
+        TypeError: if ``batches`` is no integer, or a mini-batch holds no tensor to count samples by.
 
     Example:
         >>> import torch
@@ -42,9 +44,9 @@ def accumulate(loader: Iterable[Batch], batches: int) -> Iterator[list[tuple[Bat
         [0.25, 0.75]
         [1.0]
     """
-    if batches < 1:
-        raise ValueError(f"batches is the number of mini-batches per weight update, at least 1, got {batches}")
-    return _groups(iter(loader), batches)
+    meaning = "batches is the number of mini-batches per weight update, an integer of at least 1"
+    batches = arguments.whole(batches, meaning)
+    return _groups(arguments.iterator(loader, "loader"), batches)
 
 
 def _groups(loader: Iterator[Batch], batches: int) -> Iterator[list[tuple[Batch, float]]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from . import foreign
+from . import arguments, foreign
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from .norm_act import StreamingNormAct2d
@@ -78,6 +78,7 @@ def convert(
     Raises:
         ValueError: for options that StreamingNorm refuses, or a type in ``also`` that is no InstanceNorm, GroupNorm
             or FrozenBatchNorm; nothing is changed.
+        TypeError: for an option that StreamingNorm does not have; the nearest one is named.
 
     Warns:
         UserWarning: names each layer with a forward of its own, which stays as it is
@@ -89,10 +90,13 @@ def convert(
         >>> convert(model)[1]
         StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=50, eps=1e-05, affine=True)
     """
+    _check_options(options)
     options = {"scale": "gaussian", **options}
-    for name in ("affine", "bias", "device", "dtype"):
-        if name in options:
-            raise ValueError(f"{name}={options[name]}: convert takes it from each layer that it replaces; leave it out")
+    arguments.check_model(model)
+    if where is not None and not callable(where):
+        raise TypeError(f"where is a function where(name, module) of True or False, got {where!r}")
+    if not isinstance(also, (tuple, list)) or not all(isinstance(kind, type) for kind in also):
+        raise TypeError(f"also is a tuple of layer types, such as (nn.GroupNorm,), got {also!r}")
     StreamingNorm1d(1, **{name: value for name, value in options.items() if name != "ref"})  # refuse before any change
     remarks: list[str] = []
 
@@ -120,6 +124,16 @@ def convert(
     return result
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    own = ("num_features", "affine", "bias", "device", "dtype")
+    known = [name for name in arguments.keywords(StreamingNorm2d) if name not in own]
+    for name, value in options.items():
+        if name in own:
+            raise ValueError(f"{name}={value}: convert takes it from each layer that it replaces; leave it out")
+        if name not in known:
+            raise arguments.unexpected("convert", name, value, ["where", "also", *known], StreamingNorm2d._hints)
+
+
 def register_converter(cls: type[nn.Module], converter: Converter) -> None:
     """Teach :func:`convert` a layer type.
 
@@ -141,6 +155,10 @@ def register_converter(cls: type[nn.Module], converter: Converter) -> None:
         >>> type(convert(nn.Sequential(ShiftedBatchNorm(4)))[0]).__name__
         'StreamingNorm1d'
     """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls is a layer type, a subclass of torch.nn.Module, got {cls!r}")
+    if not callable(converter):
+        raise TypeError(f"converter is a function converter(module, **options) of a new layer, got {converter!r}")
     _converters[cls] = converter
 
 
@@ -166,6 +184,9 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
         >>> to_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), StreamingNorm2d(8)))[1]
         BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, ...)
     """
+    arguments.check_model(model)
+    if dims not in (None, 1, 2, 3):
+        raise ValueError(f"dims is 1, 2 or 3, for nn.BatchNorm1d, 2d or 3d, got {dims!r}")
 
     def plain(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, Normalized):
@@ -201,6 +222,7 @@ def fold(model: Module) -> Module:
           (2): ReLU()
         )
     """
+    arguments.check_model(model)
     folded = copy.deepcopy(model).eval()
     graph = _trace(folded)
     pairs = _foldable_pairs(folded, graph)

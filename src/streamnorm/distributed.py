@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Joinable, JoinHook, _JoinConfig
 from torch.nn.parallel import DistributedDataParallel
 
-from . import agreement, updates
+from . import agreement, arguments, updates
 from .agreement import Sync
 from .norm import GeneralBatchNorm, Norm
 
@@ -47,8 +47,10 @@ def synchronize(model: Module, every: str = "update", process_group: dist.Proces
         >>> model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4))
         >>> _ = sn.synchronize(model, "batch")
     """
+    arguments.check_model(model)
     if every not in _EVERY:
-        raise ValueError(f"every is 'update', 'batch' or 'never', got {every!r}")
+        hint = arguments.nearest(every, _EVERY) if isinstance(every, str) else ""
+        raise ValueError(f"every is 'update', 'batch' or 'never', got {every!r}{hint}")
     if process_group is not None and dist.get_rank(process_group) < 0:
         raise ValueError("process_group does not contain this process; give each process the group that it is in")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Norm)]

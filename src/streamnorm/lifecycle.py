@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import agreement, updates
+from . import agreement, arguments, updates
 from .norm import GeneralBatchNorm, Norm, streaming_layers
 from .ops.spec import Formula
 from .stream import Stream
@@ -168,7 +168,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
         forward: what to do with a mini-batch instead, as ``lambda batch: model(batch["image"])``.
 
     Raises:
-        ValueError: if there is no mini-batch, or the model has no layer with statistics; they stay as they were.
+        ValueError: if there is no mini-batch, the model has no layer with statistics, or one of them meets nothing but
+            NaN and infinity; they stay as they were.
 
     Example:
         >>> import streamnorm as sn
@@ -183,9 +184,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
         raise ValueError(
             f"{type(model).__name__} holds no layer with statistics to calibrate; call streamnorm.convert(model) first"
         )
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward is a function of a mini-batch, got {forward!r}")
+    iterator = arguments.iterator(batches, "batches")
+    nothing = object()
+    first = next(iterator, nothing)
+    if first is nothing:
         raise ValueError("there are no mini-batches to calibrate with; a generator that was used up must be made again")
 
     before = [(module, module.training) for module in model.modules()]
@@ -205,6 +209,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
         for batch in chain((first,), iterator):
             forward(batch) if forward is not None else _run(model, batch)
         layers = agreement.merged(lambda: streaming)
+        _check_collected(model, layers)
         unused = [(layer, values) for layer, values in backup if not _has_collected(layer)]
         updates.commit_merged(layers)
         _restore(unused)
@@ -232,6 +237,19 @@ def _has_collected(layer: Norm) -> bool:
     return bool(layer.num_batches_tracked if isinstance(layer, GeneralBatchNorm) else layer.samples)
 
 
+def _check_collected(model: nn.Module, layers: list[Norm]) -> None:
+    """Refuse a calibration in which a statistic met no finite value: the layer would fall back to its prior."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in layers:
+        missed = layer.count == 0
+        if layer.samples > 0 and (missed.any() if layer.ref.spans_places else missed.all()):
+            raise ValueError(
+                f"{names[id(layer)] or 'the layer'} ({type(layer).__name__}) met no finite values in "
+                f"{int(missed.sum())} of its {missed.numel()} statistics: look for NaN or infinity in the "
+                "mini-batches, or in the weights before it. All statistics stay as they were"
+            )
+
+
 def _restore(backup: Iterable[tuple[Norm, list[Tensor]]]) -> None:
     for layer, values in backup:
         for buffer, value in zip(layer.buffers(recurse=False), values):
@@ -239,6 +257,7 @@ def _restore(backup: Iterable[tuple[Norm, list[Tensor]]]) -> None:
 
 
 def _layers(model: nn.Module) -> list[Norm]:
+    arguments.check_model(model)
     return [module for module in model.modules() if isinstance(module, Norm)]
 
 

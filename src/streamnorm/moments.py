@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from . import arguments
 
+
+@arguments.explained
 @dataclass(frozen=True)
 class LpMoment:
     """The scale σ = k·(E|d|^p)^(1/p) of Lp normalization (the paper's Lp).
@@ -19,6 +22,7 @@ class LpMoment:
 
     Raises:
         ValueError: if p < 1, or ``center`` or ``scale`` is unknown.
+        TypeError: if p is no number.
 
     Example:
         >>> LpMoment(p=1, scale="gaussian").k == math.sqrt(math.pi / 2)
@@ -30,12 +34,17 @@ class LpMoment:
     scale: str = "raw"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.p) and self.p >= 1):
+        p = arguments.real(self.p, "p must be a finite number of at least 1, such as 1 or 2")
+        if not (math.isfinite(p) and p >= 1):
             raise ValueError(f"p must be a finite number of at least 1, got {self.p}; 1 and 2 are the usual ones")
-        if self.center not in ("mean", "zero"):
-            raise ValueError(f"center must be 'mean' or 'zero', got {self.center!r}")
-        if self.scale not in ("raw", "gaussian"):
-            raise ValueError(f"scale must be 'raw' or 'gaussian', got {self.scale!r}")
+        if not isinstance(self.p, (int, float)):  # such as a tensor, which is no part of a hash
+            object.__setattr__(self, "p", p)
+        for name, value, choices in (
+            ("center", self.center, ("mean", "zero")),
+            ("scale", self.scale, ("raw", "gaussian")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
 
     @property
     def k(self) -> float:

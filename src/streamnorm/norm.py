@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
-from functools import wraps
 from operator import itemgetter
-from typing import Any, ParamSpec
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
-from . import agreement, checkpoint, ops, saved_state, updates
+from . import agreement, arguments, checkpoint, ops, saved_state, updates
 from .agreement import Sync
 from .moments import LpMoment
 from .normref import NormRef, RefName
@@ -24,12 +24,12 @@ from .ops.tracing import as_constant
 from .stream import IMAGE_WINDOW, WINDOW, Stream
 from .ties import Ties, is_collecting
 
-_Arguments = ParamSpec("_Arguments")
-
 _state_buffers = itemgetter(*State._fields)
 _passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id
 _GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
 _REDUCED = (torch.float16, torch.bfloat16)
+_FEATURES = "num_features is the number of channels, an integer of at least 1"
+_DTYPES = (torch.float32, torch.float64, *_REDUCED)
 _UNPICKLED = {
     "_accepted": None,
     "_plan": None,
@@ -50,6 +50,7 @@ _INSTEAD = {
 """What to write for what a BatchNorm has and a streaming layer does not."""
 
 
+@arguments.explained
 class Norm(nn.Module):
     """Normalization over any reference, with any moment, with or without a stream (the paper's general framework).
 
@@ -75,6 +76,7 @@ class Norm(nn.Module):
     Raises:
         ValueError: for an eps below 0, a group count that does not divide C, or a stream on a reference inside
             the sample.
+        TypeError: for an argument of another type than said above, or of a name that the layer does not have.
 
     Example:
         >>> layer = Norm(6, NormRef.of("n (g k) ... -> g", g=2), LpMoment(p=1), Stream(window=50))
@@ -125,15 +127,20 @@ class Norm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not eps >= 0:
-            raise ValueError(f"eps is added to sigma² and must be at least 0, such as 1e-5, got {eps}")
-        if num_features < 1:
-            raise ValueError(f"num_features is the number of channels, at least 1, got {num_features}")
+        meaning = "eps is added to sigma² and must be at least 0, such as 1e-5"
+        eps = arguments.real(eps, meaning)
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"{meaning}, got {eps}")
+        num_features = arguments.whole(num_features, _FEATURES)
         if not isinstance(affine, bool):
             raise TypeError(
                 f"affine is True or False, got {affine!r}; where BatchNorm has its momentum, streaming layers take "
                 "window=, a memory in samples"
             )
+        arguments.flag("bias", bias)
+        _check_kinds(ref, moment, stream)
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise TypeError(f"dtype is a floating point one, such as torch.float32, got {dtype}")
         self.num_features = num_features
         self.ref, self.moment, self.stream = ref, moment, stream
         self.eps, self.affine = eps, affine
@@ -172,6 +179,8 @@ class Norm(nn.Module):
         """Change the constants of a streaming layer; its state stays."""
         if self.stream is None:
             raise ValueError(f"{type(self).__name__} carries no stream; make the layer with one")
+        if not isinstance(stream, Stream):
+            raise TypeError(f"stream is a Stream, such as Stream(window=200), got {stream!r}")
         self.stream = stream
         self._set_formula()
 
@@ -386,7 +395,7 @@ class Norm(nn.Module):
                 f"expected {self.num_features} channels in axis 1, got an input of shape {tuple(x.shape)}; "
                 f"write {type(self).__name__}({x.shape[1]}) for it, or move the channels to axis 1"
             )
-        if not x.is_floating_point():
+        if x.dtype not in _DTYPES:
             raise TypeError(f"expected a floating point input, got {x.dtype}; write x.float()")
         kept = self._buffers.get("long", self._buffers.get("running_mean"))
         if kept is not None and (x.dtype == torch.float64) != (kept.dtype == torch.float64):
@@ -488,6 +497,7 @@ _WAITS = (
 )
 
 
+@arguments.explained
 class SampleNorm(Norm):
     """Sample Normalization: statistics from inside each sample (the paper's SP).
 
@@ -546,6 +556,7 @@ class SampleNorm(Norm):
         )
 
 
+@arguments.explained
 class GeneralBatchNorm(Norm):
     """General Batch Normalization: statistics of the mini-batch, over any reference and moment (the paper's GBN).
 
@@ -600,10 +611,12 @@ class GeneralBatchNorm(Norm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"momentum is the share of the present mini-batch, in [0, 1] or None, got {momentum}")
-        if ghosts < 1:
-            raise ValueError(f"ghosts is a number of partitions of the batch, at least 1, got {ghosts}")
+        meaning = "momentum is the share of the present mini-batch, in [0, 1] or None"
+        if momentum is not None:
+            momentum = arguments.real(momentum, meaning)
+            if not 0 <= momentum <= 1:
+                raise ValueError(f"{meaning}, got {momentum}")
+        ghosts = arguments.whole(ghosts, "ghosts is a number of partitions of the batch, an integer of at least 1")
         reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
         _check_groups(ref, num_features)
         super().__init__(
@@ -675,29 +688,18 @@ class GeneralBatchNorm(Norm):
         return f"{super().extra_repr()}, momentum={self.momentum}, ghosts={self.ghosts}"
 
 
-def _explaining_momentum(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Decorate ``__init__``: who comes from BatchNorm with a momentum learns what to write."""
-
-    @wraps(init)
-    def explained(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-        if "momentum" in kwargs:
-            raise TypeError(
-                f"{type(args[0]).__name__} takes no momentum, got momentum={kwargs['momentum']!r}: it has a memory in "
-                "samples. Leave it away for the default window; a BatchNorm's momentum of 0.1 at N samples a batch is "
-                "about window=N/0.1"
-            )
-        init(*args, **kwargs)
-
-    return explained
-
-
+@arguments.explained
 class _StreamingNorm(Norm):
     """What StreamingNorm1d, 2d and 3d share: the arguments, and the ranks that each accepts."""
 
     _ranks: tuple[int, ...]
     _window: float  # the default
+    _hints: ClassVar[dict[str, str]] = {
+        "momentum": "it has a memory in samples. Leave it out for the default window; a BatchNorm's momentum of 0.1 at "
+        "N samples a batch is about window=N/0.1",
+        "track_running_stats": "it always keeps statistics. Leave it out, or use SampleNorm for those of each sample",
+    }
 
-    @_explaining_momentum
     def __init__(
         self,
         num_features: int,
@@ -803,6 +805,7 @@ class StreamingNorm3d(_StreamingNorm):  # noqa: D101
 
 def streaming_layers(model: nn.Module) -> list[Norm]:
     """The layers of a model that carry a stream."""
+    arguments.check_model(model)
     return [module for module in model.modules() if isinstance(module, Norm) and module.stream is not None]
 
 
@@ -828,19 +831,33 @@ def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Tens
 def _full_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The mask as ``(N, ...)``, one value per sample and place."""
     places = (x.shape[0], *x.shape[2:])
+    shapes = f"{places[:1]} or {places}" if len(places) > 1 else f"{places}"
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"a mask is a bool tensor of shape {shapes}, got a {type(mask).__name__}")
+    if mask.device != x.device:
+        raise RuntimeError(f"the input is on {x.device} and the mask on {mask.device}: write mask.to(x.device)")
     if mask.dtype != torch.bool or tuple(mask.shape) not in (places, places[:1]):
         raise ValueError(
-            f"a mask is a bool tensor of shape {places[:1]} or {places} for an input of shape {tuple(x.shape)}, "
+            f"a mask is a bool tensor of shape {shapes} for an input of shape {tuple(x.shape)}, "
             f"got {mask.dtype} of shape {tuple(mask.shape)}; write mask.bool() for zeros and ones"
         )
     return mask.view(mask.shape + (1,) * (len(places) - mask.dim())).expand(places).contiguous()
 
 
 def _check_groups(ref: RefName | NormRef, num_features: int) -> None:
-    if isinstance(ref, tuple) and num_features % ref[1]:
+    if isinstance(ref, tuple) and arguments.whole(num_features, _FEATURES) % ref[1]:
         raise ValueError(
             f"{num_features} channels do not fall into {ref[1]} equal groups; choose a divisor of {num_features}"
         )
+
+
+def _check_kinds(ref: Any, moment: Any, stream: Any) -> None:
+    if not isinstance(ref, NormRef):
+        raise TypeError(f"ref is a NormRef, such as NormRef.batch('channel'), got {ref!r}")
+    if not isinstance(moment, LpMoment):
+        raise TypeError(f"moment is an LpMoment, such as LpMoment(p=1), got {moment!r}")
+    if stream is not None and not isinstance(stream, Stream):
+        raise TypeError(f"stream is a Stream, such as Stream(window=200), or None, got {stream!r}")
 
 
 def _state_dtype(dtype: torch.dtype | None) -> torch.dtype:

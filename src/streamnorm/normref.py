@@ -6,9 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
+from typing import Any
 
 from torch.compiler import is_compiling
 
+from . import arguments
 from .ops.spec import View
 from .ops.tracing import as_constant
 
@@ -18,6 +21,7 @@ RefName = str | tuple[str, int]
 _AXIS = re.compile(r"\(([^()]*)\)|(\.\.\.)|(\w+)")
 
 
+@arguments.explained
 @dataclass(frozen=True)
 class NormRef:
     """The normalization reference: the set of activations that a statistic is collected from (the paper's NormRef).
@@ -56,6 +60,8 @@ class NormRef:
     sizes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"a NormRef is written like 'n c ... -> c', got {self.pattern!r}")
         axes, kept = _parsed(self.pattern)
         names = [name for axis in axes for name in axis]
         if len(axes) < 2 or "..." in axes[0] + axes[1]:
@@ -67,8 +73,8 @@ class NormRef:
                 f"every axis stands once on the left, and those on the right on the left too, got {self.pattern!r}"
             )
         for name, size in self.sizes:
-            if name not in names or size < 1:
-                raise ValueError(f"{name}={size}: give a positive size of an axis that {self.pattern!r} names")
+            if name not in names or not _is_count(size):
+                raise ValueError(f"{name}={size!r}: give a positive size of an axis that {self.pattern!r} names")
 
     @classmethod
     def of(cls, pattern: str, **sizes: int) -> NormRef:
@@ -111,10 +117,13 @@ class NormRef:
     def _named(cls, ref: RefName, patterns: dict[str, str], group_pattern: str) -> NormRef:
         if isinstance(ref, str) and ref in patterns:
             return cls(patterns[ref])
-        if isinstance(ref, tuple) and len(ref) == 2 and ref[0] == "group" and isinstance(ref[1], int) and ref[1] > 0:
+        if isinstance(ref, tuple) and len(ref) == 2 and ref[0] == "group" and _is_count(ref[1]):
             return cls.of(group_pattern, g=ref[1])
         choices = ", ".join(repr(name) for name in patterns)
-        raise ValueError(f"ref must be {choices} or ('group', g) with g groups of channels, got {ref!r}")
+        hint = ""
+        if isinstance(ref, str):
+            hint = f"; write NormRef({ref!r})" if "->" in ref else arguments.nearest(ref, patterns)
+        raise ValueError(f"ref must be {choices} or ('group', g) with g groups of channels, got {ref!r}{hint}")
 
     def ghosts(self, partitions: int) -> NormRef:
         """The same reference in each of ``partitions`` parts of the batch: sample i belongs to part i mod partitions.
@@ -134,6 +143,12 @@ class NormRef:
         """Whether every statistic is collected over all samples, so that a stream can carry it from call to call."""
         axes, kept = _parsed(self.pattern)
         return not set(axes[0]) & set(kept)
+
+    @property
+    def spans_places(self) -> bool:
+        """Whether every statistic is collected over all spatial places; a mask cannot hide one from it altogether."""
+        axes, kept = _parsed(self.pattern)
+        return set(kept) <= {name for axis in axes[:2] for name in axis}
 
     def num_stats(self, num_features: int) -> int:
         """G, for an input with this many channels.
@@ -180,6 +195,10 @@ class NormRef:
         if is_compiling():
             return _make_view(self, tuple(shape))
         return _view(self, tuple(shape))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool) and int(value) > 0
 
 
 def _make_view(ref: NormRef, shape: tuple[int, ...]) -> View:

@@ -55,7 +55,9 @@ def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int |
     faults = _size_faults(layer, readable, prefix)
     if faults or layer.stream is None:
         if "num_batches_tracked" in layer._buffers and (version is None or version < 2):  # a BatchNorm's of old
-            state_dict.setdefault(prefix + "num_batches_tracked", layer._buffers["num_batches_tracked"])
+            tracked: Any = layer._buffers["num_batches_tracked"]
+            known = torch.zeros_like(tracked, device="cpu") if tracked.is_meta else tracked
+            state_dict.setdefault(prefix + "num_batches_tracked", known)
         return faults or _value_faults(readable, prefix)
     if prefix + "running_var" in state_dict:
         return [

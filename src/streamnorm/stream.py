@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import arguments
 from .ops.spec import Formula, Mix, State
 
 WINDOW = 200.0
@@ -23,6 +24,7 @@ PAPER_BETA = (0.7, 0.3, 0.0)
 PAPER_KAPPA = 0.7
 
 
+@arguments.explained
 @dataclass(frozen=True)
 class Stream:
     """The constants of Streaming Normalization (the paper's SN), or the window rule in their place.
@@ -46,6 +48,7 @@ class Stream:
 
     Raises:
         ValueError: if a number is out of its range, or ``window`` is given together with α, β or κ.
+        TypeError: if something else than a number stands for one.
 
     Example:
         >>> Stream().window
@@ -69,16 +72,16 @@ class Stream:
                 "give either the window or the constants alpha, beta, kappa"
             )
         if not given:
-            window = WINDOW if self.window is None else float(self.window)
+            meaning = "window is a memory in samples, a number above 0"
+            window = WINDOW if self.window is None else arguments.real(self.window, meaning)
             if not (math.isfinite(window) and window > 0):
-                raise ValueError(f"window is a memory in samples, a number above 0, got {self.window}")
+                raise ValueError(f"{meaning}, got {self.window}")
             object.__setattr__(self, "window", window)
         else:
             object.__setattr__(self, "alpha", _alpha(PAPER_ALPHA if self.alpha is None else self.alpha))
             object.__setattr__(self, "beta", _beta(PAPER_BETA if self.beta is None else self.beta))
             object.__setattr__(self, "kappa", _kappa(PAPER_KAPPA if self.kappa is None else self.kappa))
-        if len(self.prior) != 2 or not math.isfinite(self.prior[0]) or not 0 < self.prior[1] < math.inf:
-            raise ValueError(f"prior is a location and a moment above 0, such as (0, 1), got {self.prior}")
+        object.__setattr__(self, "prior", _prior(self.prior))
 
     def __repr__(self) -> str:
         return f"Stream({self.describe()})"
@@ -134,14 +137,31 @@ def _beta(beta: Sequence[float]) -> Mix:
 
 
 def _three(name: str, values: Sequence[float]) -> Mix:
-    if isinstance(values, (int, float)) or len(values) not in (2, 3):
-        raise ValueError(f"{name} takes two or three numbers (long, short, present), such as (0.7, 0.3), got {values}")
-    first, second, *rest = map(float, values)
+    meaning = f"{name} takes two or three numbers (long, short, present), such as (0.7, 0.3)"
+    if isinstance(values, (int, float)):
+        raise ValueError(f"{meaning}, got {values}")
+    numbers = arguments.reals(values, meaning)
+    if len(numbers) not in (2, 3):
+        raise ValueError(f"{meaning}, got {values}")
+    first, second, *rest = numbers
     return first, second, rest[0] if rest else 0.0
 
 
 def _kappa(kappa: float | Sequence[float]) -> tuple[float, float, float, float]:
-    four = tuple(map(float, kappa)) if isinstance(kappa, Sequence) else (float(kappa), 1 - float(kappa)) * 2
+    meaning = "kappa must be one number in [0, 1], such as 0.7, or four of them"
+    if arguments.is_vector(kappa):
+        four = arguments.reals(kappa, meaning)
+    else:
+        one = arguments.real(kappa, meaning)
+        four = (one, 1 - one) * 2
     if len(four) != 4 or not all(0 <= value <= 1 for value in four):
-        raise ValueError(f"kappa must be one number in [0, 1], such as 0.7, or four of them, got {kappa}")
+        raise ValueError(f"{meaning}, got {kappa}")
     return four[0], four[1], four[2], four[3]
+
+
+def _prior(prior: Sequence[float]) -> tuple[float, float]:
+    meaning = "prior is a location and a moment above 0, such as (0, 1)"
+    values = arguments.reals(prior, meaning)
+    if len(values) != 2 or not math.isfinite(values[0]) or not 0 < values[1] < math.inf:
+        raise ValueError(f"{meaning}, got {prior}")
+    return values[0], values[1]

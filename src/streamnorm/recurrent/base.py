@@ -99,7 +99,7 @@ class Normalized(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights as torch.nn does; gains, biases and statistics of the norms start over."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
+        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
         for weight in self.parameters(recurse=False):
             nn.init.uniform_(weight, -bound, bound)
         for name, child in self.named_children():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import arguments
 from .base import Normalized
 from .norms import Factory, NormChoice, When
 from .steps import STEPS, Hidden, Weights
@@ -42,6 +43,8 @@ _CELL_DOC = """{title}: ``torch.nn.{name}`` with a normalization of the input's 
 
     Raises:
         ValueError: for an unknown norm or an option that it does not have.
+        TypeError: for a keyword that the cell does not have; the nearest one is named.
+        RuntimeError: for sizes, dtypes or devices that do not fit, as torch.nn's; no statistic has changed then.
 
     Example:
         >>> cell, h = {name}(3, 5), None
@@ -56,27 +59,48 @@ class _Cell(Normalized, nn.RNNCellBase):
     """What the cells share: the forward pass around a step."""
 
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
-        self.kind, self.choice, self.suffixes = kind, NormChoice(norm, **options), [""]
+        self.kind, self.choice, self.suffixes = kind, NormChoice.of(type(self), norm, options), [""]
+        if self.hidden_size == 0 and norm is not None:
+            raise ValueError(
+                f"{type(self).__name__} with hidden_size=0 has nothing to normalize: write norm=None, with which it is "
+                "torch.nn's"
+            )
         self._add_norms("", norm_cell)
 
     def _advance(self, x: Tensor, hidden: Hidden | None, step: int | None, mask: Tensor | None) -> Hidden:
-        name = type(self).__name__
-        if x.dim() not in (1, 2):
-            raise ValueError(f"{name}: expected input to be 1D or 2D, got {x.dim()}D of shape {tuple(x.shape)}")
+        if x.dim() not in (1, 2) or x.shape[-1] != self.input_size or not self._fits(x, hidden):
+            self._refuse(x, hidden)
         unbatched = x.dim() == 1
         if unbatched:
             x = x.unsqueeze(0)
             hidden = None if hidden is None else tuple(h.unsqueeze(0) for h in hidden)
-        if x.shape[1] != self.input_size:
-            raise ValueError(f"{name}: expected {self.input_size} features, got input of shape {tuple(x.shape)}")
-        expected = (x.shape[0], self.hidden_size)  # len(x) would be a constant of an exported graph
-        if hidden is None:
-            hidden = (x.new_zeros(expected),) * (2 if self.kind == "LSTM" else 1)
-        for h in hidden:
-            if h.shape != expected:
-                raise ValueError(f"{name}: expected a hidden state of shape {expected}, got {tuple(h.shape)}")
+        if hidden is None:  # len(x) would be a constant of an exported graph
+            hidden = (x.new_zeros(x.shape[0], self.hidden_size),) * (2 if self.kind == "LSTM" else 1)
         hidden = self._step(x, hidden, step) if mask is None else self._masked_step(x, hidden, step, mask)
         return tuple(h.squeeze(0) for h in hidden) if unbatched else hidden
+
+    def _fits(self, x: Tensor, hidden: Any) -> bool:
+        """Whether a step can be made from these: found out halfway, it would have moved the first path's statistics."""
+        if hidden is None:
+            return True
+        shape = (*x.shape[:-1], self.hidden_size)
+        if not isinstance(hidden, (tuple, list)) or len(hidden) != (2 if self.kind == "LSTM" else 1):
+            return False
+        together = hidden if "norm_cell" in self._modules else hidden[:1]  # torch.nn lets c have a dtype of its own
+        return all(h.shape == shape and h.device == x.device for h in hidden) and (
+            all(h.dtype == x.dtype for h in together) or torch.is_autocast_enabled(x.device.type)
+        )
+
+    @torch.no_grad()
+    def _refuse(self, x: Tensor, hidden: Any) -> NoReturn:
+        """Raise what torch.nn's cell raises, with nothing changed."""
+        hx = hidden if self.kind == "LSTM" or hidden is None else hidden[0]
+        self._torch_type.forward(self, x, hx)
+        raise ValueError(
+            f"{type(self).__name__}: expected input of shape (N, {self.input_size}) and a hidden state of shape "
+            f"(N, {self.hidden_size}), of one dtype, or both without N, got {tuple(x.shape)} and "
+            f"{[tuple(h.shape) for h in hidden or ()]}"
+        )
 
     def _step(self, x: Tensor, hidden: Hidden, step: int | None) -> Hidden:
         cell: Any = self  # and not _weights, which looks for what a cell never has: this runs at every step
@@ -85,10 +109,12 @@ class _Cell(Normalized, nn.RNNCellBase):
 
     def _masked_step(self, x: Tensor, hidden: Hidden, step: int | None, mask: Tensor) -> Hidden:
         """The step of the rows that count, put back among the others, which stay as they are."""
+        meaning = f"mask is a bool tensor of shape ({len(x)},), True where a row counts"
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{meaning}, got a {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.shape != (len(x),):
             raise ValueError(
-                f"mask is a bool tensor of shape ({len(x)},), True where a row counts, got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}; write mask.bool() for zeros and ones"
+                f"{meaning}, got {mask.dtype} of shape {tuple(mask.shape)}; write mask.bool() for zeros and ones"
             )
         rows = mask.nonzero().squeeze(1)
         if len(rows) == 0:
@@ -161,7 +187,7 @@ class GRUCell(_Cell, nn.GRUCell):  # noqa: D101
         **options: Unpack[NormOptions],
     ) -> None:
         nn.GRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
-        self._setup("GRU" if reset_after else "GRU_RESET_BEFORE", norm, options)
+        self._setup("GRU" if arguments.flag("reset_after", reset_after) else "GRU_RESET_BEFORE", norm, options)
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, step: int | None = None, mask: Tensor | None = None
@@ -196,7 +222,7 @@ class LSTMCell(_Cell, nn.LSTMCell):  # noqa: D101
         **options: Unpack[NormOptions],
     ) -> None:
         nn.LSTMCell.__init__(self, input_size, hidden_size, bias, device, dtype)
-        self._setup("LSTM", norm, options, norm_cell)
+        self._setup("LSTM", norm, options, arguments.flag("norm_cell", norm_cell))
 
     def forward(
         self,

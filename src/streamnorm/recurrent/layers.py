@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .. import ops
+from .. import arguments, ops
 from ..ops.tracing import as_constant
 from . import engines, fixed
 from .base import Normalized
@@ -55,6 +55,8 @@ _LAYER_DOC = """{title}: ``torch.nn.{name}`` with normalized paths.
 
     Raises:
         ValueError: for an unknown norm or an option that it does not have; and as torch.nn's.
+        TypeError: for a keyword that the layer does not have; the nearest one is named.
+        RuntimeError: for hidden states of other sizes, dtype or device; no statistic has changed then.
 
     Example:
         >>> layer = {name}(3, 5, num_layers=2)
@@ -68,7 +70,7 @@ class _Layer(Normalized, nn.RNNBase):
     """What the layers share: the forward pass around an engine that runs one layer in one direction."""
 
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
-        self.kind, self.choice = kind, NormChoice(norm, **options)
+        self.kind, self.choice = kind, NormChoice.of(type(self), norm, options)
         directions = ("", "_reverse") if self.bidirectional else ("",)
         # The endings of the parameters' names, layer by layer, the reverse direction second
         self.suffixes = [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
@@ -105,12 +107,13 @@ class _Layer(Normalized, nn.RNNBase):
         if isinstance(input, PackedSequence) or input.dim() != 3:
             raise ValueError("lengths belong to a padded batch of sequences, a 3D tensor; a PackedSequence has its own")
         rows, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
-        lengths = torch.as_tensor(lengths).cpu()
+        meaning = f"lengths are {rows} integers, one for each sequence"
+        try:
+            lengths = torch.as_tensor(lengths).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{meaning}, got {lengths!r}") from None
         if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (rows,):
-            raise ValueError(
-                f"lengths are {rows} integers, one for each sequence, got {lengths.dtype} of shape "
-                f"{tuple(lengths.shape)}"
-            )
+            raise ValueError(f"{meaning}, got {lengths.dtype} of shape {tuple(lengths.shape)}")
         if rows and not 1 <= int(lengths.min()) <= int(lengths.max()) <= steps:
             raise ValueError(
                 f"lengths lie between 1 and {steps}, the padded length, got {lengths.tolist()}; leave empty sequences "
@@ -164,10 +167,13 @@ class _Layer(Normalized, nn.RNNBase):
                 wanted = "a pair of tensors (h, c)" if self.kind == "LSTM" else "one tensor"
                 raise ValueError(f"{type(self).__name__}: expected hx to be {wanted}, got {len(hidden)}")
             if batch_sizes is None and any(h.dim() != 3 for h in hidden):
-                raise RuntimeError(f"for a 3D input hx is 3D too, got {hidden[0].dim()}D of shape {hidden[0].shape}")
+                shapes = ", ".join(str(tuple(h.shape)) for h in hidden)
+                raise RuntimeError(f"for a 3D input hx is 3D too, got hidden states of shape {shapes}")
             if order is not None:
                 hidden = tuple(h.index_select(1, order) for h in hidden)
         self.check_forward_args(input, self._pack_hidden(hidden), batch_sizes)
+        for h in hidden:
+            _check_beside(input, h)
         return hidden
 
     def _pack_hidden(self, hidden: Hidden) -> Any:
@@ -228,6 +234,20 @@ class _Backwards:
         if self.index is None:
             return data.view(self.steps, self.rows, data.shape[1]).flip(0).view(data.shape)
         return data.index_select(0, self.index)
+
+
+def _check_beside(input: Tensor, h: Tensor) -> None:
+    """Refuse a hidden state that a time step would refuse when the input's path has moved its statistics."""
+    if h.device != input.device:
+        raise RuntimeError(
+            f"Input and hidden tensors are not at the same device, found input tensor at {input.device} and hidden "
+            f"tensor at {h.device}: write hx.to({str(input.device)!r})"
+        )
+    if h.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise RuntimeError(
+            f"Input and hidden tensors are not the same dtype, found input tensor with {input.dtype} and hidden tensor "
+            f"with {h.dtype}: write hx.to({input.dtype})"
+        )
 
 
 def _as_tuple(hx: Any) -> Hidden:
@@ -323,7 +343,7 @@ class GRU(_Layer, nn.GRU):  # noqa: D101
             device=device,
             dtype=dtype,
         )
-        self._setup("GRU" if reset_after else "GRU_RESET_BEFORE", norm, options)
+        self._setup("GRU" if arguments.flag("reset_after", reset_after) else "GRU_RESET_BEFORE", norm, options)
 
 
 class LSTM(_Layer, nn.LSTM):  # noqa: D101
@@ -367,7 +387,7 @@ class LSTM(_Layer, nn.LSTM):  # noqa: D101
             device=device,
             dtype=dtype,
         )
-        self._setup("LSTM", norm, options, norm_cell)
+        self._setup("LSTM", norm, options, arguments.flag("norm_cell", norm_cell))
 
     def _torch_arguments(self) -> dict[str, Any]:
         return {**super()._torch_arguments(), "proj_size": self.proj_size}

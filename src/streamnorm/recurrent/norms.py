@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 
 if TYPE_CHECKING:
@@ -55,6 +58,17 @@ _ALLOWED = {
 }
 
 
+_IN_A_FACTORY = "write norm=lambda features: StreamingNorm1d(features, ...), a function that makes each path's"
+_ELSEWHERE = {
+    "nonlinearity": "only RNN and RNNCell have it",
+    "reset_after": "only GRU and GRUCell have it",
+    "norm_cell": "only LSTM and LSTMCell have it",
+    "affine": _IN_A_FACTORY,
+    "ref": _IN_A_FACTORY,
+}
+"""What to write in place of keywords that other networks and normalizations have."""
+
+
 @dataclass(frozen=True)
 class NormChoice:
     """Which normalization the paths of a recurrent layer get.
@@ -70,12 +84,13 @@ class NormChoice:
         alpha: streaming: weights of long-term, short-term and present statistics.
         beta: streaming: the same for their gradients.
         kappa: streaming: what a weight update keeps of the long-term and takes of the short-term average.
-        momentum: batch: share of the present step in the running statistics.
+        momentum: batch: share of the present step in the running statistics; None for the default.
         max_steps: batch-per-step: how many time steps have statistics of their own; later steps share the last ones.
         gain: where the gains start.
 
     Raises:
         ValueError: for an unknown norm, or an option that the norm does not have.
+        TypeError: for a norm that is neither a name nor a function.
     """
 
     norm: str | Factory | None
@@ -92,12 +107,14 @@ class NormChoice:
     gain: float | None = None
 
     def __post_init__(self) -> None:
+        names = ", ".join(repr(name) for name in _ALLOWED)
+        meaning = f"norm must be {names}, None, or a function that makes a module from a number of features"
         if isinstance(self.norm, str) and self.norm not in _ALLOWED:
-            names = ", ".join(repr(name) for name in _ALLOWED)
-            raise ValueError(
-                f"norm must be {names}, None, or a function that makes a module from a number of features, "
-                f"got {self.norm!r}"
-            )
+            raise ValueError(f"{meaning}, got {self.norm!r}{arguments.nearest(self.norm, _ALLOWED)}")
+        if isinstance(self.norm, nn.Module):
+            raise TypeError(f"{meaning}, got a module: write norm=lambda features: {type(self.norm).__name__}(...)")
+        if not isinstance(self.norm, str) and self.norm is not None and not callable(self.norm):
+            raise TypeError(f"{meaning}, got {self.norm!r}")
         allowed = _ALLOWED[self.norm] if isinstance(self.norm, str) else ()
         for name, value in self._given().items():
             if name not in allowed:
@@ -106,11 +123,35 @@ class NormChoice:
                     f"{name}={value} is an option of norm={' or '.join(fitting)}, got norm={self.norm!r}; "
                     "leave it out, or give it to the module that a factory makes"
                 )
-        if self.norm == "batch-per-step" and (self.max_steps is None or self.max_steps < 1):
-            raise ValueError(
+        if self.norm == "batch-per-step":
+            meaning = (
                 "norm='batch-per-step' keeps statistics for each time step: say for how many with max_steps, such as "
-                f"the length of your training sequences, got max_steps={self.max_steps}"
+                "the length of your training sequences"
             )
+            if self.max_steps is None:
+                raise ValueError(f"{meaning}, got max_steps=None")
+            object.__setattr__(self, "max_steps", arguments.whole(self.max_steps, meaning))
+        if self.gain is not None:
+            meaning = "gain is where gains start, a finite number such as 0.1"
+            if not math.isfinite(arguments.real(self.gain, meaning)):
+                raise ValueError(f"{meaning}, got {self.gain}")
+
+    @classmethod
+    def of(cls, network: type[nn.Module], norm: Any, options: dict[str, Any]) -> NormChoice:
+        """The choice that the keywords of a network make.
+
+        Raises:
+            TypeError: for a keyword that the network does not have.
+            ValueError: as the class, and as torch.nn for a ``proj_size`` where there is none.
+        """
+        names = [field.name for field in fields(cls)[1:]]
+        for keyword, value in options.items():
+            if keyword == "proj_size" and issubclass(network, nn.RNNBase):
+                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            if keyword not in names:
+                known = [name for name in inspect.signature(network).parameters if name != "options"]
+                raise arguments.unexpected(network.__name__, keyword, value, [*known, *names], _ELSEWHERE)
+        return cls(norm, **options)
 
     def __str__(self) -> str:
         norm = self.norm if isinstance(self.norm, str) or self.norm is None else "factory"
@@ -126,6 +167,8 @@ class NormChoice:
             return None
         if not isinstance(self.norm, str):
             made = self.norm(num_features)
+            if made is not None and not isinstance(made, nn.Module):
+                raise TypeError(f"norm= makes a module from a number of features, and made {made!r} of {num_features}")
             if isinstance(made, Norm) and made.num_features != num_features:
                 raise ValueError(f"norm= was asked for a layer of {num_features} features, and made {made}")
             return made
@@ -205,9 +248,10 @@ class PerStepBatchNorm(RecurrentBatchNorm):
 
     def at(self, x: Tensor, when: When) -> Tensor:
         """Normalize x, the values of time step ``when.step``."""
+        meaning = "norm='batch-per-step' has to know the time step: write cell(x, h, step=t), from 0 on"
         if when.step is None:
-            raise ValueError("norm='batch-per-step' has to know the time step: write cell(x, h, step=t), from 0 on")
-        self.select(when.step)
+            raise ValueError(meaning)
+        self.select(arguments.whole(when.step, meaning, 0))
         return super().at(x, when)
 
     def select(self, step: int) -> None:
