@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import streamnorm
 from streamnorm.cli import COMMANDS, main
 
 
@@ -26,6 +28,11 @@ def test_help_lists_the_commands(capsys, words):
     assert code == 0
     assert all(name in out for name in COMMANDS)
     assert "streamnorm run online-fc" in out
+
+
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_version(capsys, word):
+    assert answer(capsys, word) == (0, f"streamnorm {streamnorm.__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -66,17 +73,37 @@ def test_data_describes_what_there_is(capsys):
 
 MISTAKES = [
     (["fly"], "unknown command 'fly': choose from run"),
-    (["run", "online"], "unknown experiment 'online': choose from online-fc"),
+    (["rnu"], "unknown command 'rnu' (did you mean 'run'?): choose from run"),
+    (["run", "online"], "unknown experiment 'online' (did you mean 'online-fc'?): choose from online-fc"),
+    (["run", "table2"], "unknown experiment 'table2' (did you mean 'table1'?): choose from online-fc"),
+    (["run", "shoe-size"], "char-lstm, resnet, adapt, table1"),
     (
         ["run", "online-fc", "--methods", "layer", "bach"],
-        "unknown method 'bach': choose from none, batch, batch-renorm",
+        "unknown method 'bach' (did you mean 'batch'?): choose from none, batch, batch-renorm",
     ),
+    (
+        ["run", "online-fc", "--methods", "streaming-l1,windw=3"],
+        "method 'streaming-l1,windw=3': unknown option 'windw' (did you mean 'window'?): choose from eps, p, center",
+    ),
+    (["run", "char-gru", "--methods", "layer,gian=3"], "unknown option 'gian' (did you mean 'gain'?)"),
+    (["run", "online-fc", "--methods", "layer,eps=3"], "method 'layer,eps=3': it has no options"),
+    (["run", "online-fc", "--methods", "streaming-l1,window=3,window=4"], "an option is named twice"),
+    (["run", "online-fc", "--methods", "group,groups=many"], "a value of another kind is needed"),
+    (["run", "online-fc", "--methods", "rms,eps=nan"], "with these options its output is not finite"),
     (["run", "online-fc", "--methods"], "--methods: name at least one"),
     (["run", "online-fc", "--methods", "layer", "layer"], "layer is named twice"),
     (["run", "online-fc", "--settings", "2by16"], "setting '2by16' is not of the form SxU"),
     (["run", "online-fc", "--settings", "9999x1"], "more than the 800 training images"),
     (["run", "online-fc", "--rates", "0"], "--rates 0: a learning rate must be above 0"),
     (["run", "online-fc", "--rates", "nan"], "--rates nan: a learning rate must be above 0"),
+    (["run", "online-fc", "--rates", "1e400"], "--rates inf: a learning rate must be above 0 and finite"),
+    (["run", "online-fc", "--checkpoint-every", "nan"], "--checkpoint-every nan: must be at least 0 and finite"),
+    (["run", "online-fc", "--settings", "1x9999999999"], "setting '1x9999999999' is not of the form SxU"),
+    (["run", "char-gru", "--settings", "1x99999999"], "more than 100,000,000 are not drawn"),
+    (["run", "adapt", "--window", "inf"], "--window inf: must be above 0 and finite"),
+    (["run", "resnet", "--weight-decay", "inf"], "--weight-decay inf: must be at least 0 and finite"),
+    (["run", "online-fc", "--out", "~nobody-of-this-name/x"], "~nobody-of-this-name/x: no such user's home folder"),
+    (["bench", "--only", "layer"], "--only: unknown suite 'layer' (did you mean 'layers'?)"),
     (["run", "online-fc", "--seeds", "0"], "--seeds 0: must be at least 1"),
     (["run", "online-fc", "--width", "0"], "--width 0: must be at least 1"),
     (["run", "online-fc", "--momentum", "1"], "--momentum 1: must be at least 0 and below 1"),
@@ -112,14 +139,41 @@ def test_an_option_of_the_wrong_kind_is_refused(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("folder", ["/proc/nothing", "taken"])
-def test_an_output_folder_that_cannot_be(capsys, tmp_path, monkeypatch, folder):
+@pytest.mark.parametrize("folder", ["/proc/nothing", "taken", "taken/below"])
+@pytest.mark.parametrize(
+    "words", [("run", "online-fc", "--out"), ("bench", "--quick", "--out"), ("data", "--download")]
+)
+def test_an_output_folder_that_cannot_be(capsys, tmp_path, monkeypatch, words, folder):
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("a file")
-    code, _, err = answer(capsys, "run", "online-fc", "--out", folder)
+    code, _, err = answer(capsys, *words, folder)
     assert code == 2
     assert err.startswith("streamnorm: ")
     assert folder in err
+    assert len(err.splitlines()) == 1
+    if folder != "/proc/nothing":
+        assert f"{words[-1]} {folder}: taken is a file; name a folder" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_text_that_never_ends(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = answer(capsys, "run", "char-gru", "--data", str(tmp_path / "pipe"))
+    assert code == 2
+    assert "this is a device or a pipe" in err
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [("many", "WORLD_SIZE is 'many', no number of processes"), ("2", "do not find each other")]
+)
+def test_processes_that_torchrun_did_not_start(capsys, tmp_path, monkeypatch, size, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    code, _, err = answer(capsys, "run", "online-fc")
+    assert code == 2
+    assert message in err
+    assert "start the command by torchrun, or unset the variable" in err
     assert len(err.splitlines()) == 1
 
 

@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple, cast
 
+import streamnorm
+from streamnorm.experiments.errors import UserError, unknown
+
 
 class Command(NamedTuple):
     """Where a command is implemented: ``module:function``, called with the words after the command's name."""
@@ -24,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("streamnorm.experiments.run:run", "run an experiment and write a report"),
     "list": Command("streamnorm.experiments.run:list_experiments", "show all experiments"),
-    "report": Command("streamnorm.experiments.run:report", "make a report anew from the logs in a folder"),
+    "report": Command("streamnorm.experiments.run:report", "rebuild a report from the logs in a folder"),
     "bench": Command("streamnorm.benchmarks.command:bench", "measure time and memory beside torch.nn's own layers"),
     "data": Command("streamnorm.experiments.inspection:describe_data", "describe or fetch the images for experiments"),
     "info": Command("streamnorm.experiments.inspection:show_info", "show versions, processor and engines"),
@@ -38,34 +41,40 @@ commands:
 {commands}
 
   streamnorm COMMAND --help    explains one command
+  streamnorm --version         shows the version
 
 Start with: streamnorm run online-fc    (two minutes, nothing is downloaded)
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0, 1 if runs failed, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run a command; return the exit code: 0, 1 if runs failed, 2 for what the user can correct, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:<8}{command.summary}" for name, command in COMMANDS.items())
         print(HELP.format(commands=lines), end="")
         return 0
+    if words[0] in ("-V", "--version"):
+        print(f"streamnorm {streamnorm.__version__}")
+        return 0
     if words[0] not in COMMANDS:
-        return _complain(f"unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}")
-    try:
-        return _call(COMMANDS[words[0]], words[1:])
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
+        return _complain(str(unknown("command", words[0], COMMANDS)))
+    return guarded(lambda: _call(COMMANDS[words[0]], words[1:]))
 
 
 def _call(command: Command, words: list[str]) -> int:
-    try:
-        from streamnorm.experiments.errors import UserError
+    module, name = command.target.split(":")
+    function = cast(Callable[[list[str]], int], getattr(import_module(module), name))
+    return function(words)
 
-        module, name = command.target.split(":")
-        function = cast(Callable[[list[str]], int], getattr(import_module(module), name))
-        return function(words)
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit code of a command, whose expected errors become one line."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package == "streamnorm":
@@ -86,7 +95,7 @@ def _explain(error: OSError) -> str:
         return f"no space left while writing{place}: free some, then repeat the command; finished runs are kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write or read{place} ({error.strerror}): choose another folder, or change its rights"
-    return f"{error.strerror or error}{place and ':' + place}: mend this, then give the same command again"
+    return f"{error.strerror or error}{place and ':' + place}: correct this, then give the same command again"
 
 
 def _complain(message: str) -> int:

@@ -177,7 +177,7 @@ def test_compiled_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     monkeypatch.setattr(compiled, "QUICK", Effort(0, 3, 0, 0))
     monkeypatch.setattr("os.getloadavg", lambda: (3.2, 0, 0))
-    compiled.main(str(tmp_path), quick=True)
+    compiled.bench_compiled(str(tmp_path), quick=True)
     with open(tmp_path / "times.csv") as file:
         times = [row for row in csv.DictReader(file) if row["part"] == "together"]
     assert [(row["ours"], row["rival"], row["target"]) for row in times] == [
@@ -201,7 +201,10 @@ def test_memory_is_kept_by_glibc_alone(capsys: pytest.CaptureFixture[str], monke
     ("words", "message"),
     [
         (["--device", "tpu"], "--device tpu: choose cpu or cuda"),
-        (["--only", "layer"], "--only: unknown suite 'layer': choose from layers, one-pass, recurrent, networks"),
+        (
+            ["--only", "layer"],
+            "--only: unknown suite 'layer' (did you mean 'layers'?): choose from layers, one-pass,",
+        ),
         (["--only"], "--only: name at least one"),
         (["--threads", "0"], "--threads 0: choose from 1 to"),
         (["--threads", "4096"], "--threads 4096: choose from 1 to"),

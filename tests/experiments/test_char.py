@@ -23,6 +23,7 @@ from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.methods import reported, trainable
 from streamnorm.experiments.results import load_results
 from streamnorm.experiments.runlog import RunLog, read_log
+from streamnorm.experiments.sweep import log_header
 from streamnorm.experiments.text import Text, load_text
 from streamnorm.experiments.train import Training, evaluate, train
 from streamnorm.experiments.verdict import sentences
@@ -45,7 +46,7 @@ def experiment(kind=CharGRU, **options):
 
 
 def finish(options, run, data, path):
-    train(options, run, data, RunLog(path, {"run": vars(run)}), lambda *news: None)
+    train(options, run, data, RunLog(path, log_header(options, run)), lambda *news: None)
     logged = read_log(path)
     assert logged is not None
     assert logged.end is not None
@@ -88,7 +89,8 @@ def test_a_run_is_the_loop_that_one_would_write(text, tmp_path):
 
 @pytest.mark.parametrize("kind", [CharRNN, CharGRU, CharLSTM])
 def test_every_method_starts_from_the_same_weights_and_sees_the_same_pieces(text, kind):
-    trainings = [Training(experiment(kind), Run("final", name, "2x2", 0.1, 3), text) for name in RECURRENT]
+    names = [*RECURRENT, "streaming-l1,window=50"]
+    trainings = [Training(experiment(kind), Run("final", name, "2x2", 0.1, 3), text) for name in names]
     assert {type(t.model.recurrent) for t in trainings} == {kind.recurrent}
     weights = [{name: p for name, p in t.model.named_parameters() if "norm" not in name} for t in trainings]
     for other in weights[1:]:
@@ -192,13 +194,16 @@ def test_a_variant_has_the_options_that_its_name_says():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("steaming", "unknown method 'steaming': choose from none, batch, batch-per-step, layer, streaming-l2"),
+        (
+            "steaming",
+            "unknown method 'steaming' (did you mean 'streaming-l2'?): choose from none, batch, batch-per-step, layer",
+        ),
         ("steaming,window=5", "unknown method 'steaming,window=5'"),
         ("streaming-l1,window", "'window' is not of the form option=value"),
         ("streaming-l1,windw=5", "windw"),
         ("streaming-l1,window=-5", "a number above 0"),
         ("streaming-l1,alpha=0.5+0.2", "alpha"),
-        ("layer,window=5", "window=5.0 is an option of norm='streaming'"),
+        ("layer,window=5", "window=5 is an option of norm='streaming'"),
     ],
 )
 def test_a_method_that_cannot_be_is_one_clear_line(name, message):

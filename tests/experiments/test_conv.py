@@ -52,7 +52,10 @@ def test_help_names_every_method_that_can_be_chosen_without_looking(name, capsys
     [
         (["conv", "--width", "0"], "--width 0: must be at least 1"),
         (["recurrent-conv", "--k2", "0"], "--k2 0: must be at least 1"),
-        (["lp", "--methods", "batch-l8"], "unknown method 'batch-l8': choose from none, batch-l1"),
+        (
+            ["lp", "--methods", "batch-l8"],
+            "unknown method 'batch-l8' (did you mean 'batch-l7'?): choose from",
+        ),
         (["conv", "--device", "gpu"], "--device gpu: write cpu, cuda, or cuda:1"),
         (["conv", "--device", "cuda:99"], "NVIDIA cards; leave it out for cpu"),
     ],

@@ -18,6 +18,7 @@ from streamnorm.experiments.resnet import ResNet
 from streamnorm.experiments.results import load_results
 from streamnorm.experiments.runlog import RunLog, read_log
 from streamnorm.experiments.setting import Setting
+from streamnorm.experiments.sweep import log_header
 from streamnorm.experiments.train import Training, train
 
 
@@ -138,7 +139,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(data, tmp_path, monkeypat
     run = Run("final", method, "8x3", 0.1, 0)
 
     def finish(path):
-        train(experiment, run, data, RunLog(path, {"run": vars(run)}), lambda *news: None)
+        train(experiment, run, data, RunLog(path, log_header(experiment, run)), lambda *news: None)
         logged = read_log(path)
         assert logged is not None
         assert logged.end is not None

@@ -152,6 +152,52 @@ def test_parquet_with_an_image_that_is_none(parquet):
     assert "image 0 cannot be decoded" in refusal(parquet)
 
 
+def a_large_image(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1025, 1024), (10_000, 10_000), (20_000, 20_000)])
+def test_an_image_that_would_fill_memory(parquet, width, height):
+    """Beyond our own limit, that of Pillow's warning, and that of its error."""
+    table = pa.table({"img": [{"bytes": a_large_image(width, height)}], "label": [0]})
+    pq.write_table(table, parquet / "train.parquet")
+    assert "train.parquet: image 0 has more than 1,048,576 pixels" in refusal(parquet)
+
+
+def test_the_largest_image(parquet):
+    for split in ("train", "test"):
+        pq.write_table(
+            pa.table({"img": [{"bytes": a_large_image(1024, 1024)}], "label": [0]}), parquet / f"{split}.parquet"
+        )
+    read_all(parquet)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_parquet_without_rows(parquet, split):
+    table = pq.read_table(parquet / f"{split}.parquet")
+    pq.write_table(table.slice(0, 0), parquet / f"{split}.parquet")
+    assert f"the {split} files hold no images" in refusal(parquet)
+
+
+@pytest.mark.parametrize(
+    "labels", [pa.array([0.5]), pa.array(["3"]), pa.array([True]), pa.array([None], pa.int64()), pa.array([np.nan])]
+)
+def test_labels_that_are_no_whole_numbers(parquet, labels):
+    images = [{"bytes": png(np.zeros((3, 8, 8), np.uint8))}]
+    pq.write_table(pa.table({"img": images, "label": labels}), parquet / "train.parquet")
+    assert "label a whole number" in refusal(parquet)
+
+
+def test_labels_that_are_whole_numbers_of_another_type(parquet):
+    images = [{"bytes": png(np.zeros((3, 32, 32), np.uint8))}] * 2
+    for labels in (pa.array([7.0, 3.0]), pa.array([7, 3], pa.uint8())):
+        pq.write_table(pa.table({"img": images, "label": labels}), parquet / "train.parquet")
+        assert open_source(str(parquet)).train(2)[1].tolist() == [7, 3]
+
+
 def test_images_of_different_sizes(parquet):
     images = [{"bytes": png(np.zeros((3, size, size), np.uint8))} for size in (8, 9)]
     pq.write_table(pa.table({"img": images, "label": [0, 1]}), parquet / "train.parquet")

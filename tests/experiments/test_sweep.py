@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -68,10 +69,14 @@ def test_nothing_but_results_is_left(finished):
     assert not [path for path in finished.rglob("*") if path.suffix in (".ckpt", ".tmp")]
 
 
-def test_a_second_time_nothing_is_run_again(finished, small_command):
+def test_a_second_time_nothing_is_run_again_and_every_line_says_so(finished, small_command, capsys):
     before = logs_of(finished)
     assert main([*small_command, "--out", str(finished)]) == 0
     assert logs_of(finished) == before
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("[")]
+    assert len(lines) == len(before)
+    assert " ".join(said.split()).count("(kept from before)") == len(before)
 
 
 def test_an_unfinished_and_a_missing_run_are_made_up_with_the_same_numbers(finished, small_command):
@@ -93,7 +98,13 @@ def timeless(logged: LoggedRun | None) -> object:
 
 @pytest.mark.parametrize(
     ("option", "word"),
-    [(["--width", "17"], "width 16, not 17"), (["--epochs", "2"], "epochs 1, not 2"), (["--limit", "65"], "images")],
+    [
+        (["--width", "17"], "holds runs with --width 16, not 17: choose"),
+        (["--epochs", "2"], "holds runs with --epochs 1, not 2: choose"),
+        (["--limit", "65"], "holds runs with --limit 64, not 65: choose"),
+        (["--validation", "33"], "holds runs with --validation 32, not 33: choose"),
+        (["--tune-limit", "50"], "holds runs with --tune-limit 64, not 50: choose"),
+    ],
 )
 def test_a_folder_of_other_runs_is_refused(finished, small_command, capsys, option, word):
     before = logs_of(finished)
@@ -103,6 +114,21 @@ def test_a_folder_of_other_runs_is_refused(finished, small_command, capsys, opti
     assert "--out" in message
     assert logs_of(finished) == before
     assert not (finished / "cache").exists()
+
+
+def test_a_folder_of_runs_on_other_data_is_refused(finished, small_command, capsys):
+    """The same number of images of the same name."""
+    path = finished / "experiment.json"
+    config = json.loads(path.read_text())
+    fingerprint = config["data"]["fingerprint"]
+    config["data"]["fingerprint"] = config["identity"]["images"] = "another"
+    path.write_text(json.dumps(config))
+    assert main([*small_command, "--out", str(finished)]) == 2
+    assert f"holds runs with images of digits of fingerprint another, not {fingerprint}" in capsys.readouterr().err
+    config["data"]["name"] = "cats"
+    path.write_text(json.dumps(config))
+    assert main([*small_command, "--out", str(finished)]) == 2
+    assert "holds runs with the data cats, not digits" in capsys.readouterr().err
 
 
 def test_two_commands_do_not_share_a_folder(finished, small_command, capsys):

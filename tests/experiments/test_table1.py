@@ -13,7 +13,7 @@ from streamnorm.cli import main
 from streamnorm.experiments import table1
 from streamnorm.experiments.results import load_results
 from streamnorm.experiments.setting import Setting
-from streamnorm.experiments.table1 import SCENARIOS, TECHNIQUES, Table1, gain, judge, verdict
+from streamnorm.experiments.table1 import PARTS, SCENARIOS, TECHNIQUES, Table1, gain, judge, verdict
 from streamnorm.experiments.table1_report import agrees, claimed
 
 
@@ -146,9 +146,35 @@ def test_the_folders_to_judge_are_one_of_each_part(elsewhere, tmp_path, capsys, 
 
 
 def test_a_part_without_results_is_named(finished, tmp_path, capsys):
-    (tmp_path / "table1.json").write_text(json.dumps({"commands": [], "parts": {"conv": "conv"}}))
+    (tmp_path / "table1.json").write_text(json.dumps({"commands": [], "parts": {name: name for name in PARTS}}))
     assert main(["report", str(tmp_path)]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert f"{tmp_path / 'online-fc'}: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "it must be an object, not []"),
+        ('{"commands": [], "parts": {"conv": 5}}', "parts.conv must be a text, not 5"),
+        ('{"commands": [], "parts": {"conv": "conv"}}', "parts must name online-fc, char-rnn, conv, recurrent-conv"),
+        ('{"parts": {}}', "it lacks 'commands'"),
+    ],
+)
+def test_a_table_of_another_form_is_named(tmp_path, capsys, text, message):
+    (tmp_path / "table1.json").write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert f"{tmp_path / 'table1.json'}" in said
+    assert message in said
+
+
+def test_a_part_that_is_another_experiment_is_named(finished, tmp_path, capsys):
+    parts = {name: str(finished / name) for name in PARTS} | {"conv": str(finished / "online-fc")}
+    (tmp_path / "table1.json").write_text(json.dumps({"commands": [], "parts": parts}))
+    assert main(["report", str(tmp_path)]) == 2
+    assert "the part conv holds online-fc" in capsys.readouterr().err
 
 
 def test_a_mistake_is_found_before_anything_is_run(tmp_path, capsys):

@@ -14,6 +14,7 @@ from streamnorm.experiments import train as train_module
 from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.peers.batch_renorm import BatchRenorm
 from streamnorm.experiments.runlog import RunLog, read_log
+from streamnorm.experiments.sweep import log_header
 from streamnorm.experiments.train import Training, train
 
 
@@ -22,7 +23,7 @@ def ignore(*news):
 
 
 def finish(experiment, run, data, path):
-    train(experiment, run, data, RunLog(path, {"run": vars(run)}), ignore)
+    train(experiment, run, data, RunLog(path, log_header(experiment, run)), ignore)
     logged = read_log(path)
     assert logged is not None
     assert logged.end is not None

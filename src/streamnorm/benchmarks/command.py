@@ -19,14 +19,15 @@ from tyro import conf
 import streamnorm as sn
 from streamnorm.benchmarks.cases import SUITES, all_cases
 from streamnorm.benchmarks.cuda import bench_cuda
+from streamnorm.benchmarks.cuda_cases import SUITES as CUDA_SUITES
 from streamnorm.benchmarks.figures import save_figure
 from streamnorm.benchmarks.fresh import keep_freed_memory, measure
 from streamnorm.benchmarks.results import MemoryRow, Results, TimeRow
 from streamnorm.benchmarks.tables import print_results, save_results
 from streamnorm.benchmarks.timing import Effort
 from streamnorm.experiments.environment import environment, usable_cores
-from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.files import locked, write_text
+from streamnorm.experiments.errors import UserError, unknown
+from streamnorm.experiments.files import locked, output_folder, typed_path, write_text
 
 FULL = Effort(seconds=0.25, rounds=3)
 PROCESSES = 3
@@ -71,11 +72,12 @@ class BenchOptions:
         """
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"--device {self.device}: choose cpu or cuda")
+        suites = CUDA_SUITES if self.device == "cuda" and self.only != SUITES else SUITES
         if not self.only:
-            raise UserError(f"--only: name at least one of {', '.join(SUITES)}")
+            raise UserError(f"--only: name at least one of {', '.join(suites)}")
         for suite in self.only:
-            if suite not in SUITES:
-                raise UserError(f"--only: unknown suite {suite!r}: choose from {', '.join(SUITES)}")
+            if suite not in suites:
+                raise UserError(f"--only: {unknown('suite', suite, suites)}")
         if self.keep_memory and not _can_keep_memory():
             raise UserError("--keep-memory: only glibc's allocator can be told to; leave the option out")
         for count in self.threads:
@@ -89,7 +91,7 @@ class BenchOptions:
     def folder(self) -> Path:
         """Where results go."""
         name = "bench" + "-cuda" * (self.device == "cuda") + "-quick" * self.quick + "-kept" * self.keep_memory
-        return Path(self.out or f"runs/{name}").expanduser()
+        return typed_path(self.out or f"runs/{name}")
 
 
 def bench(words: Sequence[str]) -> int:
@@ -101,7 +103,7 @@ def bench(words: Sequence[str]) -> int:
         if options.keep_memory:
             keep_freed_memory()
         return bench_cuda(folder, options.quick, options.only)
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder)
     with locked(folder):
         before = machine_load()
         warn_if_busy(Console(stderr=True), before, 0)

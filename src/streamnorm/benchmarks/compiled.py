@@ -7,8 +7,8 @@ compiled model beside the same model as it is. The default backend takes a C++ c
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import tyro
@@ -22,8 +22,9 @@ from streamnorm.benchmarks.contestants import LayerSteps
 from streamnorm.benchmarks.results import Pairing, Results, TimeRow, time_rows
 from streamnorm.benchmarks.tables import print_results, save_times
 from streamnorm.benchmarks.timing import Comparison, Effort, compare
+from streamnorm.cli import guarded
 from streamnorm.experiments.environment import environment
-from streamnorm.experiments.files import locked, write_text
+from streamnorm.experiments.files import locked, output_folder, typed_path, write_text
 
 FULL = Effort(seconds=2.0, rounds=21)
 QUICK = Effort(seconds=0.1, rounds=3, warm_up=0.01)
@@ -97,15 +98,14 @@ def measure(cases: list[Case], effort: Effort) -> list[TimeRow]:
     return rows
 
 
-def main(out: str = "runs/bench-compiled", quick: bool = False) -> None:
+def bench_compiled(out: str = "runs/bench-compiled", quick: bool = False) -> int:
     """Measure compiled layers on one thread; leave the machine alone meanwhile.
 
     Args:
         out: folder for ``times.csv``, ``tables.txt`` and ``environment.json``.
         quick: a case of each kind, measured briefly: to see that it works, not for figures to report.
     """
-    folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(typed_path(out))
     console = Console(record=True, width=WIDTH)
     with locked(folder):
         load = machine_load()
@@ -118,7 +118,8 @@ def main(out: str = "runs/bench-compiled", quick: bool = False) -> None:
         print_results(results, console)
         warn_if_busy(console, load, 0)
         write_text(folder / "tables.txt", console.export_text())
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff,))
+    sys.exit(guarded(lambda: tyro.cli(bench_compiled, config=(tyro.conf.FlagCreatePairsOff,))))

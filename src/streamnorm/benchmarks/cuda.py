@@ -26,7 +26,7 @@ from streamnorm.benchmarks.cuda_cases import SUITES, CudaCase, Steps, cuda_cases
 from streamnorm.benchmarks.cuda_timing import CudaDevice, Device, Effort, copy_speed, ratio, time_in_turns
 from streamnorm.experiments.environment import environment, usable_cores
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.files import locked, replacing, write_text
+from streamnorm.experiments.files import locked, output_folder, replacing, write_text
 
 QUICK = Effort(block=0.002, rounds=5, warm_up=0.01)
 COPY_ELEMENTS = 1 << 28
@@ -74,7 +74,7 @@ def bench_cuda(folder: Path, quick: bool, suites: Sequence[str] = SUITES) -> int
         UserError: where PyTorch has no CUDA device.
     """
     refuse_without_cuda()
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder)
     with locked(folder):
         device = CudaDevice()
         effort = QUICK if quick else Effort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import TypedDict
 from tyro import conf
 
 import streamnorm as sn
@@ -21,6 +23,7 @@ from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Run, Section
 from streamnorm.experiments.methods import NormFactory
 from streamnorm.experiments.models import feedforward_convolutional
+from streamnorm.experiments.records import End, Share
 from streamnorm.experiments.score import ACCURACY
 from streamnorm.experiments.stats import interval
 from streamnorm.norm import streaming_layers
@@ -38,6 +41,22 @@ MODES = {
 
 Evaluate = Callable[[nn.Module, Tensor], Tensor]
 """Logits of a stream of images, from a model that may be changed."""
+
+
+class Accuracies(TypedDict):
+    """Accuracy by kind of images."""
+
+    clean: Share
+    noise: Share
+    blur: Share
+    contrast: Share
+    fog: Share
+
+
+class AdaptEnd(End, total=False):
+    """The last line of a log; accuracies by way of evaluating."""
+
+    adaptation: dict[str, Accuracies]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +96,16 @@ class Adapt(ConvExperiment):
     stream_images: int = 1000
     """Test images of each stream, the first ones."""
 
+    end_form: ClassVar[type] = AdaptEnd
+
     def _counts(self) -> tuple[str, ...]:
         return (*super()._counts(), "stream_images")
 
     def check(self) -> None:
         """Look at the options before anything is read or written."""
         super().check()
-        if not self.window > 0:
-            raise UserError(f"--window {self.window:g}: must be above 0")
+        if not 0 < self.window < math.inf:
+            raise UserError(f"--window {self.window:g}: must be above 0 and finite")
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """Architecture B."""

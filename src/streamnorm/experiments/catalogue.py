@@ -9,7 +9,7 @@ from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.coefficients import Coefficients
 from streamnorm.experiments.conv import Conv
 from streamnorm.experiments.dau import DAU
-from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.errors import unknown
 from streamnorm.experiments.experiment import Experiment
 from streamnorm.experiments.lp import Lp
 from streamnorm.experiments.online_fc import OnlineFC
@@ -43,4 +43,4 @@ def find(name: str) -> type[Experiment[Any]]:
     for experiment in EXPERIMENTS.values():
         if name in (experiment.name, experiment.alias):
             return experiment
-    raise UserError(f"unknown experiment {name!r}: choose from {', '.join(EXPERIMENTS)} (see `streamnorm list`)")
+    raise unknown("experiment", name, EXPERIMENTS)

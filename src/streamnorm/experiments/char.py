@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 from tyro import conf
 
 import streamnorm as sn
@@ -19,12 +20,29 @@ from streamnorm.experiments.char_model import CharModel, generate
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Batch, Experiment, Number, Run, Scores, Split
 from streamnorm.experiments.methods import Method
+from streamnorm.experiments.records import End
 from streamnorm.experiments.score import LOSS, Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.text import Text, TextData, load_text, open_text
 from streamnorm.experiments.wording import TextWords, Words
 
+MOST_PIECES = 100_000_000
+"""Pieces of text in a run: where each begins is drawn before the first one is read."""
+
 File = Annotated[str | None, conf.arg(metavar="FILE", help_behavior_hint="")]
+
+
+class Sample(TypedDict):
+    """Text that a network continued, and its beginning."""
+
+    prompt: str
+    text: str
+
+
+class CharEnd(End, total=False):
+    """The last line of a log."""
+
+    sample: Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +67,7 @@ class CharExperiment(Experiment[TextData]):
     score: ClassVar[Score] = LOSS
     unit: ClassVar[str] = "characters"
     words: ClassVar[Words] = TextWords()
+    end_form: ClassVar[type] = CharEnd
     recurrent: ClassVar[type[nn.RNNBase]]
     """The recurrent layers."""
 
@@ -105,6 +124,13 @@ class CharExperiment(Experiment[TextData]):
         if self.curve_characters < self.steps:
             message = f"--curve-characters {self.curve_characters}: must be at least --steps {self.steps}, one piece"
             raise UserError(message)
+        for setting in map(Setting.parse, self.settings):
+            pieces = setting.samples * setting.batches * self.updates
+            if pieces > MOST_PIECES:
+                raise UserError(
+                    f"setting {setting}: {self.updates} updates need {pieces:,} pieces of text; more than "
+                    f"{MOST_PIECES:,} are not drawn"
+                )
 
     def open(self) -> Text:
         """Read the text."""
@@ -143,6 +169,10 @@ class CharExperiment(Experiment[TextData]):
     def guess(cls, classes: int) -> Scores:
         """All characters alike."""
         return {"loss": math.log(classes), "accuracy": 1 / classes}
+
+    def amounts(self, data: Mapping[str, Any]) -> dict[str, int]:
+        """Characters in all."""
+        return {"limit": data["train"] + data["validation"] + data["test"]}
 
     def seen(self, data: Mapping[str, Any], setting: Setting) -> int:
         """Characters of all pieces."""

@@ -6,8 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 import streamnorm as sn
-from streamnorm.experiments.methods import Method, Methods
+from streamnorm.experiments.methods import Method, Methods, refuse_unknown
+
+_OPTIONS = (
+    "dropout",
+    "p",
+    "center",
+    "scale",
+    "eps",
+    "window",
+    "alpha",
+    "beta",
+    "kappa",
+    "momentum",
+    "max_steps",
+    "gain",
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +41,10 @@ class RecurrentMethod(Method):
 
     def variant(self, options: Mapping[str, Any]) -> RecurrentMethod:
         """The same with more options of ``sn.GRU``; a small layer is made to see whether it has them."""
+        refuse_unknown(options, _OPTIONS)
         variant = replace(self, options={**self.options, **options})
-        sn.RNN(1, 1, **variant.arguments(1))
+        with torch.random.fork_rng(devices=[]):
+            sn.RNN(1, 1, **variant.arguments(1))
         return variant
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.files import replacing
+from streamnorm.experiments.files import output_folder, replacing
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -23,7 +23,7 @@ def download(folder: Path, url: str = URL, md5: str = MD5) -> Path:
     Raises:
         UserError: the server cannot be reached, or sent something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder, "--download")
     archive = folder / "cifar-10-binary.tar.gz"
     with replacing(archive) as temporary:
         _fetch(url, temporary)

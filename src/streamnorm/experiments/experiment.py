@@ -8,6 +8,7 @@ between, by ``ImageExperiment`` and ``CharExperiment``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from tyro import conf
 
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.methods import Method, trainable
+from streamnorm.experiments.records import DataRecord, End
 from streamnorm.experiments.score import Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.wording import Words
@@ -154,6 +156,10 @@ class Experiment(ABC, Generic[DataT]):
     """What is counted along a run, such as images; a key of the logs."""
     words: ClassVar[Words]
     """What reports and figures say about the data."""
+    data_form: ClassVar[type] = DataRecord
+    """What ``Material.prepare`` returns, as a TypedDict."""
+    end_form: ClassVar[type] = End
+    """The last line of a log, as a TypedDict."""
 
     data: Folder = None
     """Where the data lie."""
@@ -252,6 +258,10 @@ class Experiment(ABC, Generic[DataT]):
         """The scores of guessing, with which a run that diverged counts."""
 
     @abstractmethod
+    def amounts(self, data: Mapping[str, Any]) -> dict[str, int]:
+        """The options that say how much of the data is used, with what they came to, from what was prepared."""
+
+    @abstractmethod
     def seen(self, data: Mapping[str, Any], setting: Setting) -> int:
         """How many units one run sees, about, from what ``Material.prepare`` returned."""
 
@@ -284,8 +294,10 @@ class Experiment(ABC, Generic[DataT]):
         for setting in self.settings:
             Setting.parse(setting)
         for rate in self.rates:
-            if not rate > 0:
-                raise UserError(f"--rates {rate:g}: a learning rate must be above 0")
+            if not 0 < rate < math.inf:
+                raise UserError(f"--rates {rate:g}: a learning rate must be above 0 and finite")
+        if not 0 <= self.checkpoint_every < math.inf:
+            raise UserError(f"--checkpoint-every {self.checkpoint_every:g}: must be at least 0 and finite")
         for name in ("seeds", "tune_seeds", "points", "slurm_minutes", *self._counts()):
             _check_at_least_one(name, getattr(self, name))
         if self.jobs is not None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a folder that one command uses at a time."""
+"""Paths that a user typed, files that are written whole or not at all, and folders that one command uses at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from streamnorm.experiments.errors import UserError
+
+
+def typed_path(text: str) -> Path:
+    """The path that a user typed, with ``~`` as the home folder.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: no such user's home folder; write the whole path") from None
+
+
+def output_folder(path: Path, option: str = "--out") -> Path:
+    """Make the folder that ``option`` names.
+
+    Raises:
+        UserError: a file is in its place, or in that of a folder above it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        taken = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), path)
+        raise UserError(f"{option} {path}: {taken} is a file; name a folder") from None
+    return path
 
 
 @contextmanager

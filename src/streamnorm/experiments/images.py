@@ -17,11 +17,23 @@ from torch import nn
 from streamnorm.experiments.data import Data, Split, load, prepare, split_sizes
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Run, Scores
+from streamnorm.experiments.forms import Size
 from streamnorm.experiments.methods import METHODS, LayerMethod, NormFactory
+from streamnorm.experiments.records import DataRecord
 from streamnorm.experiments.score import ACCURACY, Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.sources import Source, open_source
 from streamnorm.experiments.wording import ImageWords, Words
+
+
+class _ImageRecord(DataRecord):
+    shape: list[Size]
+
+
+class ImageRecord(_ImageRecord, total=False):
+    """What identifies images; folders of earlier versions have no short runs, ``tune``."""
+
+    tune: Size
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class ImageExperiment(Experiment[Data]):
     score: ClassVar[Score] = ACCURACY
     unit: ClassVar[str] = "images"
     words: ClassVar[Words] = ImageWords()
+    data_form: ClassVar[type] = ImageRecord
 
     data: Folder = None
     """Folder with images: Parquet files in the Hub's cifar10 layout, or CIFAR-10's binary files.
@@ -158,6 +171,11 @@ class ImageExperiment(Experiment[Data]):
         """One class in so many is right."""
         return {"loss": None, "accuracy": 1 / classes}
 
+    def amounts(self, data: Mapping[str, Any]) -> dict[str, int]:
+        """Images to train on, to choose rates on, and to train on meanwhile."""
+        short = data.get("tune", data["train"])
+        return {"limit": data["train"], "validation": data["validation"], "tune_limit": short}
+
     def seen(self, data: Mapping[str, Any], setting: Setting) -> int:
         """Images of all passes."""
         return int(data["train"]) * self.epochs
@@ -174,7 +192,7 @@ def _load(folder: Path, device: str) -> Data:
 
 
 def _check_device(device: str) -> None:
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device) is None:
         raise UserError(f"--device {device}: write cpu, cuda, or cuda:1 for the second card")
     number = int(device.partition(":")[2] or 0)
     if device != "cpu" and number >= torch.cuda.device_count():

@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,6 +16,7 @@ from rich.table import Table
 import streamnorm as sn
 from streamnorm.experiments.download import download
 from streamnorm.experiments.environment import package_version, processor, usable_cores
+from streamnorm.experiments.files import typed_path
 from streamnorm.experiments.sources import open_source
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "matplotlib", "tyro", "rich")
@@ -45,7 +45,7 @@ def describe_data(words: Sequence[str]) -> int:
     options = tyro.cli(DataOptions, args=list(words), prog="streamnorm data")
     console = Console()
     if options.download is not None:
-        folder = download(Path(options.download).expanduser())
+        folder = download(typed_path(options.download))
         console.print(f"CIFAR-10 is in {folder}: use it with --data {folder}", highlight=False, soft_wrap=True)
         return 0
     source = open_source(options.folder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from torch import nn
@@ -11,7 +11,7 @@ from tyro import conf
 
 import streamnorm as sn
 from streamnorm.experiments.conv import ConvExperiment
-from streamnorm.experiments.methods import METHODS, LayerMethod, Methods, NormFactory
+from streamnorm.experiments.methods import METHODS, LayerMethod, Methods, NormFactory, keywords
 from streamnorm.experiments.models import feedforward_convolutional
 
 ORDERS = range(1, 8)
@@ -23,13 +23,18 @@ def _batch(features: int, axes: int, **options: Any) -> nn.Module:
     return sn.GeneralBatchNorm(features, **options)
 
 
-def _family(name: str, label: str, markers: str, factory: Callable[..., nn.Module]) -> Iterator[LayerMethod]:
+def _family(label: str, markers: str, like: LayerMethod) -> Iterator[LayerMethod]:
     for p, colour, marker in zip(ORDERS, _COLOURS, markers, strict=True):
-        yield LayerMethod(f"{name}-l{p}", f"{label} L{p}", colour, marker, f"{name}-l{p}", factory, {"p": p})
+        name = f"{label.lower()}-l{p}"
+        yield replace(
+            like, name=name, label=f"{label} L{p}", colour=colour, marker=marker, trained_as=name, options={"p": p}
+        )
 
 
-BATCH = tuple(_family("batch", "Batch", "os^vDPX", _batch))
-STREAMING = tuple(_family("streaming", "Streaming", "<>hp*d8", METHODS["streaming-l1"].factory))
+BATCH = tuple(
+    _family("Batch", "os^vDPX", replace(METHODS["batch"], factory=_batch, accepts=keywords(sn.GeneralBatchNorm)))
+)
+STREAMING = tuple(_family("Streaming", "<>hp*d8", METHODS["streaming-l1"]))
 
 
 @dataclass(frozen=True, kw_only=True)

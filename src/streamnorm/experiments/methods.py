@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 import streamnorm as sn
-from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.errors import UserError, first_line, unknown
 from streamnorm.experiments.peers.batch_renorm import BatchRenorm
 from streamnorm.experiments.peers.mabn import MABN, centre_weights
 from streamnorm.experiments.peers.online import OnlineNorm
@@ -40,7 +42,7 @@ class Method:
         """This normalization with options of its own.
 
         Raises:
-            TypeError, ValueError: it has no such option, or not with this value.
+            Exception: it has no such option, or not with this value.
         """
         raise TypeError(f"{self.name} has no options")
 
@@ -63,9 +65,15 @@ class Methods(dict[str, MethodT]):
         if base not in self or not words:
             raise KeyError(name)
         try:
-            variant = self[base].variant(dict(_option(word) for word in words))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method {name!r}: {error}") from None
+            options = [_option(word) for word in words]
+            variant = self[base].variant(dict(options))
+            if len(dict(options)) < len(options):
+                raise ValueError("an option is named twice")
+        except TypeError as error:
+            message = f"method {name!r}: a value of another kind is needed ({first_line(error)})"
+            raise UserError(message) from None
+        except Exception as error:  # layers of many kinds refuse a value each in its way
+            raise UserError(f"method {name!r}: {first_line(error)}") from None
         label = ", ".join([self[base].label, *words])
         return cast(MethodT, replace(variant, name=name, label=label, trained_as=name))
 
@@ -74,6 +82,8 @@ def _option(word: str) -> tuple[str, Any]:
     option, equals, text = word.partition("=")
     if not (option and equals and text):
         raise ValueError(f"{word!r} is not of the form option=value, for example streaming-l1,window=20000")
+    if text.isdecimal():
+        return option, int(text)
     try:
         numbers = tuple(float(number) for number in text.split("+"))
     except ValueError:
@@ -89,11 +99,13 @@ class LayerMethod(Method):
         factory: makes the layer from features, axes and ``options``.
         options: keywords for ``factory``.
         finish: what is done to a network of such layers.
+        accepts: the keywords that a variant may have.
     """
 
     factory: Callable[..., nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[nn.Module], nn.Module] = lambda model: model
+    accepts: Sequence[str] = ()
 
     @property
     def make(self) -> NormFactory:
@@ -101,10 +113,36 @@ class LayerMethod(Method):
         return partial(self.factory, **self.options) if self.options else self.factory
 
     def variant(self, options: Mapping[str, Any]) -> LayerMethod:
-        """The same layer with more options; a small one is made to see whether it has them."""
+        """The same layer with more options; a small one is tried, to see whether it takes them."""
+        refuse_unknown(options, self.accepts)
         variant = replace(self, options={**self.options, **options})
-        variant.make(8, 2)
+        if not variant.make(8, 2)(_EXAMPLE).isfinite().all():
+            raise ValueError("with these options its output is not finite")
         return variant
+
+
+_EXAMPLE = torch.linspace(-1, 1, 4 * 8 * 9).view(4, 8, 3, 3)
+"""What a layer with options is tried on."""
+
+_NO_OPTIONS = ("features", "axes", "num_features", "affine", "bias", "track_running_stats", "device", "dtype")
+
+
+def keywords(layer: Callable[..., Any]) -> tuple[str, ...]:
+    """The options of a layer that have numbers or words as values."""
+    return tuple(name for name in signature(layer).parameters if name not in _NO_OPTIONS)
+
+
+def refuse_unknown(options: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse an option that is none of those known.
+
+    Raises:
+        UserError: naming the nearest one.
+    """
+    for option in options:
+        if not known:
+            raise UserError("it has no options")
+        if option not in known:
+            raise unknown("option", option, known)
 
 
 def _none(features: int, axes: int) -> nn.Module:
@@ -119,42 +157,45 @@ def _layer(features: int, axes: int) -> nn.Module:
     return nn.GroupNorm(1, features) if axes == 2 else nn.LayerNorm(features)
 
 
-def _group(features: int, axes: int, groups: float = 8) -> nn.Module:
-    return group_norm(features, int(groups))
+def _group(features: int, axes: int, groups: int = 8) -> nn.Module:
+    return group_norm(features, groups)
 
 
 def _streaming(features: int, axes: int, **options: Any) -> nn.Module:
     return (sn.StreamingNorm2d if axes == 2 else sn.StreamingNorm1d)(features, **options)
 
 
-def _any_rank(layer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A factory for a layer that takes any number of axes."""
+def _of_any_rank(name: str, label: str, colour: str, marker: str, layer: Callable[..., nn.Module]) -> LayerMethod:
+    """A method whose layer takes any number of axes."""
 
     def factory(features: int, axes: int, **options: Any) -> nn.Module:
         return layer(features, **options)
 
-    return factory
+    return LayerMethod(name, label, colour, marker, name, factory, accepts=keywords(layer))
+
+
+def _streaming_method(name: str, label: str, colour: str, marker: str, p: float) -> LayerMethod:
+    accepts = keywords(sn.StreamingNorm1d)
+    return LayerMethod(name, label, colour, marker, name, _streaming, {"p": p}, accepts=accepts)
 
 
 # The first colours are Okabe and Ito's, which people with the common kinds of colour blindness can tell apart; with so
 # many methods that is no longer possible for all, and labels and markers help.
 _ALL = (
     LayerMethod("none", "No normalization", "#7f7f7f", "X", "none", _none),
-    LayerMethod("batch", "Batch", "#d55e00", "s", "batch", _batch),
+    LayerMethod("batch", "Batch", "#d55e00", "s", "batch", _batch, accepts=keywords(nn.BatchNorm1d)),
     LayerMethod("batch-recalibrated", "Recalibrated Batch", "#e69f00", "D", "batch", _batch),
-    LayerMethod("batch-renorm", "Batch Renormalization", "#8b4513", "<", "batch-renorm", _any_rank(BatchRenorm)),
-    LayerMethod("mabn", "Moving Average Batch", "#e0b000", ">", "mabn", _any_rank(MABN), finish=centre_weights),
-    LayerMethod("instance", "Instance", "#5c8a00", "*", "instance", _any_rank(InstanceNorm)),
-    LayerMethod("group", "Group", "#6a3d9a", "p", "group", _group),
-    LayerMethod("rms", "RMS", "#17becf", "h", "rms", _any_rank(RMSNorm)),
+    _of_any_rank("batch-renorm", "Batch Renormalization", "#8b4513", "<", BatchRenorm),
+    replace(_of_any_rank("mabn", "Moving Average Batch", "#e0b000", ">", MABN), finish=centre_weights),
+    _of_any_rank("instance", "Instance", "#5c8a00", "*", InstanceNorm),
+    LayerMethod("group", "Group", "#6a3d9a", "p", "group", _group, accepts=("groups",)),
+    _of_any_rank("rms", "RMS", "#17becf", "h", RMSNorm),
     LayerMethod("layer", "Layer", "#0072b2", "^", "layer", _layer),
-    LayerMethod("online", "Online", "#ee3377", "P", "online", _any_rank(OnlineNorm)),
-    LayerMethod("streaming-sigma", "Streaming sigma, L2", "#a08aa8", "d", "streaming-sigma", _any_rank(StreamingSigma)),
-    LayerMethod(
-        "streaming-pixels", "Streaming, pixels", "#6c757d", "8", "streaming-pixels", _any_rank(StreamingPixels)
-    ),
-    LayerMethod("streaming-l2", "Streaming L2", "#cc79a7", "v", "streaming-l2", _streaming, {"p": 2}),
-    LayerMethod("streaming-l1", "Streaming L1", "#009e73", "o", "streaming-l1", _streaming, {"p": 1}),
+    _of_any_rank("online", "Online", "#ee3377", "P", OnlineNorm),
+    _of_any_rank("streaming-sigma", "Streaming sigma, L2", "#a08aa8", "d", StreamingSigma),
+    _of_any_rank("streaming-pixels", "Streaming, pixels", "#6c757d", "8", StreamingPixels),
+    _streaming_method("streaming-l2", "Streaming L2", "#cc79a7", "v", p=2),
+    _streaming_method("streaming-l1", "Streaming L1", "#009e73", "o", p=1),
 )
 METHODS = Methods({method.name: method for method in _ALL})
 
@@ -176,8 +217,8 @@ def trainable(names: Iterable[str], methods: Mapping[str, Method] = METHODS) -> 
         try:
             method = methods[name]
         except KeyError:
-            known = ", ".join(method.name for method in methods.values() if method.trained_as == method.name)
-            raise UserError(f"unknown method {name!r}: choose from {known}") from None
+            known = [method.name for method in methods.values() if method.trained_as == method.name]
+            raise unknown("method", name, known) from None
         if method.trained_as != name:
             raise UserError(f"method {name!r} comes by itself with {method.trained_as!r}: name that one instead")
         chosen.append(method)

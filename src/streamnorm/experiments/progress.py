@@ -39,6 +39,7 @@ class Display:
         self._all = self._progress.add_task("[bold]all runs", total=None, note="")
         self._single: dict[Run, TaskID] = {}
         self._ended = 0
+        self._kept = 0
         self._count = 0
 
     def __enter__(self) -> Display:
@@ -71,13 +72,16 @@ class Display:
         note = f"loss {loss:.2f}  accuracy {accuracy:.0%}"
         self._progress.update(self._single[run], completed=seen, note=note)
 
-    def end(self, run: Run, work: float, logged: LoggedRun | None) -> None:
-        """A run ended, well or badly; ``logged`` is None if it left no result."""
+    def end(self, run: Run, work: float, logged: LoggedRun | None, kept: bool = False) -> None:
+        """A run ended, well or badly, or was kept from an earlier command; ``logged`` is None if it left no result."""
         self._ended += 1
-        self._progress.update(self._all, advance=work, note=f"run {self._ended} of {self._count}")
+        self._kept += kept
+        note = f"run {self._ended} of {self._count}" + (f", {self._kept} kept from before" if self._kept else "")
+        self._progress.update(self._all, advance=work, note=note)
         self._progress.remove_task(self._single.pop(run))
         if not self._console.is_terminal:
-            text = f"[{self._ended}/{self._count}] {self._describe(run)}: {self._outcome(logged)}"
+            mark = " (kept from before)" if kept else ""
+            text = f"[{self._ended}/{self._count}] {self._describe(run)}: {self._outcome(logged)}{mark}"
             self.say(text.replace("[", r"\["))
 
     def _describe(self, run: Run) -> str:

@@ -19,7 +19,10 @@ def _per_step(features: int, axes: int, **options: Any) -> nn.Module:
     return PerApplication(METHODS["batch"].factory(features, axes, **options))
 
 
-PER_STEP = LayerMethod("batch-per-step", "Batch per step", "#999933", "d", "batch-per-step", _per_step)
+PER_STEP = LayerMethod(
+    *("batch-per-step", "Batch per step", "#999933", "d", "batch-per-step", _per_step),
+    accepts=METHODS["batch"].accepts,
+)
 # Beside Batch Normalization, then all others in their order.
 CATALOGUE = Methods(
     {

@@ -75,8 +75,8 @@ class ResNet(ConvExperiment):
     def check(self) -> None:
         """Look at the options before anything is read or written."""
         super().check()
-        if not self.weight_decay >= 0:
-            raise UserError(f"--weight-decay {self.weight_decay:g}: must be at least 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"--weight-decay {self.weight_decay:g}: must be at least 0 and finite")
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """ResNet-20, for a depth of 3."""

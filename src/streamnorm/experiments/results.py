@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 from streamnorm.experiments.catalogue import find
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
-from streamnorm.experiments.methods import Method, reported, rows
-from streamnorm.experiments.runlog import LoggedRun, read_logs
+from streamnorm.experiments.forms import Count, FormError, check, parse
+from streamnorm.experiments.methods import Method, reported, rows, trainable
+from streamnorm.experiments.records import Config
+from streamnorm.experiments.runlog import ADVICE, LoggedRun, Record, read_logs
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.stats import Interval, interval, paired
 
 CONFIG = "experiment.json"
 LOGS = "logs"
+CONFIG_ADVICE = "Restore this file, or run the experiment into another folder with --out"
 
 AnyExperiment = Experiment[Any] | type[Experiment[Any]]
 
@@ -121,14 +123,14 @@ def load_results(folder: Path) -> Results:
     """Read a folder that ``streamnorm run`` wrote.
 
     Raises:
-        UserError: the folder is not one, or a log is damaged.
+        UserError: the folder is not one, or one of its files is damaged.
     """
     config = read_config(folder)
-    logs = read_logs(folder / LOGS)
+    experiment = find(config["experiment"])
+    logs = read_runs(experiment, folder)
     if not any(run.end for run in logs):
         command = config["commands"][-1]
         raise UserError(f"{folder}: no run is finished yet, there is nothing to report; continue with `{command}`")
-    experiment = find(config["experiment"])
     methods = reported({run.run["method"] for run in logs}, experiment.catalogue)
     settings = sorted({Setting.parse(run.run["setting"]) for run in logs}, key=lambda setting: setting.difficulty)
     cells = {
@@ -137,23 +139,94 @@ def load_results(folder: Path) -> Results:
     return Results(experiment, config, tuple(logs), tuple(methods), tuple(settings), cells)
 
 
+def read_runs(experiment: AnyExperiment, folder: Path) -> list[LoggedRun]:
+    """The logs in an output folder of this experiment.
+
+    Raises:
+        UserError: a log is damaged, or does not fit the experiment.
+    """
+    logs = read_logs(folder / LOGS)
+    catalogue = {name: _trained(experiment, name, logs) for name in {run.run["method"] for run in logs}}
+    for run in logs:
+        check_run(experiment, run, catalogue[run.run["method"]])
+    return logs
+
+
+def _trained(experiment: AnyExperiment, name: str, logs: Iterable[LoggedRun]) -> list[Method]:
+    """The rows of the table that a method named in a log gives."""
+    try:
+        trainable([name], experiment.catalogue)
+    except UserError as error:
+        place = next(run.place for run in logs if run.run["method"] == name)
+        raise UserError(f"{place}: {error}") from None
+    return rows(name, experiment.catalogue)
+
+
+def check_run(experiment: AnyExperiment, run: LoggedRun, table: Iterable[Method]) -> None:
+    """Check that a log is of this experiment, whose method gives these rows of the table.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        if run.header["experiment"] != experiment.name:
+            raise FormError(f"it is a log of {run.header['experiment']}, in a folder of {experiment.name}")
+        if str(Setting.parse(run.run["setting"])) != run.run["setting"]:
+            raise FormError(f"setting {run.run['setting']!r} is not of the form SxU")
+        for i, point in enumerate(run.points, start=1):
+            check(point.get(experiment.unit), Count, f"{experiment.unit} of point {i}")
+        if run.end is not None:
+            _check_end(experiment, run.end, table)
+    except (FormError, UserError) as error:
+        raise UserError(f"{run.place}: {error}. {ADVICE}") from None
+
+
+def _check_end(experiment: AnyExperiment, end: Record, table: Iterable[Method]) -> None:
+    check(end, experiment.end_form, "the last line")
+    check(end.get(experiment.unit), Count, f"{experiment.unit} of the last line")
+    if end["status"] == "fails":
+        check(end.get("reason"), str, "reason")
+        return
+    for method in table:
+        score = end.get("scores", {}).get(method.name, {}).get(experiment.score.key)
+        check(score, float, f"scores.{method.name}.{experiment.score.key}")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What was asked of a folder.
 
     Raises:
-        UserError: there is no such folder, or it holds no experiment.
+        UserError: there is no such folder, it holds no experiment, or ``experiment.json`` is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one that `streamnorm run` wrote")
+        what = "this is a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}; name a folder that `streamnorm run` wrote")
+    path = folder / CONFIG
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return config
+        config = parse(path.read_bytes())
+        check(config, Config)
+        _check_config(find(config["experiment"]), config)
     except FileNotFoundError:
         message = f"{folder}: it holds no {CONFIG}; name a folder that `streamnorm run` wrote"
         raise UserError(message) from None
+    except (FormError, UserError) as error:
+        raise UserError(f"{path}: {error}. {CONFIG_ADVICE}") from None
     except ValueError:
-        message = f"{folder / CONFIG} is not JSON: restore it, or run the experiment into another folder"
-        raise UserError(message) from None
+        raise UserError(f"{path} is not JSON. {CONFIG_ADVICE}") from None
+    return cast("dict[str, Any]", config)
+
+
+def _check_config(experiment: AnyExperiment, config: dict[str, Any]) -> None:
+    check(config["data"], experiment.data_form, "data")
+    if not config["commands"]:
+        raise FormError("commands is empty")
+    hints = get_type_hints(experiment, include_extras=True)
+    options = config["options"]
+    for name in (*options, *(name for name in config["identity"] if name != experiment.unit)):
+        if name not in options:
+            raise FormError(f"options lacks {name!r}")
+        if name in hints:
+            check(options[name], hints[name], f"options.{name}")
 
 
 def rates_to_run(experiment: AnyExperiment, logs: Iterable[LoggedRun]) -> dict[tuple[str, str], list[float]]:

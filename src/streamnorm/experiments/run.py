@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from streamnorm.experiments import together
-from streamnorm.experiments.catalogue import EXPERIMENTS, find
-from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.catalogue import EXPERIMENTS
+from streamnorm.experiments.errors import UserError, unknown
+from streamnorm.experiments.files import typed_path
 from streamnorm.experiments.overview import build_overview, print_overview
 from streamnorm.experiments.report import REPORT, build_report
 from streamnorm.experiments.results import CONFIG, Results
@@ -47,7 +48,7 @@ def run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(RUN_HELP.format(experiments=_lines()), end="")
         return 0
-    kind: Any = Table1 if words[0] == Table1.name else find(words[0])
+    kind = _find(words[0])
     experiment = tyro.cli(kind, args=list(words[1:]), prog=f"streamnorm run {kind.name}")
     command = shlex.join(["streamnorm", "run", *words])
     try:
@@ -62,6 +63,14 @@ def run(words: Sequence[str]) -> int:
     if failed:
         print(f"streamnorm: {failed} runs failed; run the same command to try them again", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _find(name: str) -> Any:
+    """The experiment of this name or alias, ``table1`` among them."""
+    for kind in ALL:
+        if name in (kind.name, kind.alias):
+            return kind
+    raise unknown("experiment", name, [kind.name for kind in ALL])
 
 
 def list_experiments(words: Sequence[str]) -> int:
@@ -98,7 +107,7 @@ def report(words: Sequence[str]) -> int:
     """``streamnorm report FOLDER``."""
     if len(words) != 1 or words[0] in ("-h", "--help"):
         _no_options(words or ["--help"], REPORT_HELP)
-    _report(Path(words[0]).expanduser())
+    _report(typed_path(words[0]))
     return 0
 
 

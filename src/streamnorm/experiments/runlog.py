@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,17 +20,24 @@ import torch
 
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.files import replacing
+from streamnorm.experiments.forms import FormError, check, parse
+from streamnorm.experiments.records import End, Header, Line, Point
 
 Record = dict[str, Any]
+ADVICE = "Delete this file and give the command of the experiment again to redo the run"
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a log says: its ``run`` line, its points, and its ``end`` line once the run is over."""
+    """What a log says: its ``run`` line, its points, and its ``end`` line once the run is over.
+
+    ``place`` is the file, for messages.
+    """
 
     header: Record
     points: list[Record] = field(default_factory=list)
     end: Record | None = None
+    place: str = ""
 
     @property
     def run(self) -> Record:
@@ -87,12 +94,10 @@ class RunLog:
     def _last_checkpoint(self) -> Record | None:
         try:
             state: Record = torch.load(self.checkpoint_path, weights_only=True)
-        except FileNotFoundError:
-            return None
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
-            return None  # not ours, or damaged: the run starts again
-        same = state.pop("header", None) == json.dumps(self.header)
-        whole = self.path.exists() and self.path.stat().st_size >= state.get("log_bytes", 0)
+            same = state.pop("header") == json.dumps(self.header)
+            whole = self.path.exists() and self.path.stat().st_size >= state["log_bytes"] >= 0
+        except Exception:  # torch.load raises whatever a damaged file leads to
+            return None  # none, not ours, or damaged: the run starts again
         return state if same and whole else None
 
 
@@ -100,21 +105,36 @@ def read_log(path: Path) -> LoggedRun | None:
     """Read a log; None if not even its first line is complete. A torn last line is what a kill leaves, and ignored.
 
     Raises:
-        UserError: a line other than the last is damaged.
+        UserError: a line other than a torn last one is damaged, or is not what `RunLog` writes.
     """
     lines = path.read_bytes().split(b"\n")
+    return parse_log(lines[:-1], str(path))  # what follows the last newline is torn or empty
+
+
+def parse_log(lines: Sequence[bytes], place: str, first: int = 1) -> LoggedRun | None:
+    """The log that these lines are, of which ``first`` is the number of the first one; None without lines.
+
+    Raises:
+        UserError: a line is not what `RunLog` writes.
+    """
     records: list[Record] = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
+    for number, line in enumerate(lines, start=first):
         try:
-            records.append(json.loads(line))
+            record = parse(line)
+            check(record, Line)
+            kind = record["type"]
+            if (kind == "run") != (not records) or (records and records[-1]["type"] == "end"):
+                raise FormError("a log is one line of type 'run', then 'point' lines, then one of type 'end'")
+            check(record, {"run": Header, "point": Point, "end": End}[kind])
+        except FormError as error:
+            raise UserError(f"{place}: line {number}: {error}. {ADVICE}") from None
         except ValueError:
-            message = f"{path}: line {number} is not JSON; delete this file and run the experiment again to redo it"
-            raise UserError(message) from None
+            raise UserError(f"{place}: line {number} is not JSON. {ADVICE}") from None
+        records.append(record)
     if not records:
         return None
-    points = [record for record in records if record.get("type") == "point"]
-    end = records[-1] if records[-1].get("type") == "end" else None
-    return LoggedRun(records[0], points, end)
+    end = records.pop() if records[-1]["type"] == "end" else None
+    return LoggedRun(records[0], records[1:], end, place)
 
 
 def read_logs(folder: Path) -> list[LoggedRun]:

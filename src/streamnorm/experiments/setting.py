@@ -29,7 +29,7 @@ class Setting:
         Raises:
             UserError: the text is not two positive numbers joined by x.
         """
-        match = re.fullmatch(r"\s*([1-9]\d*)\s*[x×]\s*([1-9]\d*)\s*", text)
+        match = re.fullmatch(r"\s*([1-9][0-9]{0,8})\s*[x×]\s*([1-9][0-9]{0,8})\s*", text)
         if match is None:
             message = (
                 f"setting {text!r} is not of the form SxU: write samples per mini-batch x mini-batches per update, "

@@ -6,6 +6,7 @@ A source tells its sizes without reading the images, so that a wrong path is not
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.errors import UserError, first_line
+from streamnorm.experiments.files import typed_path
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes of one image in the binary version: the label, then the pixels
+
+LARGEST_IMAGE = 1 << 20
+"""Pixels. A few kilobytes can decode to gigabytes; the experiments are for small images."""
 
 DIGITS_TRAIN = 1297  # of 1,797
 DIGITS_FIRST_LOOK = 800  # few enough for a first experiment of two minutes
@@ -53,7 +58,7 @@ def open_source(path: str | None) -> Source:
     """
     if path is None:
         return digits()
-    folder = Path(path).expanduser()
+    folder = typed_path(path)
     if not folder.exists():
         raise UserError(f"--data {path}: no such folder; see `streamnorm data --help` for what it may hold")
     if not folder.is_dir():
@@ -113,6 +118,7 @@ def parquet_folder(folder: Path) -> Source:
     test = _split_files(folder, "test")
     train_size = sum(_parquet(path).metadata.num_rows for path in train)
     test_size = sum(_parquet(path).metadata.num_rows for path in test)
+    _refuse_empty(folder, train_size, test_size)
     return _cifar(
         folder.resolve().name,
         f"Parquet files in {folder}",
@@ -141,6 +147,12 @@ def binary_folder(folder: Path) -> Source:
         partial(_read_binary, train),
         partial(_read_binary, test, test_size),
     )
+
+
+def _refuse_empty(folder: Path, train_size: int, test_size: int) -> None:
+    for split, size in (("train", train_size), ("test", test_size)):
+        if size == 0:
+            raise UserError(f"{folder}: the {split} files hold no images: fetch them again")
 
 
 def _cifar(
@@ -177,7 +189,7 @@ def _parquet(path: Path) -> Any:
     except PermissionError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)}): fetch it again") from None
+        raise UserError(f"{path} is not a readable Parquet file ({first_line(error)}): fetch it again") from None
 
 
 def _read_parquet(paths: list[Path], count: int) -> Images:
@@ -204,25 +216,40 @@ def _rows(path: Path, count: int) -> Iterator[tuple[bytes, int]]:
     try:
         for batch in file.iter_batches(batch_size=1000, columns=[column, "label"]):
             rows = batch.slice(0, count).to_pylist()
-            yield from ((row[column]["bytes"], int(row["label"])) for row in rows)
+            yield from ((row[column]["bytes"], _whole(row["label"])) for row in rows)
             count -= len(rows)
             if count == 0:
                 return
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}): fetch it again") from None
     except (TypeError, KeyError, ValueError):
         message = f"{path}: {column} must hold structs with `bytes`, an encoded image, and label a whole number"
         raise UserError(message) from None
+
+
+def _whole(label: Any) -> int:
+    """A label, which may be a float without a fraction."""
+    if isinstance(label, bool | str) or label != int(label):
+        raise ValueError(label)
+    return int(label)
 
 
 def _decode(encoded: bytes, path: Path, number: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, TypeError, SyntaxError):  # what Pillow raises for bytes that are no image
-        raise UserError(f"{path}: image {number} cannot be decoded: fetch the file again") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(encoded)) as image:
+                if image.width * image.height > LARGEST_IMAGE:
+                    raise Image.DecompressionBombError
+                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        message = f"{path}: image {number} has more than {LARGEST_IMAGE:,} pixels: damaged, or not meant for this"
+        raise UserError(message) from None
+    except Exception as error:  # a decoder raises whatever damaged bytes lead to
+        message = f"{path}: image {number} cannot be decoded ({first_line(error)}): fetch the file again"
+        raise UserError(message) from None
 
 
 def _count_records(path: Path) -> int:
@@ -246,7 +273,3 @@ def _checked(labels: np.ndarray, path: Path) -> np.ndarray:
         message = f"{path}: label {wrong[0]} found, labels are 0 to {len(CIFAR10) - 1}: damaged, or another data set"
         raise UserError(message)
     return labels
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

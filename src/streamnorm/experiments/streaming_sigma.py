@@ -8,7 +8,7 @@ mini-batch and one place sigma is |x − mu| whatever p is.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,12 +26,22 @@ class StreamingSigma(sn.Norm):
         num_features: C.
         p: order of the moment.
         eps: added to sigma².
-        constants: window, alpha, beta, kappa; see ``sn.Stream``.
+        window, alpha, beta, kappa: see ``sn.Stream``.
     """
 
-    def __init__(self, num_features: int, p: float = 2, eps: float = 1e-5, **constants: Any) -> None:
-        reference = sn.NormRef.batch("channel")
-        super().__init__(num_features, reference, sn.LpMoment(p), sn.Stream(**constants), eps)
+    def __init__(
+        self,
+        num_features: int,
+        p: float = 2,
+        eps: float = 1e-5,
+        *,
+        window: float | None = None,
+        alpha: Sequence[float] | None = None,
+        beta: Sequence[float] | None = None,
+        kappa: float | Sequence[float] | None = None,
+    ) -> None:
+        stream = sn.Stream(window=window, alpha=alpha, beta=beta, kappa=kappa)
+        super().__init__(num_features, sn.NormRef.batch("channel"), sn.LpMoment(p), stream, eps)
 
     def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if not self._watched:

@@ -19,11 +19,12 @@ from streamnorm.experiments.cluster import Cluster
 from streamnorm.experiments.environment import environment, usable_cores
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment, Material, Run
-from streamnorm.experiments.files import locked, write_text
+from streamnorm.experiments.files import locked, output_folder, typed_path, write_text
+from streamnorm.experiments.methods import rows
 from streamnorm.experiments.pool import Pool, Send
 from streamnorm.experiments.progress import Display
-from streamnorm.experiments.results import CONFIG, LOGS, rates_to_run, read_config
-from streamnorm.experiments.runlog import LoggedRun, RunLog, read_log, read_logs
+from streamnorm.experiments.results import CONFIG, LOGS, check_run, rates_to_run, read_config, read_runs
+from streamnorm.experiments.runlog import ADVICE, LoggedRun, Record, RunLog, read_log
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.train import Training, train
 
@@ -47,8 +48,7 @@ def run_sweep(experiment: Experiment[Any], command: str) -> tuple[Path, int]:
     experiment.check()
     together.check(experiment.settings)
     material = experiment.open()
-    folder = Path(experiment.out or f"runs/{experiment.name}-{material.name}").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(typed_path(experiment.out or f"runs/{experiment.name}-{material.name}"))
     with locked(folder), _prepared(material, folder) as (cache, information):
         for torn in folder.rglob(".*.tmp"):  # left by a kill in the middle of a write
             torn.unlink()
@@ -79,19 +79,46 @@ def _write_config(experiment: Experiment[Any], data: dict[str, Any], command: st
     }
     if (folder / CONFIG).exists():
         earlier = read_config(folder)
-        _refuse_another(earlier, config, folder)
+        _refuse_another(experiment, earlier, config, folder)
         config["commands"] = [*(c for c in earlier["commands"] if c != command), command]
     write_text(folder / CONFIG, json.dumps(config, indent=1))
 
 
-def _refuse_another(earlier: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+def _refuse_another(experiment: Experiment[Any], earlier: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
     if earlier["experiment"] != config["experiment"]:
         raise UserError(f"{folder} holds the experiment {earlier['experiment']}: choose another folder with --out")
-    for name, value in config["identity"].items():
-        before = earlier["identity"].get(name)
-        if before != value:
-            message = f"{folder} holds runs with {name} {before}, not {value}: choose another folder with --out"
-            raise UserError(message)
+    changed = {**_other_options(earlier, config, experiment.unit), **_other_data(experiment, earlier, config)}
+    for words, (before, now) in changed.items():
+        raise UserError(f"{folder} holds runs with {words} {before}, not {now}: choose another folder with --out")
+
+
+def _other_options(earlier: dict[str, Any], config: dict[str, Any], unit: str) -> dict[str, tuple[Any, Any]]:
+    """The options that decide the numbers and differ."""
+    now = {name: value for name, value in config["identity"].items() if name != unit}
+    return {
+        _option(name): (earlier["identity"].get(name), value)
+        for name, value in now.items()
+        if earlier["identity"].get(name) != value
+    }
+
+
+def _other_data(
+    experiment: Experiment[Any], earlier: dict[str, Any], config: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """What makes the data other ones: their name, how much of them is used, or what they hold."""
+    before, now = earlier["data"], config["data"]
+    if before["fingerprint"] == now["fingerprint"]:
+        return {}
+    if before["name"] != now["name"]:
+        return {"the data": (before["name"], now["name"])}
+    amounts, others = experiment.amounts(now), experiment.amounts(before)
+    changed = {_option(name): (others[name], amount) for name, amount in amounts.items() if others[name] != amount}
+    found = f"{experiment.unit} of {now['name']} of fingerprint"
+    return changed or {found: (before["fingerprint"], now["fingerprint"])}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class _Sweep:
@@ -110,7 +137,9 @@ class _Sweep:
         with self._display, self._workers(len(tune)) as pool:
             self._display.plan(sum(map(self._cost, tune + most)), len(tune + most))
             self._do(pool, tune)
-            final = self._experiment.final_runs(rates_to_run(self._experiment, read_logs(self._folder / LOGS)))
+            final = self._experiment.final_runs(
+                rates_to_run(self._experiment, read_runs(self._experiment, self._folder))
+            )
             self._display.plan(sum(map(self._cost, tune + final)), len(tune + final))
             self._do(pool, final)
         return self._failed
@@ -134,7 +163,7 @@ class _Sweep:
             logged = self._read(run)
             if logged is not None and logged.end is not None:
                 self._display.start(run)
-                self._display.end(run, self._cost(run), logged)
+                self._display.end(run, self._cost(run), logged, kept=True)
             else:
                 left.append(run)
         for kind, run, payload in pool.run(left):
@@ -161,11 +190,26 @@ class _Sweep:
 
     def _read(self, run: Run) -> LoggedRun | None:
         path = _log_path(self._folder, run)
-        return read_log(path) if path.exists() else None
+        logged = read_log(path) if path.exists() else None
+        if logged is not None:
+            check_run(self._experiment, logged, rows(run.method, self._experiment.catalogue))
+            if logged.run != vars(run):
+                raise UserError(f"{path}: it is the log of another run. {ADVICE}")
+        return logged
 
 
 def _log_path(folder: Path, run: Run) -> Path:
     return folder / LOGS / f"{run.key}.jsonl"
+
+
+def log_header(experiment: Experiment[Any], run: Run) -> Record:
+    """What the first line of a run's log tells."""
+    return {
+        "experiment": experiment.name,
+        "run": vars(run),
+        "options": experiment.identity(),
+        "environment": {**environment(), **experiment.hardware(), **together.described()},
+    }
 
 
 def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send: Send) -> None:
@@ -174,12 +218,6 @@ def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send
     if path.exists() and (logged := read_log(path)) and logged.end:
         return  # an earlier job of a cluster, which this one waited for, has done it
     path.with_suffix(".error.txt").unlink(missing_ok=True)
-    header = {
-        "experiment": experiment.name,
-        "run": vars(run),
-        "options": experiment.identity(),
-        "environment": {**environment(), **experiment.hardware(), **together.described()},
-    }
     data = experiment.part(experiment.load(cache), run)
     log, kind = (RunLog, Training) if together.count() == 1 else (together.SharedLog, together.SharedTraining)
-    train(experiment, run, data, log(path, header), lambda *scores: send(scores), kind)
+    train(experiment, run, data, log(path, log_header(experiment, run)), lambda *scores: send(scores), kind)

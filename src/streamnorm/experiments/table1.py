@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from typing_extensions import TypedDict
 from tyro import conf
 
 from streamnorm.experiments.char import CharRNN
 from streamnorm.experiments.conv import Conv
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment, Folder, Number
-from streamnorm.experiments.files import write_text
+from streamnorm.experiments.files import output_folder, typed_path, write_text
+from streamnorm.experiments.forms import FormError, check, parse
 from streamnorm.experiments.online_fc import OnlineFC
 from streamnorm.experiments.recurrent_conv import RecurrentConv
 from streamnorm.experiments.report import build_report
-from streamnorm.experiments.results import Cell, Results, load_results
+from streamnorm.experiments.results import CONFIG_ADVICE, Cell, Results, load_results
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.sweep import run_sweep
 
@@ -130,7 +132,7 @@ class Table1:
         for kind, options, rates in kinds:
             settings = tuple(scenario.setting for scenario in SCENARIOS if scenario.experiment == kind.name)
             methods = tuple(name for name in TECHNIQUES if name in kind.catalogue)
-            shared = {"out": str(Path(self.out).expanduser() / kind.name), "seeds": self.seeds, "jobs": self.jobs}
+            shared = {"out": str(typed_path(self.out) / kind.name), "seeds": self.seeds, "jobs": self.jobs}
             yield kind(**options, **shared, methods=methods, settings=settings, rates=rates)
 
 
@@ -141,7 +143,7 @@ def run_table(table: Table1, command: str) -> tuple[Path, int]:
         UserError: an option cannot be meant.
         OSError: the disk is full, or similar; what is finished stays.
     """
-    folder = Path(table.out).expanduser()
+    folder = typed_path(table.out)
     if table.results:
         _write_config(folder, command, _folders_given(table.results))
         return folder, 0
@@ -161,12 +163,12 @@ def run_table(table: Table1, command: str) -> tuple[Path, int]:
 def _folders_given(given: tuple[str, ...]) -> dict[str, Path]:
     """The folder of each part, told by the experiment that it holds."""
     folders: dict[str, Path] = {}
-    for path in map(Path, given):
-        name = load_results(path.expanduser()).experiment.name
+    for path in map(typed_path, given):
+        name = load_results(path).experiment.name
         if name not in PARTS or name in folders:
             wrong = "is a second one of" if name in folders else "is of"
             raise UserError(f"--results: {path} {wrong} {name}; give one folder each of {', '.join(PARTS)}")
-        folders[name] = path.expanduser()
+        folders[name] = path
     missing = [name for name in PARTS if name not in folders]
     if missing:
         raise UserError(f"--results: no folder of {', '.join(missing)}; give one each of {', '.join(PARTS)}")
@@ -175,15 +177,35 @@ def _folders_given(given: tuple[str, ...]) -> dict[str, Path]:
 
 def _write_config(folder: Path, command: str, parts: Mapping[str, Path]) -> None:
     """Note how the table was made, and from where, so that ``streamnorm report`` can make it anew."""
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder)
     places = {name: Path(os.path.relpath(part, folder)).as_posix() for name, part in parts.items()}
     write_text(folder / CONFIG, json.dumps({"commands": [command], "parts": places}, indent=1))
 
 
-def part_folders(folder: Path) -> dict[str, str]:
-    """Where each part is, seen from the table's folder."""
-    places: dict[str, str] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["parts"]
-    return places
+class TableConfig(TypedDict):
+    """``table1.json``: the commands that made the table, and where each part is, seen from the table's folder."""
+
+    commands: list[str]
+    parts: dict[str, str]
+
+
+def read_table(folder: Path) -> TableConfig:
+    """What ``table1.json`` says.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / CONFIG
+    try:
+        config: TableConfig = parse(path.read_bytes())
+        check(config, TableConfig)
+        if set(config["parts"]) != set(PARTS):
+            raise FormError(f"parts must name {', '.join(PARTS)}, not {', '.join(config['parts']) or 'nothing'}")
+    except FormError as error:
+        raise UserError(f"{path}: {error}. {CONFIG_ADVICE}") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON. {CONFIG_ADVICE}") from None
+    return config
 
 
 def judge(folder: Path) -> dict[Scenario, dict[str, Judged]]:
@@ -192,7 +214,10 @@ def judge(folder: Path) -> dict[Scenario, dict[str, Judged]]:
     Raises:
         UserError: a part has no results.
     """
-    results = {name: load_results(folder / place) for name, place in part_folders(folder).items()}
+    results = {name: load_results(folder / place) for name, place in read_table(folder)["parts"].items()}
+    for name, part in results.items():
+        if part.experiment.name != name:
+            raise UserError(f"{folder / CONFIG}: the part {name} holds {part.experiment.name}. {CONFIG_ADVICE}")
     return {scenario: _judge(scenario, results[scenario.experiment]) for scenario in SCENARIOS}
 
 

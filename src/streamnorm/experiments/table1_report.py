@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -17,14 +16,13 @@ from streamnorm.experiments.files import write_text
 from streamnorm.experiments.report import REPORT, document, html_table
 from streamnorm.experiments.results import Results
 from streamnorm.experiments.table1 import (
-    CONFIG,
     CRITERION,
     TECHNIQUES,
     Judged,
     Scenario,
     Table1,
     judge,
-    part_folders,
+    read_table,
 )
 from streamnorm.experiments.tables import score_text
 
@@ -40,8 +38,8 @@ def build_table(folder: Path) -> Judgements:
     """
     judgements = judge(folder)
     write_text(folder / "table1.csv", _csv(judgements))
-    commands = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["commands"]
-    write_text(folder / REPORT, page(judgements, part_folders(folder), commands))
+    config = read_table(folder)
+    write_text(folder / REPORT, page(judgements, config["parts"], config["commands"]))
     return judgements
 
 

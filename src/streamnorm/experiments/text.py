@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.files import typed_path
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION = 0.8, 0.1  # of the text, in this order; the last tenth is for the test
@@ -146,7 +147,7 @@ def open_text(path: str | None, limit: int | None, steps: int) -> Text:
     Raises:
         UserError: there is no such text, or too little of it for pieces of ``steps`` characters.
     """
-    text = _standard_library(limit or FIRST_LOOK) if path is None else _file(Path(path).expanduser(), limit)
+    text = _standard_library(limit or FIRST_LOOK) if path is None else _file(typed_path(path), limit)
     shortest = min(map(len, text.parts().values()))
     if shortest < steps + 1:
         message = (
@@ -162,9 +163,11 @@ def _file(path: Path, limit: int | None) -> Text:
         raise UserError(f"--data {path}: this is a folder; name a text file")
     if not path.exists():
         raise UserError(f"--data {path}: no such file")
+    if not path.is_file():
+        raise UserError(f"--data {path}: this is a device or a pipe; name a text file")
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(-1 if limit is None else limit)
+            text = file.read(-1 if limit is None else min(limit, path.stat().st_size))
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     return Text(path.resolve().stem, f"{len(text):,} characters of {path.name}", text)

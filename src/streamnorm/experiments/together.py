@@ -18,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from streamnorm.experiments.errors import UserError
+from streamnorm.experiments.errors import UserError, first_line
 from streamnorm.experiments.experiment import Batch, Data, Experiment, Run
 from streamnorm.experiments.pool import Event, Work
 from streamnorm.experiments.runlog import Record, RunLog
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.train import Training
+
+_TORCHRUN = "start the command by torchrun, or unset the variable"
 
 
 def count() -> int:
@@ -53,13 +55,17 @@ def joined() -> Iterator[bool]:
 
     In a process that does not lead, the ``with`` block is to be left at once: what the leader asks for is done then.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _processes_started() == 1:
         yield True
         return
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    try:
+        dist.init_process_group()
+    except (ValueError, RuntimeError) as error:
+        message = f"WORLD_SIZE is set, but the processes do not find each other ({first_line(error)}): {_TORCHRUN}"
+        raise UserError(message) from None
     try:
         yield dist.get_rank() == 0
         if dist.get_rank() > 0:
@@ -68,6 +74,14 @@ def joined() -> Iterator[bool]:
         if dist.get_rank() == 0:
             _tell(None)
         dist.destroy_process_group()
+
+
+def _processes_started() -> int:
+    """How many processes torchrun started."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise UserError(f"the environment variable WORLD_SIZE is {size!r}, no number of processes: {_TORCHRUN}")
+    return int(size)
 
 
 def _tell(what: Any) -> Any:

@@ -12,47 +12,54 @@ from tyro import conf
 
 import streamnorm as sn
 from streamnorm.experiments.conv import ConvExperiment
-from streamnorm.experiments.methods import METHODS, LayerMethod, Methods, NormFactory
+from streamnorm.experiments.methods import METHODS, LayerMethod, Methods, NormFactory, keywords
 from streamnorm.experiments.models import feedforward_convolutional
 
 
 def _over(layer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """A factory for layers with a reference by name, where "group" takes a number of groups."""
 
-    def factory(features: int, axes: int, ref: str, groups: float = 4, **options: Any) -> nn.Module:
-        reference = ("group", math.gcd(int(groups), features)) if ref == "group" else ref
+    def factory(features: int, axes: int, ref: str, groups: int = 4, **options: Any) -> nn.Module:
+        if groups < 1:
+            raise ValueError(f"groups must be at least 1, got {groups}")
+        reference = ("group", math.gcd(groups, features)) if ref == "group" else ref
         return layer(features, ref=reference, **options)
 
     return factory
 
 
-def _ghost(features: int, axes: int, ghosts: float = 8, **options: Any) -> nn.Module:
-    return sn.GeneralBatchNorm(features, ghosts=int(ghosts), **options)
-
-
-_SAMPLE, _BATCH, _STREAMING = _over(sn.SampleNorm), _over(sn.GeneralBatchNorm), _over(sn.StreamingNorm2d)
+def _ghost(features: int, axes: int, ghosts: int = 8, **options: Any) -> nn.Module:
+    return sn.GeneralBatchNorm(features, ghosts=ghosts, **options)
 
 
 def _method(
-    name: str, label: str, colour: str, marker: str, factory: Callable[..., nn.Module], **options: Any
+    name: str,
+    label: str,
+    colour: str,
+    marker: str,
+    layer: Callable[..., nn.Module],
+    factory: Callable[..., nn.Module] | None = None,
+    **options: Any,
 ) -> LayerMethod:
-    return LayerMethod(name, label, colour, marker, name, factory, options)
+    accepts = tuple(option for option in keywords(layer) if option != "ref")
+    accepts += ("groups",) if options.get("ref") == "group" else ()
+    return LayerMethod(name, label, colour, marker, name, factory or _over(layer), options, accepts=accepts)
 
 
 # Blue for what is inside a sample, orange and red for the mini-batch, green for the stream.
 _ALL = (
     METHODS["none"],
-    _method("sample-position", "Sample, position", "#88ccee", "v", _SAMPLE, ref="position"),
-    _method("sample-channel", "Sample, channel (Instance)", "#56b4e9", "<", _SAMPLE, ref="channel"),
-    _method("sample-group", "Sample, group", "#332288", "p", _SAMPLE, ref="group"),
-    _method("sample-layer", "Sample, layer", "#0072b2", "^", _SAMPLE, ref="layer"),
-    _method("batch-ghost", "Batch, ghost", "#cc79a7", "d", _ghost),
-    _method("batch-channel", "Batch, channel", "#d55e00", "s", _BATCH, ref="channel"),
-    _method("batch-group", "Batch, group", "#e69f00", "D", _BATCH, ref="group"),
-    _method("batch-layer", "Batch, layer", "#882255", "P", _BATCH, ref="layer"),
-    _method("streaming-layer", "Streaming, layer", "#44aa99", "h", _STREAMING, ref="layer"),
-    _method("streaming-group", "Streaming, group", "#999933", ">", _STREAMING, ref="group"),
-    _method("streaming-channel", "Streaming, channel", "#009e73", "o", _STREAMING, ref="channel"),
+    _method("sample-position", "Sample, position", "#88ccee", "v", sn.SampleNorm, ref="position"),
+    _method("sample-channel", "Sample, channel (Instance)", "#56b4e9", "<", sn.SampleNorm, ref="channel"),
+    _method("sample-group", "Sample, group", "#332288", "p", sn.SampleNorm, ref="group"),
+    _method("sample-layer", "Sample, layer", "#0072b2", "^", sn.SampleNorm, ref="layer"),
+    _method("batch-ghost", "Batch, ghost", "#cc79a7", "d", sn.GeneralBatchNorm, _ghost),
+    _method("batch-channel", "Batch, channel", "#d55e00", "s", sn.GeneralBatchNorm, ref="channel"),
+    _method("batch-group", "Batch, group", "#e69f00", "D", sn.GeneralBatchNorm, ref="group"),
+    _method("batch-layer", "Batch, layer", "#882255", "P", sn.GeneralBatchNorm, ref="layer"),
+    _method("streaming-layer", "Streaming, layer", "#44aa99", "h", sn.StreamingNorm2d, ref="layer"),
+    _method("streaming-group", "Streaming, group", "#999933", ">", sn.StreamingNorm2d, ref="group"),
+    _method("streaming-channel", "Streaming, channel", "#009e73", "o", sn.StreamingNorm2d, ref="channel"),
 )
 
 

@@ -20,6 +20,8 @@ def group_norm(num_features: int, groups: int = 8) -> nn.GroupNorm:
         >>> group_norm(64).num_groups, group_norm(6).num_groups, group_norm(8).num_groups
         (8, 3, 4)
     """
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
     most = min(groups, max(1, num_features // 2))
     return nn.GroupNorm(max(g for g in range(1, most + 1) if num_features % g == 0), num_features)
 
