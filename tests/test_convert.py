@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils import parametrize, prune
 
 import streamnorm as sn
+from streamnorm.conversion import foreign
 
 BATCH_NORMS: dict[type[nn.Module], tuple[type[sn.Norm], tuple[int, ...]]] = {
     nn.BatchNorm1d: (sn.StreamingNorm1d, (5, 4)),
@@ -109,9 +111,8 @@ def test_device_stays() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_stays(training: bool) -> None:
-    model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4)))
-    model[1][0].train(not training)  # type: ignore[index]
-    model[0].train(training)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4))).train(training)
+    model[1].train(not training)
     silent(model)
     assert [layer.training for layer in norms(model)] == [training, not training]
 
@@ -147,10 +148,19 @@ def test_with_and_without_parameters(kind: type[nn.Module], affine: bool, bias: 
     torch.testing.assert_close(new(x), old(x), rtol=2e-6, atol=2e-6)
 
 
-def test_without_running_statistics_it_starts_at_the_prior() -> None:
-    new = silent(nn.BatchNorm1d(4, track_running_stats=False))
-    assert new.long.tolist() == [[0] * 4, [1] * 4]
-    assert new.weight is not None
+@pytest.mark.parametrize("kind", BATCH_NORMS, ids=lambda kind: kind.__name__)
+def test_without_running_statistics_it_starts_at_the_prior(kind: type[nn.Module]) -> None:
+    """And evaluates otherwise, which is said, until it is calibrated."""
+    expected_type, shape = BATCH_NORMS[kind]
+    model: Any = nn.Sequential(kind(4, track_running_stats=False))
+    with pytest.warns(UserWarning, match=rf"^0 is a {kind.__name__}: it keeps no running .*streamnorm\.calibrate"):
+        sn.convert(model, p=2)
+    assert type(model[0]) is expected_type
+    assert model[0].long.tolist() == [[0] * 4, [1] * 4]
+    assert model[0].weight is not None
+    x = torch.randn(shape) * 3 + 2
+    sn.calibrate(model, [x])
+    torch.testing.assert_close(model.eval()(x), kind(4, track_running_stats=False)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_options_reach_every_layer() -> None:
@@ -323,8 +333,7 @@ class Activated(nn.BatchNorm2d):
 
 @pytest.fixture
 def _forget_converters(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = __import__("sys").modules["streamnorm.conversion"]
-    monkeypatch.setattr(module, "_converters", {})
+    monkeypatch.setattr(foreign, "TABLE", [*foreign.TABLE])
 
 
 def test_a_subclass_without_its_own_forward_is_converted() -> None:
@@ -346,7 +355,9 @@ def test_a_subclass_with_its_own_forward_is_kept_and_named() -> None:
 
 
 def test_a_subclass_that_is_left_out_gives_no_warning() -> None:
-    silent(nn.Sequential(Activated(4)), where=lambda name, module: not isinstance(module, Activated))
+    model = nn.Sequential(nn.BatchNorm2d(4), Activated(4))
+    silent(model, where=lambda name, module: not isinstance(module, Activated))
+    assert type(model[1]) is Activated
 
 
 def test_a_lazy_batch_norm_is_named() -> None:
@@ -438,7 +449,7 @@ def test_dropout_and_activation_of_a_layer_stay() -> None:
     old = with_statistics(BatchNormAct2d(4, eps=1e-3)).eval()
     x = torch.randn(5, 4, 3, 2)
     expected = old(x)
-    new = silent(nn.Sequential(old))[0]
+    new = silent(nn.Sequential(old).eval())[0]
     assert type(new) is sn.StreamingNormAct2d
     assert new.drop is old.drop
     assert new.act is old.act
@@ -514,7 +525,8 @@ def test_frozen_normalization_is_converted_when_asked_for() -> None:
     model = nn.Sequential(old).eval()
     x = torch.randn(5, 4, 3, 2)
     expected = old(x)
-    assert silent(model)[0] is old
+    with pytest.warns(UserWarning, match=r"nothing was converted.*FrozenBatchNorm2d \(0\): write also=\(FrozenBatchN"):
+        assert sn.convert(model)[0] is old  # type: ignore[index]
     new = silent(model, also=(FrozenBatchNorm2d,))[0]
     assert type(new) is sn.StreamingNorm2d
     assert new.eps == 1e-3
@@ -525,6 +537,344 @@ def test_frozen_normalization_is_converted_when_asked_for() -> None:
 def test_a_lazy_instance_norm_is_named() -> None:
     with pytest.warns(UserWarning, match="LazyInstanceNorm1d and was not converted: it has no channels"):
         sn.convert(nn.Sequential(nn.LazyInstanceNorm1d()), also=(nn.LazyInstanceNorm1d,))
+
+
+# Compared with what they replace
+
+
+def frozen(eps: float, said: float | None = None) -> Any:
+    """A frozen BatchNorm with an eps in its forward, and an attribute that says this one, or none that says any."""
+
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.rand(4))
+            self.get_buffer("running_var").mul_(1e-3)  # where eps counts
+            if said is not None:
+                self.eps = said
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean, variance, weight, bias = (
+                self.get_buffer(n) for n in ("running_mean", "running_var", "weight", "bias")
+            )
+            scale = weight * (variance + eps).rsqrt()
+            return x * scale.view(1, -1, 1, 1) + (bias - mean * scale).view(1, -1, 1, 1)
+
+    return FrozenBatchNorm2d()
+
+
+@pytest.mark.parametrize(
+    ("eps", "said", "options"),
+    [(0, None, {}), (1e-5, None, {}), (1e-3, None, {}), (0, 1e-5, {}), (0.3, None, {"eps": 0.3}), (0.3, 0.3, {})],
+    ids=str,
+)
+def test_frozen_normalization_with_any_eps(eps: float, said: float | None, options: Any) -> None:
+    old = frozen(eps, said)
+    x = torch.randn(5, 4, 3, 2)
+    expected = old(x)
+    new = silent(nn.Sequential(old).eval(), also=(type(old),), **options)[0]
+    assert isinstance(new, sn.StreamingNorm2d)
+    assert new.eps == eps
+    torch.testing.assert_close(new(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-5}, {"p": 3, "ref": "layer"}], ids=str)
+def test_frozen_normalization_with_an_unknown_eps_is_kept_and_named(options: Any) -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "norm": frozen(0.3)}).eval()
+    old = model["norm"]
+    with pytest.warns(UserWarning, match=r"^norm is a FrozenB.* was not converted: .* another result: .* apart"):
+        sn.convert(model, also=(type(old),), **options)
+    assert model["norm"] is old
+
+
+@pytest.mark.parametrize("options", [{"eps": 0.1}, {"ref": "layer"}, {"ref": sn.NormRef.of("n c h w -> c h", h=3)}])
+def test_an_option_that_changes_the_evaluation_is_obeyed(options: Any) -> None:
+    old = with_statistics(nn.BatchNorm2d(4)).eval()
+    new = silent(old, **options)
+    x = torch.randn(5, 4, 3, 2)
+    same_values = isinstance(options.get("ref"), sn.NormRef)  # each place starts with the statistics of its channel
+    assert bool((new(x) - old(x)).abs().max() < 0.01) == same_values
+    also = silent(nn.GroupNorm(2, 4), also=(nn.GroupNorm,), **options)
+    assert (also.eps, also.ref) == (new.eps, new.ref)
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    """The layer with a forward of its own."""
+    forward = layer.forward
+
+    def twice(*args: Any) -> Any:
+        return 2 * forward(*args)
+
+    layer.forward = twice
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4), lambda: frozen(0.0)])
+def test_a_forward_replaced_on_the_instance_is_kept_and_named(make: Callable[[], nn.Module]) -> None:
+    old = doubled(make())
+    model = nn.Sequential(nn.Sequential(old)).eval()
+    with pytest.warns(UserWarning, match=r"0\.0 is a .* was not converted: its forward was replaced, on this object"):
+        sn.convert(model, also=(type(old),))
+    assert model[0][0] is old  # type: ignore[index]
+
+
+class ActivatedFirst(BatchNormAct2d):
+    """Another version of a layer that is known by its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, self.act(x))
+
+
+ActivatedFirst.__name__, ActivatedFirst.__module__ = "BatchNormAct2d", "timm.layers.norm_act"
+
+
+class Centred(nn.BatchNorm2d):
+    """Without a forward of its own, and yet another function."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        input -= 1
+
+
+@pytest.mark.parametrize(("kind", "tracks"), [(ActivatedFirst, True), (ActivatedFirst, False), (Centred, True)])
+def test_what_evaluates_otherwise_is_kept_and_named(kind: Any, tracks: bool) -> None:
+    old = with_statistics(kind(4, track_running_stats=tracks))
+    model = nn.Sequential(nn.BatchNorm2d(4), old)
+    with pytest.warns(UserWarning, match=r"^1 is a .* was not converted: .* gives another result"):
+        sn.convert(model)
+    assert model[1] is old
+    assert isinstance(model[0], sn.StreamingNorm2d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0, 3, -200])
+@pytest.mark.parametrize("deviation", [1e-3, 0.5, 40])
+@pytest.mark.parametrize("p", [1, 2, 3.5])
+def test_statistics_of_any_size_are_no_difference(p: float, deviation: float, mean: float, dtype: torch.dtype) -> None:
+    model = with_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    model[1].running_mean.add_(mean)
+    model[1].running_var.mul_(deviation**2)
+    silent(model.to(dtype), p=p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(sn.fold(model)[1]) is nn.Identity
+        assert type(sn.to_batchnorm(model)[1]) is nn.BatchNorm2d  # type: ignore[index]
+
+
+def test_statistics_that_a_moment_cannot_hold() -> None:
+    """sigma to the power of seven is beyond single precision."""
+    old = nn.BatchNorm2d(4)
+    old.get_buffer("running_var").fill_(1e13)
+    with pytest.warns(UserWarning, match=r"was not converted: what would take its place gives another result"):
+        assert sn.convert(old, p=7) is old
+    silent(old, p=2)
+
+
+def test_statistics_that_are_not_numbers_are_those_of_before() -> None:
+    old = nn.BatchNorm2d(4)
+    old.get_buffer("running_var")[1] = torch.nan
+    x = torch.randn(5, 4, 3, 2)
+    torch.testing.assert_close(silent(old.eval())(x), old(x), equal_nan=True)
+
+
+def test_a_comparison_leaves_no_trace() -> None:
+    """Neither hooks, nor modes, nor statistics, nor random numbers notice it."""
+    norm, act = with_statistics(BatchNormAct2d(4)), nn.Sequential(nn.Dropout(0.5), nn.SiLU())
+    norm.act, model = act, nn.Sequential(norm, nn.GroupNorm(2, 4), nn.BatchNorm2d(4))
+    fired: list[nn.Module] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: fired.append(module))
+        module.register_forward_pre_hook(lambda module, _: fired.append(module))
+    act[0].eval()
+    modes = [module.training for module in act.modules()]
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    silent(model, also=(nn.GroupNorm,))
+    assert [module.training for module in act.modules()] == modes
+    assert not fired
+    assert torch.get_rng_state().equal(random)
+    assert model[0].act is act
+    for name in ("weight", "bias"):
+        assert model[0].get_parameter(name).equal(state[f"0.{name}"])
+    model[2](torch.randn(5, 4, 3, 2))
+    assert len(fired) == 2
+
+
+def test_a_comparison_of_layers_that_adapt_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4)).eval()
+    with sn.adapt(model):
+        model(torch.randn(5, 3))
+        state = copy.deepcopy(model.state_dict())
+        sn.fold(model)
+        layer = model[1]
+        sn.to_batchnorm(model)
+    for name, tensor in layer.state_dict().items():
+        assert tensor.equal(state[f"1.{name}"]), name
+    assert not layer.frozen
+
+
+def test_what_does_not_run_cannot_be_compared_and_says_so() -> None:
+    class Images(nn.BatchNorm1d):
+        def _check_input_dim(self, input: Tensor) -> None:
+            if input.dim() != 4:
+                raise ValueError(f"expected 4D input, got {input.dim()}D")
+
+    with pytest.warns(UserWarning, match=r"^0 is a Images: it could not be compared .*ValueError: expected 4D input"):
+        model = sn.convert(nn.Sequential(Images(4)))
+    assert isinstance(model[0], sn.StreamingNorm1d)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_where_there_are_no_numbers_nothing_is_compared(device: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if device == "meta":
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
+        with pytest.warns(UserWarning, match="calibrate"):
+            sn.convert(model.to(device))
+        sn.to_batchnorm(sn.fold(model))
+    else:
+        with FakeTensorMode():
+            sn.to_batchnorm(silent(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))))
+
+
+# With pruning and parametrizations
+
+
+class Positive(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.abs()
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 2),
+    "pruned bias": lambda layer: prune.random_unstructured(layer, "bias", 1),
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Positive()),
+    "both parametrized": lambda layer: [
+        parametrize.register_parametrization(layer, name, Positive()) for name in ("weight", "bias")
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_pruned_and_parametrized_layers_stay_so(change: str) -> None:
+    """There, through training, and back; the parameters are those that the optimizer has."""
+    old = with_statistics(nn.BatchNorm2d(4))
+    CHANGES[change](old)
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), old).eval()
+    x = torch.randn(5, 3, 6, 6)
+    expected, before = model(x), {id(p) for p in model.parameters()}
+    names = {name for name, _ in model.named_parameters()}
+    silent(model)
+    layer = model[1]
+    assert isinstance(layer, sn.StreamingNorm2d)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert {id(p) for p in model.parameters()} == before
+    assert {name for name, _ in model.named_parameters()} == names
+
+    zeros = {name: getattr(layer, name) == 0 for name in ("weight", "bias")}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model.train()(torch.randn(5, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+    trained = model.eval()(x)
+    for name, zero in zeros.items():
+        if "parametrized" not in change:
+            assert not getattr(layer, name)[zero].any()
+        elif name == "weight" or "both" in change:
+            assert (getattr(layer, name) >= 0).all()
+    torch.testing.assert_close(sn.fold(model)(x), trained, rtol=1e-4, atol=1e-4)
+    sn.to_batchnorm(model)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
+    assert {id(p) for p in model.parameters()} == before
+    if change == "pruned":
+        prune.remove(model[1], "weight")
+        torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
+    if change == "parametrized":
+        parametrize.remove_parametrizations(model[1], "weight")
+        torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gain_that_is_computed_otherwise_is_kept_and_named() -> None:
+    old: Any = nn.BatchNorm2d(4)
+    del old.weight
+    old.root = nn.Parameter(torch.ones(4))
+    old.weight = old.root.detach() ** 2
+    with pytest.warns(UserWarning, match=r"the model is a BatchNorm2d and was not converted: its weight is computed"):
+        assert sn.convert(old) is old
+
+
+# Nothing to convert, and what else a model may count on
+
+
+SEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "group": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)),
+        r"no BatchNorm in Sequential, and nothing was converted\. It holds GroupNorm \(1\): write "
+        r"also=\(nn\.GroupNorm,\), and then streamnorm\.calibrate",
+    ),
+    "many": (
+        lambda: nn.Sequential(*(nn.InstanceNorm2d(4) for _ in range(5))),
+        r"InstanceNorm2d \(0, 1, 2 and 2 more\): write also=\(nn\.InstanceNorm2d,\)",
+    ),
+    "layer": (lambda: nn.Sequential(nn.LayerNorm(4)), r"LayerNorm \(0\): it normalizes the last axes .*also= does not"),
+    "rms": (lambda: nn.Sequential(nn.RMSNorm(4)), r"RMSNorm \(0\): it normalizes the last axes .*register_converter"),
+    "recurrent": (lambda: nn.GRU(3, 4), r"GRU \(the model\): streamnorm\.GRU takes its weights"),
+    "ours": (lambda: nn.Sequential(sn.StreamingNorm1d(4)), r"StreamingNorm1d \(0\): of streamnorm already"),
+    "none": (lambda: nn.Linear(3, 4), "It holds no normalization layer: put streaming ones where"),
+    "several": (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.LayerNorm(4)), r"GroupNorm \(0\): .*; LayerNorm \(1\): "),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_model_in_which_nothing_is_converted(name: str) -> None:
+    make, message = SEEN[name]
+    model = make()
+    before = list(model.modules())
+    with pytest.warns(UserWarning, match=message) as record:
+        assert sn.convert(model) is model
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    assert list(model.modules()) == before
+
+
+def test_where_that_chooses_nothing() -> None:
+    with pytest.warns(UserWarning, match=r"^where= chose no layer in Sequential.*BatchNorm1d \(0\): left out"):
+        sn.convert(nn.Sequential(nn.BatchNorm1d(4)), where=lambda name, _: name == "backbone")
+
+
+@pytest.mark.usefixtures("_forget_converters")
+def test_a_model_in_which_a_registered_converter_did_something() -> None:
+    sn.register_converter(nn.LayerNorm, lambda module, **_: sn.SampleNorm(4))
+    assert isinstance(silent(nn.Sequential(nn.LayerNorm(4)))[0], sn.SampleNorm)
+
+
+class Held(nn.Sequential):
+    """A backbone that keeps its BatchNorms in evaluation, as several detection libraries have it."""
+
+    def train(self, mode: bool = True) -> Held:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def test_layers_that_are_held_in_evaluation_are_named() -> None:
+    model = Held(*(with_statistics(nn.BatchNorm2d(4)) for _ in range(5))).train()
+    with pytest.warns(UserWarning, match=r"a module in training mode: 0, 1, 2 and 2 more\. .*streamnorm\.freeze"):
+        sn.convert(model)
+    sn.freeze(model)
+    before = copy.deepcopy(model.state_dict())
+    model.train()(torch.randn(5, 4, 3, 2))
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_part_in_evaluation_is_its_owners_choice() -> None:
+    """Put there by ``.eval()``, which reaches streaming layers too."""
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(4)), nn.BatchNorm2d(4))
+    model[0].eval()
+    silent(model)
 
 
 # All or nothing
@@ -614,6 +964,27 @@ def test_general_batch_norm_needs_dims() -> None:
     expected = model(x)
     torch.testing.assert_close(sn.to_batchnorm(model, dims=2)(x), expected)
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_a_layer_of_ours_that_computes_something_else_is_refused() -> None:
+    class Own(sn.StreamingNorm2d):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x, mask).relu()
+
+    others: list[nn.Module] = [Own(4), doubled(sn.SampleNorm(4)), doubled(sn.GRU(3, 4)), doubled(sn.RNNCell(3, 4))]
+    for layer in others:
+        model = nn.Sequential(sn.StreamingNorm2d(4), layer)
+        before = list(model)
+        with pytest.raises(ValueError, match=r"^1 has no equal in torch\.nn: .*what would take its place"):
+            sn.to_batchnorm(model)
+        assert list(model) == before
+
+
+def test_a_subclass_that_computes_the_same_goes_back() -> None:
+    class Renamed(sn.StreamingNorm1d):
+        pass
+
+    assert type(sn.to_batchnorm(nn.Sequential(Renamed(4)))[0]) is nn.BatchNorm1d  # type: ignore[index]
 
 
 @pytest.mark.parametrize(("ref", "groups"), [("layer", 1), ("channel", 4), (("group", 2), 2)], ids=str)
@@ -798,6 +1169,16 @@ def test_what_has_hooks_stays(which: int, hook: str) -> None:
     assert_folds(trained(model, 5, 4), torch.randn(6, 4), left=1)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_computes_something_else_stays_and_is_named(which: int) -> None:
+    """Found by the comparison alone: in the graph, a forward of the instance is a call like any other."""
+    model = trained(nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4), nn.ReLU()), 5, 3)
+    forward = type(model[which]).forward
+    model[which].forward = types.MethodType(lambda self, x: 2 * forward(self, x), model[which])
+    with pytest.warns(UserWarning, match=r"^1 was not folded: what would take its place gives another result"):
+        assert_folds(model, torch.randn(6, 3), left=1)
+
+
 def test_a_parametrized_layer_stays() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), sn.StreamingNorm1d(4))
     assert_folds(trained(model, 5, 4), torch.randn(6, 4), left=1)
@@ -872,6 +1253,35 @@ def test_recurrent_layers_become_torchs() -> None:
     assert type(plain.gru) is nn.GRU
     assert not any(type(module).__module__.startswith("streamnorm") for name, module in plain.named_modules() if name)
     torch.testing.assert_close(plain(x), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (sn.RNN, {"nonlinearity": "relu", "num_layers": 2}),
+        (sn.GRU, {"norm": "batch", "bias": False}),
+        (sn.LSTM, {"bidirectional": True, "num_layers": 2, "dropout": 0.5, "batch_first": True}),
+        (sn.LSTM, {"proj_size": 2}),
+        (sn.RNNCell, {}),
+        (sn.GRUCell, {}),
+        (sn.LSTMCell, {"dtype": torch.float64}),
+    ],
+)
+def test_every_recurrent_network_is_compared(make: Any, options: Any) -> None:
+    """Those that torch.nn equals go over; one whose forward does something else is named."""
+    network = make(3, 4, **options)
+    with torch.no_grad():
+        for name, tensor in network.named_buffers():
+            if name.endswith(("long", "running_mean", "running_var")):
+                tensor.uniform_(0.5, 1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(sn.to_batchnorm(copy.deepcopy(network))) is make._torch_type
+        assert type(sn.fold(nn.Sequential(copy.deepcopy(network)))[0]) is make._torch_type
+    forward = type(network).forward
+    network.forward = types.MethodType(lambda self, *args: forward(self, *args)[:1], network)
+    with pytest.warns(UserWarning, match=r"^0 was not folded: (it gives|what would take its place)"):
+        assert type(sn.fold(nn.Sequential(network))[0]) is make
 
 
 @pytest.mark.parametrize("options", [{"norm": "layer"}, {"reset_after": False}], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -437,6 +438,13 @@ class Norm(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the ties to this process's optimizers."""
         return {**self.__dict__, **_UNPICKLED, "_ties": self._ties.of_a_copy()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Norm:
+        """As without this method, which parametrized modules would have another in place of."""
+        new = self.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(Norm.__getstate__(self), memo))
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, which may have been made in the middle of an update: the next step commits it.
