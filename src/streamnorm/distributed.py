@@ -61,7 +61,7 @@ def synchronize(model: Module, every: str = "update", process_group: dist.Proces
         _check_batch(model, layers)
     updates.enroll(model)
     for _, layer in layers:
-        layer._sync, layer._per_batch = Sync(every, process_group), every == "batch"
+        layer._sync, layer._per_batch, layer._planned_shape = Sync(every, process_group), every == "batch", None
     return model
 
 

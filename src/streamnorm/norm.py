@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar
 
@@ -31,14 +31,10 @@ _GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
 _REDUCED = (torch.float16, torch.bfloat16)
 _FEATURES = "num_features is the number of channels, an integer of at least 1"
 _DTYPES = (torch.float32, torch.float64, *_REDUCED)
-_UNPICKLED = {
-    "_accepted": None,
-    "_plan": None,
-    "_planned_shape": None,
-    "_watched": False,
-    "_grad_scale": None,
-    "_ddp": None,
-}
+_OVER: Iterator[bool] = iter(())
+_OF_THIS_PROCESS = frozenset(("_accepted", "_plan", "_planned_shape", "_watched", "_lease", "_grad_scale", "_ddp"))
+"""Attributes that a copy starts without."""
+
 _TO_BATCHNORM = "streamnorm.to_batchnorm(model) writes a BatchNorm that has it"
 _INSTEAD = {
     "running_mean": f"layer.eval_stats()[0] is the mean that evaluation uses, and {_TO_BATCHNORM}",
@@ -87,6 +83,7 @@ class Norm(nn.Module):
 
     _version = saved_state.VERSION
     _watched = False
+    _lease: Iterator[bool] = _OVER  # so many uses until `updates` looks at the layer
     _grad_scale: Tensor | None = None
     _ddp: weakref.ref[DistributedDataParallel] | None = None
     _sync = Sync()
@@ -97,7 +94,7 @@ class Norm(nn.Module):
     # The kind of input that was looked at last, and its view: the same kind is not looked at again.
     _accepted: tuple[torch.Size, torch.dtype, torch.device, bool] | None = None
     _accepted_view: View
-    # What the C++ engine knows of inputs of the shape that it took last, if it took the last one.
+    # What the C++ engine knows of inputs of the shape that it took last, if it took the last one with this formula.
     _plan: ops.Plan | None = None
     _planned_shape: torch.Size | None = None
 
@@ -189,6 +186,7 @@ class Norm(nn.Module):
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
         self.formula = Formula(*constants) if self.stream is None else self.stream.formula(*constants)
         self._formula_text = repr(self.formula)
+        self._planned_shape = None
 
     def _register_moment(self) -> None:
         if self.stream is not None:
@@ -286,7 +284,8 @@ class Norm(nn.Module):
             return self._normalize_jointly(x, mask, view)[0]
         if self.stream is None:
             return self._normalize_alone(x, mask, view)
-        if not self._watched or (DistributedDataParallel._active_ddp_module is not None and agreement.is_new(self)):
+        is_due = next(self._lease, None) is None
+        if is_due or (DistributedDataParallel._active_ddp_module is not None and agreement.is_new(self)):
             updates.notice(self)
         weight, bias = self.weight, self.bias
         if mask is None:
@@ -294,7 +293,7 @@ class Norm(nn.Module):
             if plan is None or plan.view is not view or plan.formula is not self.formula:
                 plan = self._plan = ops.prepare(view, self.formula)
             y = ops.attempt(x, weight, bias, plan, self._buffers, self._grad_scale)
-            self._planned_shape = None if y is NotImplemented else x.shape
+            self._planned_shape = None if y is NotImplemented or self._per_batch else x.shape
             if y is not NotImplemented:
                 return y
         return ops.normalize(x, weight, bias, mask, view, self.formula, self.state, self._grad_scale)
@@ -305,21 +304,18 @@ class Norm(nn.Module):
         Returns NotImplemented, with nothing done, where there is more to be looked at. The engine itself refuses inputs
         and states that do not fit the plan or each other.
         """
-        plan = self._plan
         if (
-            _passes()
+            next(self._lease, None) is None
+            or _passes()
             or _backward_pass() != -1
-            or self._per_batch
             or DistributedDataParallel._active_ddp_module is not None
-            or plan is None
-            or plan.formula is not self.formula
         ):
             return NotImplemented
         try:  # past the search of nn.Module.__getattr__
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # parametrized: computed when they are asked for
             return NotImplemented
-        return ops.attempt(x, weight, bias, plan, self._buffers, self._grad_scale)
+        return ops.attempt(x, weight, bias, self._plan, self._buffers, self._grad_scale)
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""
@@ -437,7 +433,8 @@ class Norm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the ties to this process's optimizers."""
-        return {**self.__dict__, **_UNPICKLED, "_ties": self._ties.of_a_copy()}
+        kept = {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_PROCESS}
+        return {**kept, "_ties": self._ties.of_a_copy()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Norm:
         """As without this method, which parametrized modules would have another in place of."""

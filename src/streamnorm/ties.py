@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .norm import Norm
 
 
+Seen = tuple[int, list[int], list[Tensor]]
+"""What the watchdog remembers of a layer: samples, and of some parameters their versions and a few values."""
+
+
 class Parameters:
     """A set of parameters, held weakly and compared by identity."""
 
@@ -60,6 +64,10 @@ class Ties:
         home: what the optimizer trained that made the last update.
         stranger: what another optimizer trained, which was found to train another network.
         near: the innermost module around the layer whose weights any optimizer was seen to train.
+        committed: whether an update was noticed since the watchdog's last look.
+        seen: what it saw then, if no update was noticed before.
+        changes: at how many looks since the last update weights had changed.
+        pause: how many uses lie between its looks.
     """
 
     used: bool = False
@@ -69,6 +77,10 @@ class Ties:
     home: Parameters | None = None
     stranger: Parameters | None = None
     near: weakref.ref[nn.Module] | None = None
+    committed: bool = False
+    seen: Seen | None = None
+    changes: int = 0
+    pause: int = 64
 
     def of_a_copy(self) -> Ties:
         """What a copy of the layer starts with."""

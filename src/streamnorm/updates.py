@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from . import agreement, ops
+from . import agreement, ops, watchdog
 from .ops import traced
 from .ties import (
     Binding,
@@ -38,6 +38,9 @@ _layers: dict[int, weakref.ref[Norm]] = {}
 """The streaming layers that may hold statistics to commit, in the order in which they became known."""
 
 _hooks: list[RemovableHandle] = []
+
+_lease_of_graphs: Iterator[bool] = watchdog.lease(watchdog.USES)
+"""As a layer's, for all that run in compiled graphs."""
 
 _listeners: OrderedDict[int, Listener] = OrderedDict()
 """Called at weight updates; :func:`before_commit` adds to them."""
@@ -63,13 +66,18 @@ def enroll(model: nn.Module) -> None:
 
 
 def notice(layer: Norm) -> None:
-    """A layer is used in training for the first time, or by a DistributedDataParallel for the first time."""
+    """A layer is used: for the first time, by another DistributedDataParallel, or when it is due for a look."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None:
         adopt(ddp)
         layer._ddp = weakref.ref(ddp)  # also where the model does not register it
-    if not layer._watched:
+    if layer._watched and next(layer._lease, None):
+        return
+    if layer._watched:
+        layer._lease = watchdog.lease(watchdog.look(layer))
+    else:
         meet(layer)
+        layer._lease = watchdog.lease(watchdog.USES)
 
 
 def meet(layer: Norm) -> None:
@@ -83,10 +91,14 @@ def meet(layer: Norm) -> None:
 
 
 def notice_in_graph(_: Tensor) -> None:
-    """As ``notice``, where a compiled graph runs: it knows no layers. All of a model are noticed at once."""
+    """As ``notice``, where a compiled graph runs: it knows no layers. All are noticed at once."""
+    global _lease_of_graphs
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None and not agreement.is_adopted(ddp):
         adopt(ddp)
+    if next(_lease_of_graphs, None) is None:
+        layers = [*alive([*_layers.values()])]
+        _lease_of_graphs = watchdog.lease(max(1, len(layers)) * min(map(watchdog.look, layers), default=watchdog.USES))
 
 
 traced.listeners.append(notice_in_graph)
@@ -363,5 +375,7 @@ def _commit(select: Callable[[], list[Norm]], optimizer: Optimizer | None = None
 
 def commit_merged(layers: list[Norm]) -> None:
     """Move the short-term statistics of these layers, which are those of all processes by now, into the long-term."""
+    for layer in layers:
+        layer._ties.committed = True
     if layers:
         ops.commit([(layer.state, layer.formula) for layer in layers])

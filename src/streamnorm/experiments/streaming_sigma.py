@@ -44,8 +44,7 @@ class StreamingSigma(sn.Norm):
         super().__init__(num_features, sn.NormRef.batch("channel"), sn.LpMoment(p), stream, eps)
 
     def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
-        if not self._watched:
-            updates.notice(self)
+        updates.notice(self)
         p, reduced = self.formula.p, view.reduced
         # The stream takes in two statistics of a use, and what the second one is, is our own choice.
         use = plain._Use(self.state, self.formula, view.num_elements, len(x), None)

@@ -73,7 +73,7 @@ def arguments(data: Tensor, hidden: Hidden, weights: Weights, norms: Norms) -> T
     gains: list[Tensor | None] = []
     for norm in norms:
         assert norm is None or isinstance(norm, Norm)
-        if norm is not None and norm.stream is not None and (not norm._watched or agreement.is_new(norm)):
+        if norm is not None and norm.stream is not None and (next(norm._lease, None) is None or agreement.is_new(norm)):
             updates.notice(norm)
         gains.append(None if norm is None else norm.weight)
     bias_cell = None if norms.cell is None else norms.cell.bias
