@@ -6,13 +6,13 @@ from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
 from .distributed import joinable, synchronize
 from .insight.monitor import monitor
-from .lifecycle import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from .norm_act import StreamingNormAct2d
 from .normref import NormRef
 from .ops import engines
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .statistics import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
 from .stream import Stream
 from .updates import bind, commit
 

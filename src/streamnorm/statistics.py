@@ -1,4 +1,4 @@
-"""The life of statistics: freeze them, calibrate them, let them adapt, start over."""
+"""Statistics: freeze them, calibrate them, let them adapt, start over."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
 
     While it runs, a layer normalizes by what it has collected so far, and the rest of the model is in evaluation
     mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of
-    training. The streamed gradients start over. A layer that the mini-batches do not reach keeps what it had.
+    training. The streamed gradients start over. A layer that the mini-batches do not reach keeps what it had, and so
+    does a time step of ``norm="batch-per-step"``.
     With several processes, all of them have to call it, each with mini-batches of its own: the average is over all.
 
     "Exact" means that every element weighs the same, however the data fall into mini-batches. Deviations about the
@@ -192,38 +193,73 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     if first is nothing:
         raise ValueError("there are no mini-batches to calibrate with; a generator that was used up must be made again")
 
-    before = [(module, module.training) for module in model.modules()]
-    settings = [(layer, layer.stream, layer.frozen) for layer in streaming if layer.stream is not None]
-    momenta = [(layer, layer.momentum, layer.frozen) for layer in running]
-    backup = [(layer, [buffer.clone() for buffer in layer.buffers(recurse=False)]) for layer in (*streaming, *running)]
-    model.eval()
-    for layer in (*streaming, *running):
-        layer.train()
-        layer.frozen = False
-        layer.reset_stats()
-    for layer in streaming:
-        layer.set_stream(_AVERAGE_ALL)
-    for layer in running:
-        layer.momentum = None
-    try:
+    layers = (*streaming, *running)
+    with _kept_on_error(layers) as before, _averaging(model, layers):
         for batch in chain((first,), iterator):
             forward(batch) if forward is not None else _run(model, batch)
-        layers = agreement.merged(lambda: streaming)
-        _check_collected(model, layers)
-        unused = [(layer, values) for layer, values in backup if not _has_collected(layer)]
-        updates.commit_merged(layers)
-        _restore(unused)
+        collected = agreement.merged(lambda: streaming)
+        _check_collected(model, collected)
+        seen = [layer.samples > 0 for layer in streaming] + [layer.num_batches_tracked > 0 for layer in running]
+        updates.commit_merged(collected)
+        for layer, reached in zip(layers, seen):
+            _keep_where(~reached, _statistics(layer), before[layer])
+
+
+@contextmanager
+def _kept_on_error(layers: Iterable[Norm]) -> Iterator[dict[Norm, list[Tensor]]]:
+    """The statistics that layers have now; an error in the block brings them back."""
+    before = {layer: [t.clone() for t in _statistics(layer)] for layer in layers}
+    try:
+        yield before
     except BaseException:
-        _restore(backup)
+        for layer, values in before.items():
+            torch._foreach_copy_(_statistics(layer), values)
         raise
+
+
+@contextmanager
+def _averaging(model: nn.Module, layers: Iterable[Norm]) -> Iterator[None]:
+    """Let layers average all that they see from now on, with the rest of the model in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    settings = [(layer, layer.frozen, _memory(layer)) for layer in layers]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.training, layer.frozen = True, False  # what is inside, such as a dropout, evaluates
+            layer.reset_stats()
+            _set_memory(layer, _AVERAGE_ALL if layer.stream is not None else None)
+        yield
     finally:
-        for layer, stream, was_frozen in settings:
-            layer.set_stream(stream)
+        for layer, was_frozen, memory in settings:
             layer.frozen = was_frozen
-        for layer, momentum, was_frozen in momenta:
-            layer.momentum, layer.frozen = momentum, was_frozen
-        for module, mode in before:
+            _set_memory(layer, memory)
+        for module, mode in modes:
             module.training = mode
+
+
+def _memory(layer: Norm) -> Any:
+    """How a layer weighs the past: its stream, or the momentum of its running statistics."""
+    return layer.momentum if isinstance(layer, GeneralBatchNorm) else layer.stream
+
+
+def _set_memory(layer: Norm, memory: Any) -> None:
+    if isinstance(layer, GeneralBatchNorm):
+        layer.momentum = memory
+    else:
+        layer.set_stream(memory)
+
+
+def _statistics(layer: Norm) -> list[Tensor]:
+    """The buffers that a layer's statistics are."""
+    if isinstance(layer, GeneralBatchNorm):
+        return [layer.running_mean, layer.running_var, layer.num_batches_tracked]
+    return list(layer.state)
+
+
+def _keep_where(rows: Tensor, statistics: Iterable[Tensor], before: Iterable[Tensor]) -> None:
+    """Bring back what was before: of all, or of those time steps that have statistics of their own."""
+    for now, was in zip(statistics, before):
+        now.copy_(torch.where(rows.view(rows.shape + (1,) * (now.dim() - rows.dim())), was, now))
 
 
 def _run(model: nn.Module, batch: Any) -> None:
@@ -231,10 +267,6 @@ def _run(model: nn.Module, batch: Any) -> None:
         model(**batch)
     else:
         model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def _has_collected(layer: Norm) -> bool:
-    return bool(layer.num_batches_tracked if isinstance(layer, GeneralBatchNorm) else layer.samples)
 
 
 def _check_collected(model: nn.Module, layers: list[Norm]) -> None:
@@ -248,12 +280,6 @@ def _check_collected(model: nn.Module, layers: list[Norm]) -> None:
                 f"{int(missed.sum())} of its {missed.numel()} statistics: look for NaN or infinity in the "
                 "mini-batches, or in the weights before it. All statistics stay as they were"
             )
-
-
-def _restore(backup: Iterable[tuple[Norm, list[Tensor]]]) -> None:
-    for layer, values in backup:
-        for buffer, value in zip(layer.buffers(recurse=False), values):
-            buffer.copy_(value)
 
 
 def _layers(model: nn.Module) -> list[Norm]:

@@ -1,4 +1,4 @@
-"""The life of statistics: calibrated, frozen, started over."""
+"""Statistics: calibrated, frozen, started over."""
 
 from __future__ import annotations
 
@@ -179,6 +179,33 @@ def test_a_layer_that_saw_nothing_keeps_its_statistics(engine: str) -> None:
     sn.calibrate(model, [torch.randn(5, 3)])
     changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
     assert changed == {"taken.long", "taken.short", "taken.count", "taken.samples"}  # committed, and so cleared
+
+
+def test_a_dropout_inside_a_layer_evaluates_too() -> None:
+    """What follows in the model sees what it sees in evaluation."""
+    layer = sn.StreamingNormAct2d(4, drop=nn.Dropout(0.5))
+    model = nn.Sequential(layer, sn.StreamingNorm2d(4)).double()
+    x = torch.randn(20, 4, 3, 2, dtype=torch.float64)
+    sn.calibrate(model, [x])
+    assert layer.drop.training
+    seen = layer.eval()(x)
+    torch.testing.assert_close(model[1].get_buffer("long")[0], seen.mean((0, 2, 3)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [sn.RNN, sn.GRU, sn.LSTM])
+def test_time_steps_with_statistics_of_their_own(make: Any) -> None:
+    """Those that no sequence reaches keep what they had."""
+    layer = make(3, 4, norm="batch-per-step", max_steps=5)
+    layer(torch.randn(5, 6, 3))
+    norm = layer.norm_ih_l0
+    before = snapshot(norm)
+    batches = [torch.randn(3, 6, 3) * 2 + 1 for _ in range(4)]
+    sn.calibrate(layer, batches)
+    assert norm.num_batches_tracked.tolist() == [4, 4, 4, 1, 1]
+    for name in ("running_mean", "running_var"):
+        assert norm.get_buffer(name)[3:].equal(before[name][3:])
+    products = torch.stack([batch @ layer.weight_ih_l0.T for batch in batches])  # (batches, T, N, features)
+    torch.testing.assert_close(norm.running_mean[:3], products.mean((0, 2)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("batches", [[], iter(())], ids=["list", "iterator"])
