@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.parallel import DistributedDataParallel
 
 from . import agreement, arguments, checkpoint, ops, saved_state, updates
@@ -21,12 +21,13 @@ from .moments import LpMoment
 from .normref import NormRef, RefName
 from .ops import joined
 from .ops.spec import Formula, State, View
-from .ops.tracing import as_constant
+from .ops.tracing import as_constant, as_leaf, is_symbolic
 from .stream import IMAGE_WINDOW, WINDOW, Stream
 from .ties import Ties, is_collecting
 
 _state_buffers = itemgetter(*State._fields)
 _passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id
+_jit_trace = torch._C._get_tracing_state
 _GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
 _REDUCED = (torch.float16, torch.bfloat16)
 _FEATURES = "num_features is the number of channels, an integer of at least 1"
@@ -215,22 +216,29 @@ class Norm(nn.Module):
         """The stream's buffers, as an engine takes them."""
         if is_compiling():
             return State(*[getattr(self, name) for name in State._fields])
-        return State._make(_state_buffers(self._buffers))
+        try:
+            return State._make(_state_buffers(self._buffers))
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} carries no stream") from None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
         if is_compiling():
             return self._forward_traced(x, mask)
+        if type(x) is not Tensor and is_symbolic(x):
+            return as_leaf(self, Norm.forward, x, mask)
         if x.shape == self._planned_shape and mask is None and self.training and not self.frozen:
             y = self._train_again(x)
             if y is not NotImplemented:
                 return y
         kind = (x.shape, x.dtype, x.device, self.training)
-        if kind != self._accepted:
+        if kind != self._accepted or _jit_trace() is not None:
             self._check_input(x)
             if x.numel() == 0 and not self._joins_batches:
                 return self._pass_empty(x)
-            self._accepted, self._accepted_view = kind, self._view(x)
+            # The sizes that torch.jit.trace sees are those of its graph, which each pass has to find for itself.
+            self._accepted = kind if _jit_trace() is None else None
+            self._accepted_view = self._view(x)
         if mask is not None:
             mask = _full_mask(mask, x)
         if self.training and not self.frozen:
@@ -247,6 +255,8 @@ class Norm(nn.Module):
             return _outside_the_graph(self, x, mask)
         self._check_input(x)
         if self.stream is not None and self.training:
+            if is_exporting() and not self.frozen:
+                raise RuntimeError(_NOT_EXPORTED.format(type(self).__name__))
             self._watch_while_tracing()
             if not self._watched:
                 raise AssertionError("a layer that trains notices weight updates")
@@ -502,6 +512,14 @@ _WAITS = (
 )
 
 
+_NOT_EXPORTED = (
+    "torch.export takes {} in evaluation, not in training: a graph of PyTorch's operations has another gradient than "
+    "the layer, whose statistics are averages over calls, and does not notice weight updates. Write model.eval() or "
+    "`with streamnorm.frozen(model):` before it; torch.compile takes a training step. For training behind an export, "
+    "such as quantization-aware training, export streamnorm.to_batchnorm(model)"
+)
+
+
 @arguments.explained
 class SampleNorm(Norm):
     """Sample Normalization: statistics from inside each sample (the paper's SP).
@@ -675,7 +693,7 @@ class GeneralBatchNorm(Norm):
         formula = self._formula_in_graph()
         mean, variance = stats[0], formula.k**2 * stats[1] ** (2 / formula.p)
         if formula.centered:
-            variance = variance * (n / (n - 1) if isinstance(n, int) else (n.to(variance.dtype) / (n - 1)).flatten())
+            variance = variance * ((n.to(variance.dtype) / (n - 1)).flatten() if isinstance(n, Tensor) else n / (n - 1))
         known = mean.isfinite() & variance.isfinite()
         if isinstance(n, Tensor):
             known &= n.flatten() > 0

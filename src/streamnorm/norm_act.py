@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .norm import StreamingNorm2d
+from .ops.tracing import as_leaf, is_symbolic
 
 
 @arguments.explained
@@ -61,5 +62,7 @@ class StreamingNormAct2d(StreamingNorm2d):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x, drop, and activate."""
+        if is_symbolic(x):
+            return as_leaf(self, StreamingNormAct2d.forward, x, mask)
         y: Tensor = self.act(self.drop(super().forward(x, mask)))
         return y

@@ -9,6 +9,7 @@ from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch.compiler import is_compiling
 
 from . import arguments
@@ -192,7 +193,7 @@ class NormRef:
         Raises:
             ValueError: if the rank does not fit the pattern, or an axis does not divide as the pattern asks.
         """
-        if is_compiling():
+        if is_compiling() or torch._C._get_tracing_state() is not None:  # the sizes may be symbols or tensors
             return _make_view(self, tuple(shape))
         return _view(self, tuple(shape))
 

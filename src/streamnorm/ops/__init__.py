@@ -3,7 +3,7 @@
 ``normalize`` and ``commit`` run on the first engine of ``ENGINES`` that takes the input. The environment variable
 ``STREAMNORM_ENGINE`` (``native``, ``triton``, ``torch`` or ``plain``), read at import, or the context manager
 :func:`force` leaves out the engines before the one that it names; ``torch`` and ``plain`` take every input. Under the
-transforms of ``torch.func`` it is always ``plain``.
+transforms of ``torch.func``, forward-mode differentiation and ``torch.jit.trace`` it is always ``plain``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,16 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from . import eager, gpu, native, plain, traced
+from .derivatives import is_recorded, refuse
 from .spec import Formula, State, View
 
 ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
 """From the fastest to the reference. Where a graph is being made, ``traced`` runs in their place."""
 
-
-_NO_TRANSFORMS = (
-    "the transforms of torch.func (grad, vmap, jacrev, ...) do not go through a streaming layer that trains: it "
-    "changes its statistics, and what it passes back is no gradient of one function. Use loss.backward(), or keep the "
-    "statistics still: model.eval(), or `with streamnorm.frozen(model):`"
-)
 
 Plan = native.Plan
 prepare = native.prepare
@@ -66,13 +60,15 @@ def normalize(
     stats: Tensor | None = None,
 ) -> Tensor:
     """Normalize, apply gain and bias, advance the stream; ``plain.normalize`` explains the arguments."""
+    if is_exporting() and state is None:  # whoever trains the exported program differentiates its operations
+        return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     if is_compiling():
         traced_y: Tensor = traced.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
         return traced_y
-    if torch._C._are_functorch_transforms_active():  # they do not take the engines' autograd functions
-        if state is not None:
-            raise RuntimeError(_NO_TRANSFORMS)
-        return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+    if is_recorded():  # what records does not take the engines' autograd functions
+        if state is None:
+            return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+        refuse(x, weight, bias)
     for engine in _active:
         if engine.supports(x, mask, view, formula, state):
             y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)

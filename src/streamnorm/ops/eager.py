@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import plain
-from .first_order import first_order_only
+from .derivatives import Again, any_order
 from .plain import Scalar, at_least_one, elements, hide, mix, num_samples, running_average, wide
 from .spec import Formula, Mix, State, View
 
@@ -47,6 +47,16 @@ def normalize(
     return y
 
 
+def again(ctx: Any) -> Again:
+    """What a use was computed from, and how; ``ctx`` is what a forward pass left, see :func:`gradients`."""
+    x, weight, mask, saved = ctx.saved_tensors
+    bias = saved.new_zeros(x.shape[1], requires_grad=True) if ctx.has_bias else None  # no gradient depends on its value
+    inputs = x, weight, bias
+    if ctx.state is not None:
+        return inputs, None
+    return inputs, lambda x, weight, bias: (plain.normalize(x, weight, bias, mask, ctx.view, ctx.formula),)
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,7 +83,7 @@ class _Normalize(torch.autograd.Function):
         else:
             state.samples.add_(samples)
             alpha = mix_weights(formula.alpha, formula.window, state.samples, dtype)
-            per_index = n if isinstance(n, int) else n.flatten()
+            per_index = n.flatten() if isinstance(n, Tensor) else n
             short_mu = running_average(state.short[0], state.count, b_mu, per_index)
             mu = mix(alpha, state.long[0], short_mu, b_mu)
 
@@ -110,7 +120,7 @@ class _Normalize(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @first_order_only
+    @any_order(again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *gradients(ctx, dy), None, None, None, None, None, None
 
@@ -159,7 +169,7 @@ def _input_gradient(
     """dx = dx̂/s + ĝ_mu + ĝ_m·p·u, with the gradients of the statistics streamed; sums are of dx̂·(x − mu) and dx̂."""
     view, formula, state, p = ctx.view, ctx.formula, ctx.state, ctx.formula.p
     divisor = at_least_one(ctx.n)
-    per_index = ctx.n if isinstance(ctx.n, int) else ctx.n.flatten()
+    per_index = ctx.n.flatten() if isinstance(ctx.n, Tensor) else ctx.n
     cut = slope.isnan()
     u = _derivative_of_power(d, p)
     if p > 2:  # where the moment overflowed, u may have done so too
@@ -232,11 +242,17 @@ def _keep_finite(short: Tensor, count: Tensor, fresh: tuple[Tensor, Tensor], n: 
 def mix_weights(
     constants: Mix | None, window: float | None, samples: Tensor, dtype: torch.dtype
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """α (or β). On an accelerator, and in a compiled graph, the samples stay a tensor: reading them would wait."""
-    if window is None or (samples.device.type == "cpu" and not is_compiling()):
+    """α (or β). On an accelerator the samples stay a tensor, since reading them would wait; in a graph, too."""
+    if window is None or _can_be_read(samples):
         return plain.mix_weights(constants, window, samples)
     seen = samples.to(dtype)
     return window / (window + seen), seen / (window + seen), 0.0
+
+
+def _can_be_read(samples: Tensor) -> bool:
+    """Whether the number is here, and nothing that records operations would take it for a constant."""
+    recorded = is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
+    return type(samples) is Tensor and samples.device.type == "cpu" and not recorded
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:

@@ -34,7 +34,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from . import eager
-from .first_order import first_order_only
+from .derivatives import any_order
 from .plain import wide
 from .spec import PRESENT_ONLY, Formula, State, View
 
@@ -378,7 +378,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order_only
+    @any_order(eager.again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0] or type(dy) is not Tensor or torch._C._are_functorch_transforms_active():
             return eager._Normalize.backward(ctx, dy)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .derivatives import first_order_only, is_recorded, refuse
 from .eager import _derivative_of_power, _keep_finite, mix_weights, slope_of
-from .first_order import first_order_only
 from .plain import elements, hide, mix, num_samples, running_average, wide
 from .spec import Formula, State, View
 
@@ -37,6 +37,8 @@ def normalize(
     Returns:
         y, and how many elements of all processes are behind each statistic, ``(G,)``.
     """
+    if is_recorded():
+        refuse(x, weight, bias)
     y, n = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale, stats, group)
     return y, n
 

@@ -1171,9 +1171,10 @@ const DLPackExchangeAPI* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *empty_strided = nullptr, *dtypes = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
 PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr, *is_neg = nullptr;
+PyObject* forward_mode = nullptr;  // the dictionary of torch.autograd.forward_ad
 PyObject* names[8] = {};  // of the state's buffers
 PyObject *unsupported = nullptr, *backward_in_python = nullptr;
-PyObject *name_kept, *name_to_save, *name_saved_tensors, *name_needs;
+PyObject *name_kept, *name_to_save, *name_saved_tensors, *name_needs, *name_level;
 
 Type type_of(const DLTensor& t) {
   if (t.dtype.lanes != 1) return Type::other;
@@ -1381,8 +1382,16 @@ struct Half {
   }
 };
 
-// Whether something wants to see every PyTorch operation: a dispatch mode, a function mode, a tracer. 1, 0, or -1 for an error.
+// Whether tensors may have tangents: a level of forward-mode differentiation was entered, the first of which is 0. Or -1.
+int has_tangents() {
+  PyObject* level = PyDict_GetItemWithError(forward_mode, name_level);
+  long number = level ? PyLong_AsLong(level) : -1;
+  return PyErr_Occurred() ? -1 : number >= 0;
+}
+// Whether something wants to see every PyTorch operation: a mode, a tracer, tangents. 1, 0, or -1 for an error.
 int watched() {
+  int tangents = has_tangents();
+  if (tangents) return tangents;
   for (PyObject* modes : {dispatch_modes, function_modes}) {
     Reference count(PyObject_CallFunctionObjArgs(modes, nullptr));
     if (!count) return -1;
@@ -1617,11 +1626,13 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   return execute(call, plan->numel, false) ? result.release() : nullptr;
 }
 
-// What autograd calls of a node: (self = ctx, dy). Second derivatives, and what C++ does not take, are Python's.
+// What autograd calls of a node: (self = ctx, dy). Second derivatives, tangents and what C++ does not take are Python's.
 PyObject* apply(PyObject* ctx, PyObject* const* args, Py_ssize_t count) {
   Reference recording(PyObject_CallFunctionObjArgs(is_grad_enabled, nullptr));
   if (!recording || count != 1) return recording ? refuse("these arguments") : nullptr;
-  if (recording == Py_False) {
+  int tangents = has_tangents();
+  if (tangents < 0) return nullptr;
+  if (recording == Py_False && !tangents) {
     PyObject* result = gradients(ctx, args[0]);
     if (result || !PyErr_ExceptionMatches(unsupported)) return result;
     PyErr_Clear();
@@ -1696,12 +1707,12 @@ PyObject* commit(PyObject*, PyObject* uses) {
 }
 
 // setup(Tensor, Parameter, exchange, (empty_strided, dtypes, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,
-//       is_grad_enabled, is_neg), names, library, instructions or None) -> (instructions, whether there are threads)
+//       is_grad_enabled, is_neg, variables of forward_ad), names, library, instructions or None) -> (instructions, whether there are threads)
 PyObject* setup(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *capsule, *functions[9], *buffers;
+  PyObject *tensor, *parameter, *capsule, *functions[10], *buffers;
   const char *library, *wanted;
-  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
-                        &functions[4], &functions[5], &functions[6], &functions[7], &functions[8], &PyTuple_Type, &buffers, &library, &wanted))
+  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
+                        &functions[4], &functions[5], &functions[6], &functions[7], &functions[8], &functions[9], &PyTuple_Type, &buffers, &library, &wanted))
     return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
@@ -1720,9 +1731,9 @@ PyObject* setup(PyObject*, PyObject* args) {
     return nullptr;
   }
   const bool threads = find_threads(library);
-  PyObject** places[] = {&tensor_type, &parameter_type, &empty_strided, &dtypes, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg};
-  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7], functions[8]};
-  for (int i = 0; i < 11; i++) {
+  PyObject** places[] = {&tensor_type, &parameter_type, &empty_strided, &dtypes, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg, &forward_mode};
+  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7], functions[8], functions[9]};
+  for (int i = 0; i < 12; i++) {
     Py_IncRef(values[i]);
     Py_XDECREF(*places[i]);
     *places[i] = values[i];
@@ -1773,6 +1784,7 @@ PyMODINIT_FUNC PyInit__native() {
   name_to_save = PyUnicode_InternFromString("to_save");
   name_saved_tensors = PyUnicode_InternFromString("saved_tensors");
   name_needs = PyUnicode_InternFromString("needs_input_grad");
+  name_level = PyUnicode_InternFromString("_current_level");
   if (!m || !unsupported || PyModule_AddObjectRef(m, "Unsupported", unsupported)) return nullptr;
   return m;
 }

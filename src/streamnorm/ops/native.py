@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import eager
-from .first_order import first_order_only
+from . import eager, plain
+from .derivatives import Again, any_order
+from .plain import wide
 from .spec import PRESENT_ONLY, Formula, State, View
 
 NAME = "native"
@@ -75,6 +77,7 @@ def _load() -> tuple[Any, str]:
         torch._C._get_tracing_state,
         torch.is_grad_enabled,
         Tensor.is_neg,
+        vars(forward_ad),
     )
     isa = os.environ.get("STREAMNORM_ISA") or None
     try:
@@ -190,32 +193,44 @@ def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Pl
         raise
 
 
+def _again(ctx: Any) -> Again:
+    """What a use was computed from, and how."""
+    (_, view, formula), _, _, weight, bias, *half = ctx.kept
+    (x,) = ctx.saved_tensors
+    if half:
+        return (x, weight, bias), None
+    if weight is not None and not _saved_values(ctx)[3 * view.num_stats :][: len(weight)].equal(
+        weight.to(wide(x.dtype))
+    ):
+        raise RuntimeError(
+            "the gain of a streamnorm layer was changed between its forward and a backward pass that asks for second "
+            "derivatives or a batch of gradients, such as by an optimizer step: compute these before the update"
+        )
+    return (x, weight, bias), lambda x, weight, bias: (plain.normalize(x, weight, bias, None, view, formula),)
+
+
 class _Normalize(torch.autograd.Function):
     forward = _native and _native.forward
 
     @staticmethod
+    @any_order(_again)
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return _backward_once(ctx, dy)
         try:
             return _native.backward(ctx, dy)
         except _native.Unsupported:
             return _backward_in_pytorch(ctx, dy)
 
 
-def _backward_once(ctx: Any, dy: Tensor) -> Any:
-    """Under ``create_graph``: gradients that refuse to be differentiated again."""
-    stand_in = SimpleNamespace(
-        node=ctx, saved_tensors=(*ctx.saved_tensors, *(t for t in ctx.kept[3:5] if t is not None))
-    )
-    return first_order_only(lambda ctx, dy: _Normalize.backward(ctx.node, dy))(stand_in, dy)
+def _saved_values(ctx: Any) -> Tensor:
+    """mu, 1/s and slope of all statistics, and then the gain."""
+    saved, (x,) = ctx.kept[1], ctx.saved_tensors
+    return torch.frombuffer(bytearray(saved), dtype=wide(x.dtype))
 
 
 def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
-    """For an output gradient that is no plain tensor, such as a batch of them under vmap."""
-    (_, view, formula), saved, grad_scale, weight, bias, *half = ctx.kept
-    (x,) = ctx.saved_tensors
-    values = torch.frombuffer(bytearray(saved), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    """For an output gradient that is no plain tensor."""
+    (_, view, formula), _, grad_scale, weight, bias, *half = ctx.kept
+    (x,), values = ctx.saved_tensors, _saved_values(ctx)
     statistics = values[: 3 * view.num_stats].view(3, -1)
     if weight is not None:
         weight = values[3 * view.num_stats :][: len(weight)].to(weight.dtype)
@@ -234,7 +249,7 @@ def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
         samples=x.shape[0],
         has_bias=bias is not None,
     )
-    return *eager._Normalize.backward(stand_in, dy)[:3], None
+    return *eager.gradients(stand_in, dy), None
 
 
 if _native is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .first_order import first_order_only
+from .derivatives import first_order_only
 from .spec import Formula, Mix, State, View
 
 NAME = "plain"
@@ -72,8 +72,8 @@ def normalize(
     mu = b_mu if use is None else _Streamed.apply(b_mu, 0, use)
 
     d = hide(v - mu, keep) if formula.centered else v
-    overflow = ~(d.detach().abs() ** p).sum(view.reduced, keepdim=True).isfinite()
-    b_m = (d.masked_fill(overflow, 0).abs() ** p).sum(view.reduced, keepdim=True) / at_least_one(n)
+    overflow = ~magnitude(d.detach(), p).sum(view.reduced, keepdim=True).isfinite()
+    b_m = magnitude(d.masked_fill(overflow, 0), p).sum(view.reduced, keepdim=True) / at_least_one(n)
     b_m = b_m.masked_fill(overflow, math.inf)
     m = b_m if use is None else _Streamed.apply(b_m, 1, use)
 
@@ -103,7 +103,7 @@ class _Use:
         grad_scale: Tensor | None,
     ) -> None:
         self.state, self.formula, self.samples, self.grad_scale = state, formula, samples, grad_scale
-        self.n = n if isinstance(n, int) else n.flatten()
+        self.n = n.flatten() if isinstance(n, Tensor) else n
         self.seen: dict[int, Tensor] = {}
         self.fresh: dict[int, Tensor] = {}
         self.finite = torch.ones_like(state.count, dtype=torch.bool)
@@ -211,6 +211,11 @@ def keep_finite(short: Tensor, count: Tensor, fresh: dict[int, Tensor], n: int |
     count.add_(n * finite)
 
 
+def magnitude(d: Tensor, p: float) -> Tensor:
+    """|d|^p. The square has a second derivative at 0 too, where the absolute value has none."""
+    return d.square() if p == 2 else d.abs() ** p
+
+
 def power(m: Tensor, exponent: float) -> Tensor:
     """m^exponent, whose derivative at m = 0 is 0 where the formula has no limit (exponent < 1)."""
     if exponent >= 1:
@@ -228,7 +233,7 @@ def elements(view: View, keep: Tensor | None) -> int | Tensor:
 
 def at_least_one(n: int | Tensor) -> int | Tensor:
     """n as a divisor: an index without an element has a sum of 0, and its average is 0."""
-    return n if isinstance(n, int) else n.clamp(min=1)
+    return n.clamp(min=1) if isinstance(n, Tensor) else n
 
 
 def num_samples(x: Tensor, mask: Tensor | None) -> int | Tensor:

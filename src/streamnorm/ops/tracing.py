@@ -1,11 +1,17 @@
-"""What is said to the compiler without importing it, which takes seconds."""
+"""What is said to the compiler and to torch.fx, without importing the compiler, which takes seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import nn
+from torch.fx import Proxy
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what wants to see its forward or backward."""
 
 
 def as_constant(function: F) -> F:
@@ -15,3 +21,39 @@ def as_constant(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_symbolic(*values: Any) -> bool:
+    """Whether ``torch.fx.symbolic_trace`` asks: one of these, or of the items of a tuple, stands for a tensor."""
+    return any(isinstance(v, Proxy) or (isinstance(v, tuple | list) and is_symbolic(*v)) for v in values)
+
+
+def as_leaf(module: nn.Module, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The node of a ``torch.fx`` graph that calls a module of ours, as graphs call the modules of torch.nn.
+
+    Args:
+        module: what is called.
+        forward: the forward that asks. In a subclass with one of its own it is only a part of the call.
+        *arguments: of the call; those at the end that are None are left out.
+        **options: of the call, likewise.
+
+    Raises:
+        TypeError: if a call of the module is more than ``forward``.
+    """
+    while arguments[-1] is None:
+        arguments = arguments[:-1]
+    tracer: Any = _first_symbol(arguments).tracer
+    hooked = any(getattr(module, name) for name in HOOKS)
+    if type(module).forward is not forward or hooked or not hasattr(tracer, "root"):
+        raise TypeError(
+            f"torch.fx takes {type(module).__name__} for one node of its graph where a call of it is what streamnorm's "
+            "own forward does. Here a subclass has a forward of its own, the layer has hooks, or no module is traced: "
+            "use a torch.fx.Tracer whose is_leaf_module is true for the layer"
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)
+
+
+def _first_symbol(values: Any) -> Any:
+    found = next(value for value in values if is_symbolic(value))
+    return found if isinstance(found, Proxy) else _first_symbol(found)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import arguments
+from ..ops.tracing import as_leaf, is_symbolic
 from .base import Normalized
 from .norms import Factory, NormChoice, When
 from .steps import STEPS, Hidden, Weights
@@ -158,6 +159,8 @@ class RNNCell(_Cell, nn.RNNCell):  # noqa: D101
         self, input: Tensor, hx: Tensor | None = None, *, step: int | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """The next hidden state."""
+        if is_symbolic(input, hx):
+            return as_leaf(self, RNNCell.forward, input, hx, step=step, mask=mask)
         if self._is_plain() and mask is None:
             return nn.RNNCell.forward(self, input, hx)
         return self._advance(input, None if hx is None else (hx,), step, mask)[0]
@@ -193,6 +196,8 @@ class GRUCell(_Cell, nn.GRUCell):  # noqa: D101
         self, input: Tensor, hx: Tensor | None = None, *, step: int | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """The next hidden state."""
+        if is_symbolic(input, hx):
+            return as_leaf(self, GRUCell.forward, input, hx, step=step, mask=mask)
         if self._is_plain() and mask is None:
             return nn.GRUCell.forward(self, input, hx)
         return self._advance(input, None if hx is None else (hx,), step, mask)[0]
@@ -233,6 +238,8 @@ class LSTMCell(_Cell, nn.LSTMCell):  # noqa: D101
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The next hidden state and cell."""
+        if is_symbolic(input, hx):
+            return as_leaf(self, LSTMCell.forward, input, hx, step=step, mask=mask)
         if self._is_plain() and mask is None:
             return nn.LSTMCell.forward(self, input, hx)
         h, c = self._advance(input, hx, step, mask)

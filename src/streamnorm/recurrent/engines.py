@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import checkpoint, ops
 from ..norm import Norm
+from ..ops.derivatives import is_recorded
 from . import fused, gpu, loop, native
 from .steps import Hidden, Norms, Weights
 
@@ -18,6 +19,8 @@ def run(
     Where an engine of ``streamnorm.ops`` is forced, ``plain`` means the loop over the steps here.
     """
     first = ops._active[0]
+    if is_recorded():
+        return loop.run(kind, data, sizes, hidden, weights, norms)
     if first is ops.native and native.supports(kind, data, sizes, hidden, weights, norms):
         engine = native.run
     elif ops.gpu in ops._active and gpu.supports(kind, data, sizes, hidden, weights, norms):

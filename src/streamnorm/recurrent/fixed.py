@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..norm import GeneralBatchNorm, Norm
-from .fused import HOOKS, KNOWN
+from ..ops.tracing import HOOKS
+from .fused import KNOWN
 from .norms import PerStepBatchNorm
 from .steps import Hidden, Norms, Weights
 
@@ -61,15 +62,28 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[
 
 
 def run(
-    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: list[Weights], layer: nn.RNNBase
+    kind: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hidden: Hidden,
+    weights: list[Weights],
+    layer: nn.RNNBase,
 ) -> tuple[Tensor, Hidden]:
-    """All layers and directions over packed data; ``loop.run`` explains what that is."""
+    """All layers and directions over a mini-batch of sequences.
+
+    Args:
+        kind: which network, a key of ``STEPS``.
+        input: ``(T, N, features)``, or the data of a PackedSequence.
+        batch_sizes: of the PackedSequence, else None.
+        hidden: where the sequences start, ``(layers·directions, N, ...)``.
+        weights: of each layer and direction.
+        layer: its options.
+    """
     flat = [tensor for each in weights for tensor in each if tensor is not None]
     start = hidden if kind == "LSTM" else hidden[0]
     options = (True, layer.num_layers, layer.dropout, layer.training, layer.bidirectional)
-    network, rows = _NETWORKS[kind], sizes[0]
-    if rows == sizes[-1]:
-        output, *finals = network(data.view(len(sizes), rows, data.shape[1]), start, flat, *options, False)
-        return output.reshape(len(data), output.shape[2]), tuple(finals)
-    output, *finals = network(data, torch.tensor(sizes), start, flat, *options)
+    if batch_sizes is None:
+        output, *finals = _NETWORKS[kind](input, start, flat, *options, False)
+    else:
+        output, *finals = _NETWORKS[kind](input, batch_sizes, start, flat, *options)
     return output, tuple(finals)

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from .. import agreement, updates
 from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
-from ..ops.first_order import first_order_only
+from ..ops import plain
+from ..ops.derivatives import Again, any_order
+from ..ops.tracing import HOOKS
+from . import loop
 from .norms import PerStepBatchNorm, RecurrentBatchNorm
 from .steps import Hidden, Norms, Weights
 from .traced import TRACED, Gradient, Gradients, Tensors, Traced, plus
 
 KNOWN = (Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm, RecurrentBatchNorm, PerStepBatchNorm)
 """The norms whose forward the engines may do themselves: these types, since a subclass may have one of its own."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps what wants to see its forward or backward."""
-
 
 # Whether the graph that a backward pass goes through is kept for another one.
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -39,12 +38,16 @@ def supports(data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, n
         and dtype in (torch.float32, torch.float64)
         and all(t is None or t.dtype == dtype for t in hidden + weights)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.is_autocast_enabled(data.device.type)
+        and not _casts(data.device)
         and _all_differ(norms)
         and all(norm is None or _can_run(norm, dtype, sizes) for norm in norms)
         and all(norm is None or norm._parameters["bias"] is None for norm in norms[:3])
     )
+
+
+def _casts(device: torch.device) -> bool:
+    """Whether autocast would choose the precision of a matrix product."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _all_differ(norms: Norms) -> bool:
@@ -84,16 +87,43 @@ def run(
     kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
 ) -> tuple[Tensor, Hidden]:
     """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
-    output, *finals = _Sequence.apply(TRACED[kind], sizes, norms, *arguments(data, hidden, weights, norms))
+    output, *finals = _Sequence.apply(kind, sizes, norms, *arguments(data, hidden, weights, norms))
     return output, tuple(finals)
+
+
+class _Formulas(nn.Module):
+    """A norm without a stream as a function of its tensors: it tracks no statistics."""
+
+    def __init__(self, norm: Norm, gain: Tensor | None, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.norm, self.gain, self.offset = norm, gain, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x, and apply gain and bias."""
+        return plain.normalize(x, self.gain, self.offset, None, self.norm.ref.view(x.shape), self.norm.formula)
+
+
+def again(kind: str, sizes: list[int], norms: Norms, tensors: tuple[Tensor | None, ...]) -> Again:
+    """What a use was computed from and how, for a Function whose arguments are these."""
+
+    def function(*arguments: Any) -> tuple[Tensor, ...]:
+        t = Tensors(*arguments[3:])
+        gains = (t.gain_ih, None), (t.gain_hh, None), (t.gain_hn, None), (t.gain_cell, t.bias_cell)
+        own = Norms(*(_Formulas(norm, *own) if isinstance(norm, Norm) else None for norm, own in zip(norms, gains)))
+        weights = Weights(t.w_ih, t.w_hh, t.b_ih, t.b_hh, t.w_hr)
+        output, finals = loop.run(kind, t.data, sizes, t.hidden, weights, own)
+        return output, *finals
+
+    streams = any(isinstance(norm, Norm) and norm.stream is not None for norm in norms)
+    return (None, None, None, *tensors), None if streams else function
 
 
 class _Sequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, traced: type[Traced], sizes: list[int], norms: Norms, *differentiable: Any) -> Any:
+    def forward(ctx: Any, kind: str, sizes: list[int], norms: Norms, *differentiable: Any) -> Any:
         tensors = Tensors(*differentiable)
-        hidden: Hidden = (tensors.h,) if tensors.c is None else (tensors.h, tensors.c)
-        steps = traced(tensors, norms)
+        hidden = tensors.hidden
+        steps = TRACED[kind](tensors, norms)
         outputs: list[Tensor] = []
         ended: list[Hidden] = []
         for number, wx in enumerate((tensors.data @ tensors.w_ih.t()).split(sizes)):
@@ -106,16 +136,16 @@ class _Sequence(torch.autograd.Function):
         output = torch.cat(outputs)
         ctx.save_for_backward(output, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.steps, ctx.sizes = steps, sizes
+        ctx.steps, ctx.use = steps, (kind, sizes, norms)
         return output, *(torch.cat(parts) for parts in zip(hidden, *reversed(ended)))
 
     @staticmethod
-    @first_order_only
+    @any_order(lambda ctx: again(*ctx.use, ctx.saved_tensors[1:]))
     def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
         output, *saved = ctx.saved_tensors
         tensors, needs = Tensors(*saved), Tensors(*ctx.needs_input_grad[3:])
         steps: Traced = ctx.steps
-        sizes: list[int] = ctx.sizes
+        sizes: list[int] = ctx.use[1]
         states = output.split(sizes)
         before = [tensors.h, *(state[:rows] for state, rows in zip(states, sizes[1:]))]
         d_states = [None] * len(sizes) if d_output is None else d_output.split(sizes)

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import arguments, ops
-from ..ops.tracing import as_constant
+from ..ops.tracing import as_constant, as_leaf, is_symbolic
 from . import engines, fixed
 from .base import Normalized
 from .norms import Factory, NormChoice
@@ -83,6 +83,8 @@ class _Layer(Normalized, nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
         """The hidden states of all steps, and the final one."""
+        if is_symbolic(input, hx):
+            return as_leaf(self, _Layer.forward, input, hx, lengths)
         if is_dynamo_compiling():
             _make_boundary()
         return (_outside_the_graph or _Layer._forward)(self, input, hx, lengths)
@@ -137,8 +139,11 @@ class _Layer(Normalized, nn.RNNBase):
         steps, rows = steps_first.shape[:2]
         if steps == 0:
             raise RuntimeError("expected sequences of at least one time step, got none")
-        data, finals = self._run(steps_first.reshape(steps * rows, self.input_size), [rows] * steps, hidden)
-        output = data.view(steps, rows, data.shape[1])
+        if self._runs_in_torch():
+            output, finals = fixed.run(self.kind, steps_first, None, hidden, self._folded(), self)
+        else:
+            data, finals = self._run(steps_first.reshape(steps * rows, self.input_size), [rows] * steps, hidden)
+            output = data.view(steps, rows, data.shape[1])
         return output.transpose(0, 1) if self.batch_first else output, self._pack_hidden(finals)
 
     def _run_packed(self, input: PackedSequence, hx: Any) -> Any:
@@ -150,7 +155,10 @@ class _Layer(Normalized, nn.RNNBase):
                 f"{len(data)} rows; were lengths greater than the padded length when it was packed?"
             )
         hidden = self._start(data, batch_sizes, hx, order)
-        data, finals = self._run(data, sizes, hidden)
+        if self._runs_in_torch():
+            data, finals = fixed.run(self.kind, data, batch_sizes, hidden, self._folded(), self)
+        else:
+            data, finals = self._run(data, sizes, hidden)
         if back is not None:
             finals = tuple(h.index_select(1, back) for h in finals)
         return PackedSequence(data, batch_sizes, order, back), self._pack_hidden(finals)
@@ -180,10 +188,12 @@ class _Layer(Normalized, nn.RNNBase):
         """As the user sees it: a tensor, or for the LSTM a pair."""
         return hidden if self.kind == "LSTM" else hidden[0]
 
+    def _runs_in_torch(self) -> bool:
+        """Whether the layer is torch.nn's with other weights now, see ``fixed``."""
+        return ops._active[0] is not ops.plain and self._is_fixed()
+
     def _run(self, data: Tensor, sizes: list[int], hidden: Hidden) -> tuple[Tensor, Hidden]:
         """All layers and directions over packed data, see ``loop.run``."""
-        if ops._active[0] is not ops.plain and self._is_fixed():
-            return fixed.run(self.kind, data, sizes, hidden, self._folded(), self)
         backwards = _Backwards(sizes, data.device) if self.bidirectional else None
         finals: list[Hidden] = []
         for layer in range(self.num_layers):

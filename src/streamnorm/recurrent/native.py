@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..norm import GeneralBatchNorm, Norm, SampleNorm
 from ..normref import NormRef
-from ..ops.first_order import first_order_only
+from ..ops.derivatives import any_order
 from ..ops.native import LIBRARY
 from ..ops.spec import State
 from . import fused
@@ -383,11 +383,11 @@ class _Sequence(torch.autograd.Function):
         output, *finals = run.forward(t.w_hh)
         ctx.save_for_backward(output, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.run = run
+        ctx.run, ctx.use = run, (kind, sizes, norms)
         return output, *finals
 
     @staticmethod
-    @first_order_only
+    @any_order(lambda ctx: fused.again(*ctx.use, ctx.saved_tensors[1:]))
     def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
         output, *saved = ctx.saved_tensors
         needs = Tensors(*ctx.needs_input_grad[3:])

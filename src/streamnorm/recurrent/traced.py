@@ -37,6 +37,11 @@ class Tensors(NamedTuple):
     h: Any
     c: Any
 
+    @property
+    def hidden(self) -> Hidden:
+        """(h,) or, for the LSTM, (h, c)."""
+        return (self.h,) if self.c is None else (self.h, self.c)
+
 
 class _Use:
     """What one use of a norm keeps for its backward; it stands where the engine expects autograd's context."""
