@@ -1,4 +1,4 @@
-"""torch.export of models that evaluate, and of what they are deployed as."""
+"""torch.export of models that evaluate, of what they are deployed as, and of layers without a stream that train."""
 
 from __future__ import annotations
 
@@ -81,3 +81,73 @@ def test_the_state_of_training_is_not_needed_to_run_what_was_exported() -> None:
     for make, shape in MODELS.values():
         program = torch.export.export(trained(make(), *shape), (torch.randn(shape),))
         assert "streamnorm." not in str(program.graph)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    output(model, x).pow(3).mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+TRAINED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "sample": (lambda: nn.Sequential(nn.Linear(3, 6), sn.SampleNorm(6), nn.Linear(6, 2)), (4, 3)),
+    "batch": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), sn.GeneralBatchNorm(6, ("group", 2), p=1)), (4, 3, 5, 5)),
+    "frozen": (lambda: sn.freeze(nn.Sequential(nn.Linear(3, 6), sn.StreamingNorm1d(6))), (4, 3)),
+    "GRU, layer": (lambda: sn.GRU(3, 4, norm="layer"), (5, 4, 3)),
+    "GRU, batch": (lambda: sn.GRU(3, 4, norm="batch"), (5, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["sample", "batch", "frozen"])
+def test_training_of_what_was_exported(name: str, strict: bool) -> None:
+    """Three steps of the exported program beside three of the model, for other batch sizes too."""
+    make, shape = TRAINED[name]
+    model = make().double()
+    twin = copy.deepcopy(model)
+    dynamic = ({0: torch.export.Dim("samples", min=2)},)
+    x = torch.randn(shape, dtype=torch.float64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=dynamic, strict=strict).module()
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (exported, twin)]
+    for more in range(3):
+        x = torch.randn(shape[0] + more, *shape[1:], dtype=torch.float64)
+        torch.testing.assert_close(gradients(exported, x), gradients(twin, x))
+        for optimizer in optimizers:
+            optimizer.step()
+    expected = dict(twin.named_buffers())
+    for key, kept in exported.named_buffers():  # those that the graph uses
+        torch.testing.assert_close(kept, expected[key])
+
+
+@pytest.mark.parametrize("name", ["GRU, layer", "GRU, batch"])
+def test_training_of_an_exported_recurrent_layer(name: str) -> None:
+    """Unrolled over the steps that it was exported with."""
+    make, shape = TRAINED[name]
+    model = make().double()
+    twin, x = copy.deepcopy(model), torch.randn(shape, dtype=torch.float64)
+    exported = torch.export.export(model, (x,)).module()
+    for _ in range(2):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(gradients(exported, x), gradients(twin, x))
+    torch.testing.assert_close(dict(exported.named_buffers()), dict(twin.named_buffers()))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("make", [lambda: sn.StreamingNorm1d(4), lambda: sn.GRUCell(4, 4)], ids=["layer", "cell"])
+def test_training_of_a_stream_is_not_exported(make: Callable[[], nn.Module], strict: bool) -> None:
+    """The graph would have another gradient, and notice no weight updates."""
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    for dynamic in (None, ({0: torch.export.Dim("samples")},)):
+        with pytest.raises(Exception, match=r"StreamingNorm1d in evaluation, not in training.*model\.eval\(\)"):
+            torch.export.export(model, (torch.randn(5, 4),), dynamic_shapes=dynamic, strict=strict)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_batch_size_of_an_exported_recurrent_layer_stays_free() -> None:
+    """The length does not, as with torch.nn's."""
+    model, x = trained(sn.GRU(3, 4, 2, bidirectional=True), 5, 4, 3), torch.randn(5, 4, 3)
+    free = ({1: torch.export.Dim("samples")},)
+    program = torch.export.export(model, (x,), dynamic_shapes=free).module()
+    more = torch.randn(5, 7, 3)
+    torch.testing.assert_close(program(more), model(more))

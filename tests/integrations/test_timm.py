@@ -192,3 +192,26 @@ def test_an_exponential_average_of_weights_and_statistics() -> None:
             expected[name] = torch.lerp(expected[name], tensor, 1 - 0.9) if tensor.is_floating_point() else tensor
     for name, tensor in average.module.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
+
+
+@pytest.mark.shows("GraphExtractNet, FeatureGraphNet of a converted network", "as it is")
+@pytest.mark.parametrize("training", [True, False])
+def test_features_by_a_graph(training: bool) -> None:
+    """A layer with its activation is one node, in training too: the output and the statistics are the model's."""
+    from timm.models import FeatureGraphNet, GraphExtractNet
+
+    model = converted(pretrained("efficientnet_b0")).train(training)
+    twin = copy.deepcopy(model)
+    features: Any = GraphExtractNet(model, return_nodes=["blocks.0.0.bn1", "bn2"]).train(training)
+    seen: list[torch.Tensor] = []
+    for layer in (twin.blocks[0][0].bn1, twin.bn2):  # type: ignore[index, union-attr]
+        layer.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    x = images(2)[0]
+    torch.manual_seed(0)
+    found = features(x)
+    torch.manual_seed(0)
+    twin(x)
+    torch.testing.assert_close(found, seen)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    pyramid = FeatureGraphNet(converted(pretrained("resnet18")), out_indices=(1, 2, 3))
+    assert [y.shape[1] for y in pyramid(x)] == [64, 128, 256]

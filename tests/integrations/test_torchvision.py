@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -149,3 +150,31 @@ def test_frozen_normalization_stays_unless_asked_for() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.BatchNorm2d(4))
     sn.convert(model)
     assert [type(module) for module in model] == [nn.Conv2d, FrozenBatchNorm2d, sn.StreamingNorm2d]
+
+
+@pytest.mark.shows("`create_feature_extractor`", "as it is")
+@pytest.mark.parametrize("training", [True, False])
+def test_features_by_a_graph(training: bool) -> None:
+    """A layer of ours is one node of the graph; three steps are those of the model."""
+    import torchvision
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    model = torchvision.models.resnet18(norm_layer=sn.StreamingNorm2d, num_classes=4).train(training)
+    twin, names = copy.deepcopy(model), get_graph_node_names(model)
+    assert names[0][:4] == ["x", "conv1", "bn1", "relu"]
+    assert names[1][:4] == ["x", "conv1", "bn1", "relu"]
+    extractor = create_feature_extractor(model, {"layer1.0.bn1": "norm", "fc": "scores"}).train(training)
+    seen: list[Tensor] = []
+    twin.layer1[0].bn1.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01) for each in (extractor, twin)]
+    for _ in range(3):
+        x = torch.randn(2, 3, 32, 32)
+        features, scores = extractor(x), twin(x)
+        torch.testing.assert_close(features["norm"], seen.pop())
+        torch.testing.assert_close(features["scores"], scores)
+        for y, optimizer in zip((features["scores"], scores), optimizers, strict=True):
+            y.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_exporting
 
@@ -84,7 +85,12 @@ def function(x: Tensor, view: View, formula: Formula, state: State | None) -> An
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> None:
-    """Move the short-term averages of these streams into their long-term ones (design, section 2.4)."""
+    """Move the short-term averages of these streams into their long-term ones (design, section 2.4).
+
+    A step that is taken on fake tensors changes no weight, and so commits no stream but fake ones.
+    """
+    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+        uses = [use for use in uses if type(use[0].long) is not Tensor]
     if _active[0] is native and uses and uses[0][0].long.is_cuda:
         gpu.commit(uses)
     else:

@@ -103,8 +103,10 @@ class _Formulas(nn.Module):
         return plain.normalize(x, self.gain, self.offset, None, self.norm.ref.view(x.shape), self.norm.formula)
 
 
-def again(kind: str, sizes: list[int], norms: Norms, tensors: tuple[Tensor | None, ...]) -> Again:
-    """What a use was computed from and how, for a Function whose arguments are these."""
+def again(ctx: Any) -> Again:
+    """What a use was computed from, and how; ``ctx.use`` holds the first three arguments of the Function."""
+    kind, sizes, norms = ctx.use
+    _, *tensors = ctx.saved_tensors
 
     def function(*arguments: Any) -> tuple[Tensor, ...]:
         t = Tensors(*arguments[3:])
@@ -140,7 +142,7 @@ class _Sequence(torch.autograd.Function):
         return output, *(torch.cat(parts) for parts in zip(hidden, *reversed(ended)))
 
     @staticmethod
-    @any_order(lambda ctx: again(*ctx.use, ctx.saved_tensors[1:]))
+    @any_order(again)
     def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
         output, *saved = ctx.saved_tensors
         tensors, needs = Tensors(*saved), Tensors(*ctx.needs_input_grad[3:])

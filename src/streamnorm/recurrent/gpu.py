@@ -287,7 +287,7 @@ class _Sequence(torch.autograd.Function):
         return output, *finals
 
     @staticmethod
-    @any_order(lambda ctx: fused.again(*ctx.use, ctx.saved_tensors[1:]))
+    @any_order(fused.again)
     def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
         output, *saved = ctx.saved_tensors
         needs = Tensors(*ctx.needs_input_grad[3:])
