@@ -204,7 +204,7 @@ def test_features_by_a_graph(training: bool) -> None:
     twin = copy.deepcopy(model)
     features: Any = GraphExtractNet(model, return_nodes=["blocks.0.0.bn1", "bn2"]).train(training)
     seen: list[torch.Tensor] = []
-    for layer in (twin.blocks[0][0].bn1, twin.bn2):  # type: ignore[index, union-attr]
+    for layer in (twin.blocks[0][0].bn1, twin.bn2):
         layer.register_forward_hook(lambda module, inputs, y: seen.append(y))
     x = images(2)[0]
     torch.manual_seed(0)
