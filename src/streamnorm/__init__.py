@@ -5,6 +5,7 @@ from .accumulation import accumulate
 from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
 from .distributed import joinable, synchronize
+from .insight.diagnosis import diagnose
 from .insight.monitor import monitor
 from .moments import LpMoment
 from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
@@ -43,6 +44,7 @@ __all__ = [
     "checkpoint_context_fn",
     "commit",
     "convert",
+    "diagnose",
     "engines",
     "fold",
     "freeze",

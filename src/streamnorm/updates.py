@@ -264,6 +264,12 @@ _trained: weakref.WeakKeyDictionary[Optimizer, Parameters] = weakref.WeakKeyDict
 """What each optimizer trained at its last step."""
 
 
+def optimizers_of(model: nn.Module) -> list[Optimizer]:
+    """The optimizers that trained a parameter of ``model`` at their last step, as far as they still exist."""
+    ids = {id(parameter) for parameter in model.parameters()}
+    return [optimizer for optimizer, trained in _trained.items() if not ids.isdisjoint(trained.ids)]
+
+
 class _Step:
     """A step of an optimizer: whose weight update it was.
 
