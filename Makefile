@@ -14,7 +14,7 @@ INTEGRATION_TESTS := tests/integrations tests/test_docs.py
 # What an installation depends on; Python sources are read where they lie.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/ops/*.cpp src/streamnorm/ops/*.h)
 
-.PHONY: help install demo test lint types pytest search sanitize test-integrations compatibility format bench cuda docs wheel clean
+.PHONY: help install demo test lint types pytest search sanitize test-integrations compatibility format bench reports cuda docs wheel clean
 
 help:
 	@echo "make demo    train one sample at a time on scikit-learn's digits; writes demo/"
@@ -25,6 +25,7 @@ help:
 	@echo "make compatibility      the same, and the table in docs/compatibility.md anew"
 	@echo "make format  put the code in the form that 'make test' asks for"
 	@echo "make bench   measure the layers against torch.nn's own"
+	@echo "make reports    build the pages of all results from their logs; results/report.html leads to them"
 	@echo "make cuda    tests and measurements on an NVIDIA GPU, within ten minutes; writes cuda/"
 	@echo "make docs    build the documentation into docs/_build/html"
 	@echo "make wheel   build the source distribution and this platform's wheel, and test the wheel by itself"
@@ -87,6 +88,12 @@ format: install
 
 bench: install
 	$(BIN)/streamnorm bench
+
+REPORTED := $(sort $(patsubst %/,%,$(dir $(shell find results -name experiment.json)))) \
+  $(patsubst %/,%,$(dir $(shell find results -name table1.json))) results
+
+reports: install
+	$(BIN)/streamnorm report $(REPORTED)
 
 cuda: install
 	PYTHON=$(abspath $(BIN)/python) .ci/cuda cuda

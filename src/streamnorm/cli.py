@@ -28,6 +28,7 @@ COMMANDS = {
     "run": Command("streamnorm.experiments.run:run", "run an experiment and write a report"),
     "list": Command("streamnorm.experiments.run:list_experiments", "show all experiments"),
     "report": Command("streamnorm.experiments.run:report", "rebuild a report from the logs in a folder"),
+    "pack": Command("streamnorm.experiments.run:pack_runs", "put the logs of finished runs into one file"),
     "bench": Command("streamnorm.benchmarks.command:bench", "measure time and memory beside torch.nn's own layers"),
     "data": Command("streamnorm.experiments.inspection:describe_data", "describe or fetch the images for experiments"),
     "info": Command("streamnorm.experiments.inspection:show_info", "show versions, processor and engines"),

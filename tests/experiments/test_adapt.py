@@ -11,7 +11,7 @@ import streamnorm as sn
 from streamnorm.cli import main
 from streamnorm.experiments.adapt import Adapt, _accuracy, _adapting, _as_trained, _by_batch
 from streamnorm.experiments.corruptions import CORRUPTIONS
-from streamnorm.experiments.experiment import Run
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.results import load_results
 from streamnorm.experiments.train import Training
 

@@ -19,8 +19,8 @@ from streamnorm.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm.experiments.char_methods import RECURRENT
 from streamnorm.experiments.char_model import CharModel, generate
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.methods import reported, trainable
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.results import load_results
 from streamnorm.experiments.runlog import RunLog, read_log
 from streamnorm.experiments.sweep import log_header

@@ -9,11 +9,12 @@ import time
 import pytest
 
 from streamnorm.cli import main
-from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.files import waited_for
 from streamnorm.experiments.online_fc import OnlineFC
+from streamnorm.experiments.packed import read_runs
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.results import load_results
-from streamnorm.experiments.runlog import RunLog, read_logs
+from streamnorm.experiments.runlog import RunLog
 from streamnorm.experiments.sweep import log_header
 
 SMALL = [
@@ -28,7 +29,7 @@ def run(folder, *words):
 
 
 def numbers(folder):
-    return {tuple(log.run.values()): (log.points, (log.end or {}).get("scores")) for log in read_logs(folder / "logs")}
+    return {tuple(log.run.values()): (log.points, (log.end or {}).get("scores")) for log in read_runs(folder)}
 
 
 def spoil_a_run(folder):

@@ -12,8 +12,8 @@ import streamnorm as sn
 from streamnorm.cli import main
 from streamnorm.experiments.catalogue import find
 from streamnorm.experiments.conv import Conv
-from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.lp import Lp
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.recurrent_conv import RecurrentConv
 from streamnorm.experiments.results import load_results
 from streamnorm.experiments.train import Training

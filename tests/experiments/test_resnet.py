@@ -11,9 +11,9 @@ from torch import nn
 from streamnorm.cli import main
 from streamnorm.experiments import train as train_module
 from streamnorm.experiments.augment import Shifts
-from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.methods import METHODS
 from streamnorm.experiments.models import ResidualBlock, resnet
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.resnet import ResNet
 from streamnorm.experiments.results import load_results
 from streamnorm.experiments.runlog import RunLog, read_log

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from streamnorm.experiments.runlog import RunLog, read_log, read_logs
+from streamnorm.experiments.packed import read_runs
+from streamnorm.experiments.runlog import RunLog, read_log
 
 SMALL = [
     *("-m", "streamnorm", "run", "online-fc", "--methods", "layer", "batch", "--settings", "8x1", "4x2"),
@@ -63,10 +64,10 @@ def test_each_process_has_statistics_of_its_share(folders):
 def test_the_same_command_makes_up_what_is_missing(folders):
     shared, _ = folders
     path = shared / "logs" / "final" / "layer_8x1_rate0.01_seed0.jsonl"
-    before = {log.header["run"]["method"]: log.points for log in read_logs(shared / "logs")}
+    before = {log.header["run"]["method"]: log.points for log in read_runs(shared)}
     path.unlink()
     assert together("--out", shared).returncode == 0
-    assert {log.header["run"]["method"]: log.points for log in read_logs(shared / "logs")} == before
+    assert {log.header["run"]["method"]: log.points for log in read_runs(shared)} == before
 
 
 @pytest.mark.slow

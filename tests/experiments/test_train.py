@@ -11,8 +11,8 @@ from torch import nn
 
 import streamnorm as sn
 from streamnorm.experiments import train as train_module
-from streamnorm.experiments.experiment import Run
 from streamnorm.experiments.peers.batch_renorm import BatchRenorm
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.runlog import RunLog, read_log
 from streamnorm.experiments.sweep import log_header
 from streamnorm.experiments.train import Training, train

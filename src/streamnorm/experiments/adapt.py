@@ -20,10 +20,10 @@ from streamnorm.experiments.conv import ConvExperiment
 from streamnorm.experiments.corruptions import CORRUPTIONS, corrupt
 from streamnorm.experiments.data import Data, Split
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.experiment import Run, Section
+from streamnorm.experiments.experiment import Section
 from streamnorm.experiments.methods import NormFactory
 from streamnorm.experiments.models import feedforward_convolutional
-from streamnorm.experiments.records import End, Share
+from streamnorm.experiments.records import End, Run, Share
 from streamnorm.experiments.score import ACCURACY
 from streamnorm.experiments.stats import interval
 from streamnorm.norm import streaming_layers
@@ -154,7 +154,9 @@ class Adapt(ConvExperiment):
             "Gaussian, with a deviation of a 24th of the height. Contrast: 30% of it is left. Fog: between a quarter "
             "and three quarters of white, in clouds."
         )
-        return Section("When the images change", text, ("Method", "Trained at", "clean", *CORRUPTIONS), rows)
+        return Section(
+            "adaptation", "When the images change", text, ("Method", "Trained at", "clean", *CORRUPTIONS), rows
+        )
 
 
 def _corrupted(split: Split, kind: str, seed: int) -> Split:

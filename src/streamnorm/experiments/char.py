@@ -18,9 +18,9 @@ import streamnorm as sn
 from streamnorm.experiments.char_methods import RECURRENT
 from streamnorm.experiments.char_model import CharModel, generate
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.experiment import Batch, Experiment, Number, Run, Scores, Split
+from streamnorm.experiments.experiment import Batch, Experiment, Number, Scores, Split
 from streamnorm.experiments.methods import Method
-from streamnorm.experiments.records import End
+from streamnorm.experiments.records import End, Run
 from streamnorm.experiments.score import LOSS, Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.text import Text, TextData, load_text, open_text

@@ -21,7 +21,7 @@ from tyro import conf
 
 from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.methods import Method, trainable
-from streamnorm.experiments.records import DataRecord, End
+from streamnorm.experiments.records import DataRecord, End, Run
 from streamnorm.experiments.score import Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.wording import Words
@@ -96,28 +96,16 @@ class Material(Protocol):
 
 
 class Section(NamedTuple):
-    """A table of its own in an experiment's report, with a text above it; the first cell of a row names it."""
+    """A table of its own in an experiment's report, with a text above it; the first cell of a row names it.
 
+    It is also written to a CSV file of this name.
+    """
+
+    name: str
     title: str
     text: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: ``stage`` is "tune" (evaluated on validation data) or "final" (on test data)."""
-
-    stage: str
-    method: str
-    setting: str
-    rate: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """The run's place below the folder of logs, without a suffix."""
-        return f"{self.stage}/{self.method}_{self.setting}_rate{self.rate:g}_seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

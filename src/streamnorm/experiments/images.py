@@ -16,10 +16,10 @@ from torch import nn
 
 from streamnorm.experiments.data import Data, Split, load, prepare, split_sizes
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Run, Scores
+from streamnorm.experiments.experiment import Batch, Experiment, Folder, Number, Scores
 from streamnorm.experiments.forms import Size
 from streamnorm.experiments.methods import METHODS, LayerMethod, NormFactory
-from streamnorm.experiments.records import DataRecord
+from streamnorm.experiments.records import DataRecord, Run
 from streamnorm.experiments.score import ACCURACY, Score
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.sources import Source, open_source

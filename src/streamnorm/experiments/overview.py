@@ -19,6 +19,7 @@ from streamnorm.experiments.results import CONFIG, Results, load_results
 from streamnorm.experiments.table1 import CONFIG as TABLE1_CONFIG
 from streamnorm.experiments.table1 import TECHNIQUES, Table1, judge
 from streamnorm.experiments.table1_report import summary as table1_summary
+from streamnorm.experiments.tables import Row, as_csv
 from streamnorm.experiments.verdict import sentences, warnings
 
 _CLASS = {HOLDS: "ahead", FALSE: "behind", OPEN: ""}
@@ -99,14 +100,39 @@ def load_overview(root: Path) -> Overview:
 
 
 def build_overview(root: Path) -> Overview:
-    """Make the page ``report.html`` in ``root`` from all logs below it.
+    """Make the page ``report.html`` and ``claims.csv`` in ``root`` from all logs below it.
 
     Raises:
         UserError: there are no results, or a log is damaged.
     """
     overview = load_overview(root)
     write_text(root / REPORT, page(overview))
+    write_text(root / "claims.csv", as_csv(claim_rows(overview)))
     return overview
+
+
+def claim_rows(overview: Overview) -> list[Row]:
+    """The lines of ``claims.csv``: each claim in each folder that says something about it, and the others."""
+    rows = [
+        _row(one.claim, one.folder, describe(one.tightest), len(one.contrasts), one.verdict)
+        for one in overview.measured
+    ]
+    for folder in overview.tables:
+        place = str(folder.relative_to(overview.root))
+        rows.append(_row(EVERYWHERE, place, table1_summary(judge(folder)), 1, everywhere_verdict(folder)))
+    missing = [*overview.not_measured, *([] if overview.tables else [EVERYWHERE])]
+    return rows + [_row(claim, "", "", 0, "not measured") for claim in missing]
+
+
+def _row(claim: Claim, folder: str, decides: str, comparisons: int, verdict: str) -> Row:
+    return {
+        "claim": claim.text,
+        "in_the_paper": claim.place,
+        "results": folder,
+        "what_decides": decides,
+        "comparisons": comparisons,
+        "verdict": verdict,
+    }
 
 
 def page(overview: Overview) -> str:
@@ -209,7 +235,7 @@ def _folder(overview: Overview, name: str, results: Results) -> str:
     """A folder's own words, figure and configuration, and where to read on."""
     folder = overview.root / name
     drawing = folder / "figures" / "summary.svg"
-    if not drawing.exists():
+    if not drawing.exists() or not (folder / REPORT).exists():
         build_report(folder)
     items = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(results))
     notes = "\n".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results))

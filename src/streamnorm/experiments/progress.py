@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from streamnorm.experiments.experiment import Experiment, Run
+from streamnorm.experiments.experiment import Experiment
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.runlog import LoggedRun
 from streamnorm.experiments.setting import Setting
 
@@ -55,7 +56,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
 
     def plan(self, work: float, count: int) -> None:
         """Set how much there is to do in all: in units of work for the bar, and in runs for the text."""

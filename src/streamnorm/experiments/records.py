@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
@@ -10,6 +11,22 @@ from streamnorm.experiments.forms import Between, Count, Size
 
 Share = Annotated[float, Between(0, 1)]
 Seconds = Annotated[float, Between(0)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: ``stage`` is "tune" (evaluated on validation data) or "final" (on test data)."""
+
+    stage: str
+    method: str
+    setting: str
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The run's place below the folder of logs, without a suffix."""
+        return f"{self.stage}/{self.method}_{self.setting}_rate{self.rate:g}_seed{self.seed}"
 
 
 class Line(TypedDict):

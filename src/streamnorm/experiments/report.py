@@ -20,7 +20,7 @@ REPORT = "report.html"
 
 
 def build_report(folder: Path) -> Results:
-    """Make figures, CSV files and the page anew from the logs in ``folder``.
+    """Rebuild figures, CSV files and the page from the logs in ``folder``.
 
     Raises:
         UserError: the folder holds no finished run, or a damaged log.
@@ -259,6 +259,6 @@ def _commands(results: Results) -> str:
     commands = escape("\n".join(results.config["commands"]))
     return (
         f"<pre>{commands}</pre>\n<p>Interrupted runs continue with the same command. "
-        "<code>streamnorm report FOLDER</code> makes this page anew from the logs. Beside it lie results.csv, "
-        "runs.csv, the figures as PNG and SVG, and a JSON-lines log for every run.</p>"
+        "<code>streamnorm report FOLDER</code> rebuilds this page from the logs. Beside it lie results.csv, runs.csv, "
+        "the figures as PNG and SVG, and the logs as JSON lines, in runs.jsonl.gz or a file for each run.</p>"
     )

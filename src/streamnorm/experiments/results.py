@@ -13,13 +13,13 @@ from streamnorm.experiments.errors import UserError
 from streamnorm.experiments.experiment import Experiment
 from streamnorm.experiments.forms import Count, FormError, check, parse
 from streamnorm.experiments.methods import Method, reported, rows, trainable
+from streamnorm.experiments.packed import read_runs
 from streamnorm.experiments.records import Config
-from streamnorm.experiments.runlog import ADVICE, LoggedRun, Record, read_logs
+from streamnorm.experiments.runlog import LoggedRun, Record
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.stats import Interval, interval, paired
 
 CONFIG = "experiment.json"
-LOGS = "logs"
 CONFIG_ADVICE = "Restore this file, or run the experiment into another folder with --out"
 
 AnyExperiment = Experiment[Any] | type[Experiment[Any]]
@@ -127,7 +127,7 @@ def load_results(folder: Path) -> Results:
     """
     config = read_config(folder)
     experiment = find(config["experiment"])
-    logs = read_runs(experiment, folder)
+    logs = checked_runs(experiment, folder)
     if not any(run.end for run in logs):
         command = config["commands"][-1]
         raise UserError(f"{folder}: no run is finished yet, there is nothing to report; continue with `{command}`")
@@ -139,13 +139,13 @@ def load_results(folder: Path) -> Results:
     return Results(experiment, config, tuple(logs), tuple(methods), tuple(settings), cells)
 
 
-def read_runs(experiment: AnyExperiment, folder: Path) -> list[LoggedRun]:
-    """The logs in an output folder of this experiment.
+def checked_runs(experiment: AnyExperiment, folder: Path) -> list[LoggedRun]:
+    """The runs in an output folder of this experiment.
 
     Raises:
         UserError: a log is damaged, or does not fit the experiment.
     """
-    logs = read_logs(folder / LOGS)
+    logs = read_runs(folder)
     catalogue = {name: _trained(experiment, name, logs) for name in {run.run["method"] for run in logs}}
     for run in logs:
         check_run(experiment, run, catalogue[run.run["method"]])
@@ -178,7 +178,7 @@ def check_run(experiment: AnyExperiment, run: LoggedRun, table: Iterable[Method]
         if run.end is not None:
             _check_end(experiment, run.end, table)
     except (FormError, UserError) as error:
-        raise UserError(f"{run.place}: {error}. {ADVICE}") from None
+        raise UserError(f"{run.place}: {error}. {run.advice}") from None
 
 
 def _check_end(experiment: AnyExperiment, end: Record, table: Iterable[Method]) -> None:

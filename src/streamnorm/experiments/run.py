@@ -18,8 +18,9 @@ from streamnorm.experiments.catalogue import EXPERIMENTS
 from streamnorm.experiments.errors import UserError, unknown
 from streamnorm.experiments.files import typed_path
 from streamnorm.experiments.overview import build_overview, print_overview
+from streamnorm.experiments.packed import PACKED, pack
 from streamnorm.experiments.report import REPORT, build_report
-from streamnorm.experiments.results import CONFIG, Results
+from streamnorm.experiments.results import CONFIG, Results, read_config
 from streamnorm.experiments.sweep import run_sweep
 from streamnorm.experiments.table1 import CONFIG as TABLE1_CONFIG
 from streamnorm.experiments.table1 import Table1, run_table
@@ -93,9 +94,9 @@ def _in_the_paper(alias: str | None) -> str:
     return re.sub(r"(?<=[a-z])(?=\d)", " ", alias) if alias else "–"
 
 
-REPORT_HELP = """usage: streamnorm report FOLDER
+REPORT_HELP = """usage: streamnorm report FOLDER ...
 
-Make table, figures and page anew from the logs of a finished or running experiment.
+Rebuild tables, figures and page from the logs of a finished or running experiment.
 FOLDER is what `streamnorm run` wrote, for example runs/online-fc-digits.
 
 A folder that holds several of these, such as runs, gets one page over all of them: what the paper and we claim, what
@@ -104,11 +105,35 @@ was measured, and the verdict on each claim. The pages of the single experiments
 
 
 def report(words: Sequence[str]) -> int:
-    """``streamnorm report FOLDER``."""
-    if len(words) != 1 or words[0] in ("-h", "--help"):
-        _no_options(words or ["--help"], REPORT_HELP)
-    _report(typed_path(words[0]))
+    """``streamnorm report FOLDER …``."""
+    for folder in _folders(words, REPORT_HELP):
+        _report(folder)
     return 0
+
+
+PACK_HELP = """usage: streamnorm pack FOLDER ...
+
+Move the logs of finished runs, one file each, into one file, runs.jsonl.gz.
+FOLDER is what `streamnorm run` wrote. Reports read either, and `streamnorm run` continues with either.
+"""
+
+
+def pack_runs(words: Sequence[str]) -> int:
+    """``streamnorm pack FOLDER …``."""
+    for folder in _folders(words, PACK_HELP):
+        read_config(folder)
+        packed, left = pack(folder)
+        unfinished = f"; {left} are not finished, and stay files of their own" if left else ""
+        print(f"{folder / PACKED}: {packed} runs{unfinished}")
+    return 0
+
+
+def _folders(words: Sequence[str], usage: str) -> list[Path]:
+    """The folders that were named, at least one."""
+    for word in words or ["--help"]:
+        if word.startswith("-"):
+            _no_options([word], usage)
+    return [typed_path(word) for word in words]
 
 
 def _report(folder: Path) -> None:

@@ -31,13 +31,14 @@ ADVICE = "Delete this file and give the command of the experiment again to redo 
 class LoggedRun:
     """What a log says: its ``run`` line, its points, and its ``end`` line once the run is over.
 
-    ``place`` is the file, for messages.
+    ``place`` is the file, for messages, and ``advice`` what to do if it is damaged.
     """
 
     header: Record
     points: list[Record] = field(default_factory=list)
     end: Record | None = None
     place: str = ""
+    advice: str = ""
 
     @property
     def run(self) -> Record:
@@ -111,7 +112,7 @@ def read_log(path: Path) -> LoggedRun | None:
     return parse_log(lines[:-1], str(path))  # what follows the last newline is torn or empty
 
 
-def parse_log(lines: Sequence[bytes], place: str, first: int = 1) -> LoggedRun | None:
+def parse_log(lines: Sequence[bytes], place: str, first: int = 1, advice: str = ADVICE) -> LoggedRun | None:
     """The log that these lines are, of which ``first`` is the number of the first one; None without lines.
 
     Raises:
@@ -127,17 +128,11 @@ def parse_log(lines: Sequence[bytes], place: str, first: int = 1) -> LoggedRun |
                 raise FormError("a log is one line of type 'run', then 'point' lines, then one of type 'end'")
             check(record, {"run": Header, "point": Point, "end": End}[kind])
         except FormError as error:
-            raise UserError(f"{place}: line {number}: {error}. {ADVICE}") from None
+            raise UserError(f"{place}: line {number}: {error}. {advice}") from None
         except ValueError:
-            raise UserError(f"{place}: line {number} is not JSON. {ADVICE}") from None
+            raise UserError(f"{place}: line {number} is not JSON. {advice}") from None
         records.append(record)
     if not records:
         return None
     end = records.pop() if records[-1]["type"] == "end" else None
-    return LoggedRun(records[0], records[1:], end, place)
-
-
-def read_logs(folder: Path) -> list[LoggedRun]:
-    """Read every log under ``folder``, in the order of their names."""
-    runs = (read_log(path) for path in sorted(folder.glob("**/*.jsonl")))
-    return [run for run in runs if run is not None]
+    return LoggedRun(records[0], records[1:], end, f"{place}: line {first}" if first > 1 else place, advice)

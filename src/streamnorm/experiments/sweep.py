@@ -18,13 +18,15 @@ from streamnorm.experiments import together
 from streamnorm.experiments.cluster import Cluster
 from streamnorm.experiments.environment import environment, usable_cores
 from streamnorm.experiments.errors import UserError
-from streamnorm.experiments.experiment import Experiment, Material, Run
+from streamnorm.experiments.experiment import Experiment, Material
 from streamnorm.experiments.files import locked, output_folder, typed_path, write_text
 from streamnorm.experiments.methods import rows
+from streamnorm.experiments.packed import log_path, read_packed
 from streamnorm.experiments.pool import Pool, Send
 from streamnorm.experiments.progress import Display
-from streamnorm.experiments.results import CONFIG, LOGS, check_run, rates_to_run, read_config, read_runs
-from streamnorm.experiments.runlog import ADVICE, LoggedRun, Record, RunLog, read_log
+from streamnorm.experiments.records import Run
+from streamnorm.experiments.results import CONFIG, check_run, checked_runs, rates_to_run, read_config
+from streamnorm.experiments.runlog import LoggedRun, Record, RunLog, read_log
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.train import Training, train
 
@@ -128,6 +130,7 @@ class _Sweep:
         self._data = data
         self._display = Display(experiment, data)
         self._work = partial(_work, experiment, folder, cache)
+        self._packed = read_packed(folder)
         self._failed = 0
 
     def run(self) -> int:
@@ -138,7 +141,7 @@ class _Sweep:
             self._display.plan(sum(map(self._cost, tune + most)), len(tune + most))
             self._do(pool, tune)
             final = self._experiment.final_runs(
-                rates_to_run(self._experiment, read_runs(self._experiment, self._folder))
+                rates_to_run(self._experiment, checked_runs(self._experiment, self._folder))
             )
             self._display.plan(sum(map(self._cost, tune + final)), len(tune + final))
             self._do(pool, final)
@@ -183,23 +186,19 @@ class _Sweep:
 
     def _note_failure(self, run: Run, reason: str) -> None:
         self._failed += 1
-        path = _log_path(self._folder, run).with_suffix(".error.txt")
+        path = log_path(self._folder, run).with_suffix(".error.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, reason)
         self._display.say(f"{run.key} failed ({reason.strip().splitlines()[-1]}); see {path}")
 
     def _read(self, run: Run) -> LoggedRun | None:
-        path = _log_path(self._folder, run)
-        logged = read_log(path) if path.exists() else None
+        path = log_path(self._folder, run)
+        logged = self._packed.get(run.key) or (read_log(path) if path.exists() else None)
         if logged is not None:
             check_run(self._experiment, logged, rows(run.method, self._experiment.catalogue))
             if logged.run != vars(run):
-                raise UserError(f"{path}: it is the log of another run. {ADVICE}")
+                raise UserError(f"{logged.place}: it is the log of another run. {logged.advice}")
         return logged
-
-
-def _log_path(folder: Path, run: Run) -> Path:
-    return folder / LOGS / f"{run.key}.jsonl"
 
 
 def log_header(experiment: Experiment[Any], run: Run) -> Record:
@@ -214,7 +213,7 @@ def log_header(experiment: Experiment[Any], run: Run) -> Record:
 
 def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send: Send) -> None:
     """One run in a worker process."""
-    path = _log_path(folder, run)
+    path = log_path(folder, run)
     if path.exists() and (logged := read_log(path)) and logged.end:
         return  # an earlier job of a cluster, which this one waited for, has done it
     path.with_suffix(".error.txt").unlink(missing_ok=True)

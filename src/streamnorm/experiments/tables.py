@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,18 @@ def _spread(score: Score, mean: Interval) -> str:
 
 
 def save_tables(results: Results, folder: Path) -> None:
-    """Write ``results.csv``, a line per method and setting, and ``runs.csv``, a line per finished run."""
-    write_text(folder / "results.csv", _csv([_result_row(results, cell) for cell in results.cells.values()]))
-    write_text(folder / "runs.csv", _csv([row for run in results.logs for row in _run_rows(results, run)]))
+    """Write ``results.csv``, a line per method and setting, ``runs.csv``, a line per finished run, and a section."""
+    write_text(folder / "results.csv", as_csv(result_rows(results)))
+    write_text(folder / "runs.csv", as_csv([row for run in results.logs for row in _run_rows(results, run)]))
+    section = results.experiment.section(results)
+    if section is not None:
+        rows = [dict(zip(section.head, row, strict=True)) for row in section.rows]
+        write_text(folder / f"{section.name}.csv", as_csv(rows, section.head))
+
+
+def result_rows(results: Results) -> list[Row]:
+    """The lines of ``results.csv``."""
+    return [_result_row(results, cell) for cell in results.cells.values()]
 
 
 def _run_rows(results: Results, run: LoggedRun) -> Iterator[Row]:
@@ -133,9 +142,10 @@ def _numbers(mean: Interval | None) -> tuple[float | None, float | None]:
     return mean.mean, mean.half if mean.known else None
 
 
-def _csv(rows: list[Row]) -> str:
+def as_csv(rows: Sequence[Row], head: Sequence[str] = ()) -> str:
+    """Rows as CSV, with the columns of the first one unless ``head`` names them."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, head or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from streamnorm.experiments.errors import UserError, first_line
-from streamnorm.experiments.experiment import Batch, Data, Experiment, Run
+from streamnorm.experiments.experiment import Batch, Data, Experiment
 from streamnorm.experiments.pool import Event, Work
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.runlog import Record, RunLog
 from streamnorm.experiments.setting import Setting
 from streamnorm.experiments.train import Training

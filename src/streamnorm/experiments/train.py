@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import streamnorm as sn
-from streamnorm.experiments.experiment import Batch, Data, Experiment, Run, Scores, Split
+from streamnorm.experiments.experiment import Batch, Data, Experiment, Scores, Split
 from streamnorm.experiments.methods import rows
 from streamnorm.experiments.peers.batch_renorm import BatchRenorm
+from streamnorm.experiments.records import Run
 from streamnorm.experiments.runlog import RunLog
 from streamnorm.experiments.setting import Setting
 
