@@ -783,6 +783,23 @@ def test_a_state_holds_tensors_of_their_own() -> None:
     assert len({value.data_ptr() for value in state.values()}) == len(state)
 
 
+def test_the_ways_of_others_to_take_and_load_a_state() -> None:
+    """PyTorch's distributed checkpoints ask for every name as an attribute, and functional calls swap all of them."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    def make(p: float) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4, p=p))
+
+    model, x = make(1.5), torch.randn(5, 3)
+    model(x).sum().backward()
+    again = make(1.5)
+    set_model_state_dict(again, get_model_state_dict(model))
+    assert again.eval()(x).equal(model.eval()(x))
+    assert torch.func.functional_call(make(1.5).eval(), dict(model.state_dict()), (x,)).equal(model(x))
+    with pytest.raises(RuntimeError, match=r"1\.lp_moment: these statistics were collected with p=1\.5"):
+        set_model_state_dict(make(2), get_model_state_dict(model))
+
+
 def test_states_from_before_the_moment_was_saved() -> None:
     """Of version 1, or of no known version, as files without metadata are."""
     saved = filled(sn.StreamingNorm1d(4, p=3), 5, 4).state_dict()

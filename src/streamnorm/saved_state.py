@@ -1,4 +1,4 @@
-"""What a layer's state_dict has to hold: statistics of the layer's own moment, finite, and counts of at least 0."""
+"""Checks of a state before it is loaded: the moment is the layer's own, statistics are finite, counts at least 0."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from .norm import Norm
 
 VERSION = 2
-"""The version of the state. Version 1 did not hold the moment."""
+"""Version of the state. Version 1 did not hold the moment."""
 
 MOMENT = "lp_moment"
-"""The buffer that holds p, centre and scale. Nothing is computed with it; it is there to be saved and compared."""
+"""Name of the buffer with p, centre and scale. It is saved and compared; nothing is computed with it."""
 
 _STATISTICS = ("long", "short", "long_grad", "short_grad", "running_mean", "running_var")
 _COUNTS = ("count", "grad_count", "samples", "grad_samples", "num_batches_tracked")
 _SAME = 0.004
-"""The relative difference up to which two p are the same: a state may have been saved in bfloat16, of 8 bits."""
+"""Relative difference up to which two p are the same: a state may have been saved in bfloat16, of 8 bits."""
 
 
 def as_tensor(moment: LpMoment, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def as_tensor(moment: LpMoment, device: Any = None, dtype: torch.dtype | None = 
 
 
 def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int | None) -> list[str]:
-    """Look at what ``load_state_dict`` is about to load into a layer, before it does.
+    """Check a state that ``load_state_dict`` is about to load into a layer.
 
     Args:
         layer: the layer.
@@ -47,7 +47,7 @@ def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int |
         version: of the state, None where it is not known.
 
     Returns:
-        What stands against loading it, each in a sentence; empty if nothing does.
+        Reasons to refuse it, each a sentence; none if it may be loaded.
     """
     names = [name for name in (*layer._parameters, *layer._buffers) if prefix + name in state_dict]
     own = {name: state_dict[prefix + name] for name in names}
@@ -81,7 +81,7 @@ def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int |
 
 
 def _size_faults(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """What PyTorch would find too, with half of the layer loaded by then."""
+    """Find sizes that do not fit. PyTorch would find them too, with half of the layer loaded by then."""
     wanted = {name: t.shape for name, t in (layer._parameters | layer._buffers).items() if t is not None}
     return [
         f"size mismatch for {prefix}{name}: of shape {tuple(t.shape)} in the checkpoint, {tuple(wanted[name])} in the "
@@ -92,7 +92,7 @@ def _size_faults(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -
 
 
 def _value_faults(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """Statistics that are not finite, and moments and counts that are negative."""
+    """Find statistics that are not finite, and negative moments and counts."""
     good = dict(_good_values(tensors))
     if not good or all(torch.stack([t.all() for t in good.values()]).tolist()):  # wait for the device once
         return []
@@ -111,7 +111,7 @@ def _first(t: Tensor, where: Tensor) -> str:
 
 
 def _good_values(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """Which values of each tensor may be loaded."""
+    """Mark the values of each tensor that may be loaded."""
     for name, t in tensors.items():
         if name in _COUNTS:
             yield name, t >= 0

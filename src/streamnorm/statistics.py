@@ -207,7 +207,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
 
 @contextmanager
 def _kept_on_error(layers: Iterable[Norm]) -> Iterator[dict[Norm, list[Tensor]]]:
-    """The statistics that layers have now; an error in the block brings them back."""
+    """Yield copies of the layers' statistics, and restore them if the block raises an error."""
     before = {layer: [t.clone() for t in _statistics(layer)] for layer in layers}
     try:
         yield before
@@ -238,7 +238,7 @@ def _averaging(model: nn.Module, layers: Iterable[Norm]) -> Iterator[None]:
 
 
 def _memory(layer: Norm) -> Any:
-    """How a layer weighs the past: its stream, or the momentum of its running statistics."""
+    """Give a layer's stream, or the momentum of its running statistics."""
     return layer.momentum if isinstance(layer, GeneralBatchNorm) else layer.stream
 
 
@@ -250,14 +250,14 @@ def _set_memory(layer: Norm, memory: Any) -> None:
 
 
 def _statistics(layer: Norm) -> list[Tensor]:
-    """The buffers that a layer's statistics are."""
+    """Give the buffers that hold a layer's statistics."""
     if isinstance(layer, GeneralBatchNorm):
         return [layer.running_mean, layer.running_var, layer.num_batches_tracked]
     return list(layer.state)
 
 
 def _keep_where(rows: Tensor, statistics: Iterable[Tensor], before: Iterable[Tensor]) -> None:
-    """Bring back what was before: of all, or of those time steps that have statistics of their own."""
+    """Restore statistics: all, or those of some time steps where each step has its own."""
     for now, was in zip(statistics, before):
         now.copy_(torch.where(rows.view(rows.shape + (1,) * (now.dim() - rows.dim())), was, now))
 

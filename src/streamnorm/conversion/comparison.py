@@ -1,7 +1,7 @@
-"""A converted layer beside the one that it replaces: whether both evaluate the same on a few random numbers.
+"""Comparison of a converted layer with the one that it replaces, on a few random inputs.
 
-What a layer computes is inferred from its class and its buffers. Here it is tried out, without a trace: hooks do not
-fire, statistics do not move, and the global random numbers stay where they are.
+Conversion infers from the class and the buffers of a layer what it computes. The comparison tries it out and leaves no
+trace: hooks do not fire, statistics do not move, and the global random number generator keeps its state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..recurrent.base import Normalized
 
 SAMPLES = 4
 SIZES = (3, 2, 2)
-"""Of the spatial axes. An Instance Normalization needs more than one place."""
+"""Sizes of the spatial axes. An Instance Normalization needs more than one place."""
 
 
 class NotComparedError(RuntimeError):
@@ -34,15 +34,15 @@ def difference(
     size: Tensor | float,
     tolerance: float = 2e-5,
 ) -> str | None:
-    """What two layers evaluate to, compared.
+    """Compare the outputs of two layers in evaluation.
 
     Args:
         old: a module, or a function.
         new: another.
         inputs: what both are called with.
-        size: of the numbers that a result is the sum of: its rounding goes by them.
-        tolerance: what may be between two results, as a share of this size and of the result. It is at least four
-            roundings of the 16-bit formats.
+        size: magnitude of the terms that an output is the sum of, which its rounding error is proportional to.
+        tolerance: the largest difference that counts as rounding, relative to ``size`` plus the output's magnitude; at
+            least four units in the last place, which counts for the 16-bit formats.
 
     Returns:
         The difference in words, or None where there is none.
@@ -92,16 +92,16 @@ def is_comparable(*modules: nn.Module) -> bool:
 
 
 def random(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Normal random numbers, always the same, with the dtype and on the device of ``like``."""
+    """Standard normal numbers, always the same, with the dtype and on the device of ``like``."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 @torch.no_grad()
 def inputs_of(norm: Norm, dims: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An input of ``(N, C)`` and so many spatial axes, and what :func:`difference` takes for the size of the output.
+    """Make an input ``(N, C, ...)`` with so many spatial axes, and the ``size`` of its output for :func:`difference`.
 
-    Half of the samples are of the size that the layer's statistics are of, half about zero: a wrong scale shows in the
-    ones, a wrong mean in the others, and in the first an activation that bends about zero.
+    Half of the samples have the layer's own mean and variance, so that a wrong scale and an activation that bends at
+    zero show; the other half are standard normal, so that a wrong mean shows.
     """
     mu, variance, _ = _affine(norm, dims)
     x = random((SAMPLES, norm.num_features, *SIZES[:dims]), mu)
@@ -112,14 +112,14 @@ def inputs_of(norm: Norm, dims: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def size_after(norm: Norm, x: Tensor) -> Tensor:
-    """What :func:`difference` takes for the size of ``norm(x)``."""
+    """Bound the terms that ``norm(x)`` is the sum of: the ``size`` for :func:`difference`."""
     mu, _, gain = _affine(norm, x.dim() - 2)
     size = (x.abs() + mu.abs()) * gain.abs()
     return size if norm.bias is None else size + norm.bias.abs().view(gain.shape)
 
 
 def inputs_of_recurrent(network: Normalized) -> tuple[Any, ...]:
-    """An input of a recurrent layer or cell, and a hidden state."""
+    """Make an input and a hidden state for a recurrent layer or cell."""
     like = next(network.parameters())
     widths = [network.hidden_size] * (2 if network.kind == "LSTM" else 1)  # of h, and of c
     widths[0] = getattr(network, "proj_size", 0) or widths[0]
@@ -134,7 +134,7 @@ def inputs_of_recurrent(network: Normalized) -> tuple[Any, ...]:
 
 
 def _affine(norm: Norm, dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """mu, sigma² and gain/s per channel, as they broadcast against an input; 0 and 1 where none are kept."""
+    """Give mu, sigma² and gain/s per channel, to broadcast against an input; 0 and 1 where none are kept."""
     shape = (1, -1, *(1,) * dims)
     if norm.stream is None and not isinstance(norm, GeneralBatchNorm):
         mu = torch.zeros(norm.num_features, device=None if norm.weight is None else norm.weight.device)
@@ -149,7 +149,7 @@ def _affine(norm: Norm, dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(module: Any) -> Any:
-    """Past the hooks of the module itself; a forward of the instance counts."""
+    """Give the forward method, which calls no hooks of the module itself and may be the instance's own."""
     return module.forward if isinstance(module, nn.Module) else module
 
 
@@ -163,7 +163,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 @contextmanager
 def _at_rest(*layers: Any) -> Iterator[None]:
-    """Evaluation, of all that is inside too, and all as it was afterwards."""
+    """Put layers and all inside them into evaluation without hooks, and restore them afterwards."""
     modules = {module for layer in layers if isinstance(layer, nn.Module) for module in layer.modules()}
     changes: list[tuple[nn.Module, dict[str, Any]]] = []
     for module in modules:

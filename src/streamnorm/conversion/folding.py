@@ -21,11 +21,11 @@ from .replace import Module, replace, what_follows
 from .to_torch import RECURRENT, least_channel_view, per_channel
 
 FOLDED = 1e-4
-"""The tolerance for what goes through a matrix product before."""
+"""Tolerance for outputs of a matrix product or convolution."""
 
 _Linear = nn.Linear | nn.modules.conv._ConvNd
 _Chain = list[nn.Module]
-"""Modules that follow one another."""
+"""Modules in the order in which they are called."""
 
 
 def fold(model: Module) -> Module:
@@ -77,7 +77,7 @@ def fold(model: Module) -> Module:
 
 
 def _difference(old: _Chain, new: _Chain) -> str | None:
-    """Between a Linear or convolution with a norm behind it and what they become, or two recurrent networks."""
+    """Compare a Linear or convolution and its norm, or a recurrent network, with what takes their place."""
     if not comparison.is_comparable(*old, *new):
         return None
     if isinstance(old[0], Normalized):
@@ -93,7 +93,7 @@ def _difference(old: _Chain, new: _Chain) -> str | None:
 
 
 def _input_shape(before: _Linear) -> tuple[int, ...]:
-    """The least that gives a few outputs in each place."""
+    """Give the shape of an input that is just large enough for a few outputs."""
     if isinstance(before, nn.Linear):
         return comparison.SAMPLES, before.in_features
     pads = before.padding if isinstance(before.padding, tuple) else (0,) * len(before.kernel_size)

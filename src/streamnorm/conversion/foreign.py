@@ -1,6 +1,6 @@
-"""The normalization layers of others that convert knows: what each is known by, and what becomes of it.
+"""Table of the normalization layers that convert knows: how to recognize each, and what it becomes.
 
-Those of other libraries are known by their names, so that none of these libraries is imported.
+Layers of other libraries are recognized by name, so that none of these libraries is imported.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _has_activation(module: nn.Module) -> bool:
 
 
 def _of_torch(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
-    """What matches a layer of torch.nn's, or of a subclass that computes the same.
+    """A predicate for layers of torch.nn of some kinds, and for subclasses that compute the same.
 
     timm's own GroupNorm has a forward of its own that is the same.
     """
@@ -129,4 +129,4 @@ TABLE: list[Foreign] = [
     Foreign(_of_torch(nn.BatchNorm3d, nn.InstanceNorm3d), _streaming(StreamingNorm3d), StreamingNorm3d),
     Foreign(_of_torch(BatchNorm, nn.GroupNorm), _any_rank, Norm),
 ]
-"""The kinds that are known; the first row that matches counts. ``register_converter`` puts a row in front."""
+"""The known kinds, of which the first that matches counts. ``register_converter`` adds a row in front."""

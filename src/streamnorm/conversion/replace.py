@@ -1,4 +1,4 @@
-"""Putting modules in the place of others, with what is tied to them."""
+"""Replacement of modules in a model, with their hooks and parameters."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def replace(model: Module, change: Callable[[str, nn.Module], nn.Module | None])
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let the hooks of one module be those of another, and their handles remove them there."""
+    """Move the hooks of one module to another; their handles go on working."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
 
 
 def move_parameters(old: nn.Module, new: nn.Module) -> None:
-    """Let gain and bias of one layer be those of another: the same objects, with pruning or a parametrization.
+    """Move gain and bias of one layer to another: the same objects, with pruning or a parametrization.
 
     The buffers of a frozen layer become parameters.
     """
@@ -74,5 +74,5 @@ def move_parameters(old: nn.Module, new: nn.Module) -> None:
 
 
 def what_follows(norm: nn.Module) -> nn.Module:
-    """What a layer does after normalizing."""
+    """Give the dropout and activation of a layer, which come after normalizing."""
     return nn.Sequential(norm.drop, norm.act) if isinstance(norm, StreamingNormAct2d) else nn.Identity()

@@ -1,4 +1,4 @@
-"""From normalization layers of torch.nn and of other libraries to streaming ones."""
+"""Conversion of normalization layers of torch.nn and of other libraries to streaming ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Predicate = Callable[[str, nn.Module], bool]
 
 _LEFT_OUT = "leave it out with where="
 _EPSILONS = (1e-5, 0.0, 1e-3)
-"""What frozen layers add to the variance that do not say so: some have it in their forward alone."""
+"""Values of eps to try for frozen layers, some of which have it in their forward alone."""
 
 
 def convert(
@@ -143,7 +143,7 @@ def register_converter(cls: type[nn.Module], converter: Converter) -> None:
 def _converted(
     name: str, module: nn.Module, also: tuple[type[nn.Module], ...], options: dict[str, Any]
 ) -> tuple[nn.Module | None, str | None]:
-    """What takes the place of a module, if anything does, and what there is to say about it."""
+    """Give the replacement of a module, if there is one, and a remark on it, if there is one."""
     row = foreign.find(module)
     if row is not None and row.becomes is None:
         return row.make(module, **options), None
@@ -166,7 +166,7 @@ def _converted(
 
 
 def _obstacle(module: nn.Module, row: Foreign | None) -> str | None:
-    """Why a normalization layer cannot become a streaming one, if it cannot."""
+    """Give the reason why a normalization layer cannot become a streaming one, if there is one."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it has no channels before the first batch; run one through the model"
     say_how = f"say how with streamnorm.register_converter({type(module).__name__}, ...), or {_LEFT_OUT}"
@@ -183,8 +183,8 @@ def _obstacle(module: nn.Module, row: Foreign | None) -> str | None:
 
 
 def _compared(module: nn.Module, row: Foreign, options: dict[str, Any]) -> tuple[Norm | None, str | None]:
-    """The streaming layer, if it evaluates as the layer does, and what there is to say about it."""
-    # What is asked for with the two others changes the evaluation.
+    """Give the streaming layer, if it evaluates as the layer does, and a remark on it."""
+    # The other two options change the evaluation, as the user asks.
     faithful = {name: value for name, value in options.items() if name not in ("eps", "ref")}
     if getattr(module, "running_mean", None) is None:
         new = _to_streaming(module, row, options)
@@ -205,7 +205,7 @@ def _compared(module: nn.Module, row: Foreign, options: dict[str, Any]) -> tuple
 
 
 def _epsilons(module: Any, options: dict[str, Any]) -> list[float]:
-    """What a layer may add to the variance."""
+    """Give the values of eps that a layer may have."""
     known = [module.eps] if hasattr(module, "eps") else []
     if foreign.is_frozen(module):
         return [*known, *_EPSILONS, *([options["eps"]] if "eps" in options else [])]
@@ -220,7 +220,7 @@ def _difference(module: Any, new: Norm, row: Foreign) -> str | None:
 
 
 def _difference_of_own_statistics(module: Any, new: Norm, row: Foreign) -> str | None:
-    """Between a layer that takes its statistics from each input and what torch.nn's of its kind gives."""
+    """Compare a layer that takes its statistics from each input with torch.nn's of its kind."""
     if not comparison.is_comparable(module):
         return None
 
@@ -239,18 +239,18 @@ def _difference_of_own_statistics(module: Any, new: Norm, row: Foreign) -> str |
 
 
 def _dtype(module: Any) -> torch.dtype:
-    """Of the inputs that a layer takes."""
+    """Give the dtype of a layer's inputs."""
     tensors = (getattr(module, "running_mean", None), module.weight)
     return next((t.dtype for t in tensors if t is not None), torch.float32)
 
 
 def _dims(row: Foreign) -> int:
-    """How many spatial axes to compare with."""
+    """Give the number of spatial axes to compare with."""
     return {StreamingNorm1d: 1, StreamingNorm3d: 3}.get(row.becomes, 2)  # type: ignore[arg-type]
 
 
 def _to_streaming(module: nn.Module, row: Foreign, options: dict[str, Any]) -> Norm:
-    """The streaming layer with the parameters, statistics, mode and hooks of another normalization layer."""
+    """Make the streaming layer with the parameters, statistics and hooks of another normalization layer."""
     old: Any = module
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     like = next((t for t in (old.weight, mean) if t is not None), torch.empty(0))
@@ -284,7 +284,7 @@ def _set_statistics(layer: Norm, mean: Tensor, variance: Tensor) -> None:
 
 
 def _what_is_there(model: nn.Module, chosen: bool) -> str:
-    """What to say of a model in which nothing is converted."""
+    """Describe a model in which nothing was converted."""
     names: dict[type[nn.Module], list[str]] = {}
     for name, module in model.named_modules():
         names.setdefault(type(module), []).append(name or "the model")
@@ -297,7 +297,7 @@ def _what_is_there(model: nn.Module, chosen: bool) -> str:
 
 
 def _advice(module: nn.Module) -> str | None:
-    """What to say of a normalization layer that convert left as it was; None of any other module."""
+    """Advise on a normalization layer that convert left as it was; None for any other module."""
     name = type(module).__name__
     if isinstance(module, BatchNorm):
         return "left out"
@@ -319,7 +319,7 @@ def _advice(module: nn.Module) -> str | None:
 
 
 def _held_in_evaluation(model: nn.Module) -> set[str]:
-    """The names of modules in evaluation mode whose parent is in training mode."""
+    """Give the names of modules in evaluation mode whose parent is in training mode."""
     modes = {name: module.training for name, module in model.named_modules()}
     return {name for name, mode in modes.items() if name and not mode and modes[name.rpartition(".")[0]]}
 

@@ -1,4 +1,4 @@
-"""From our layers to plain ones of torch.nn that evaluate the same."""
+"""Conversion of our layers to plain ones of torch.nn that evaluate the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN: dict[type[Norm], type[nn.Module]] = {
 }
 
 RECURRENT = 1e-3
-"""The tolerance for recurrent networks: in a few steps, rounding grows."""
+"""Tolerance for recurrent networks, in which rounding errors grow from step to step."""
 
 
 def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
