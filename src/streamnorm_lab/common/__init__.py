@@ -1,0 +1,1 @@
+"""What the whole laboratory uses: errors, files, settings, statistics."""

@@ -1,0 +1,1 @@
+"""What is asked, of which methods, with which options."""

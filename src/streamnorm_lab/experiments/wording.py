@@ -1,0 +1,261 @@
+"""What reports, figures and tables say about the data: images, or text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from streamnorm_lab.common.score import LOSS, bits
+
+if TYPE_CHECKING:
+    from streamnorm_lab.analysis.results import Cell, Results
+
+SETTINGS = (
+    "From left to right the mini-batches get smaller. S×U means S samples per mini-batch and U mini-batches per weight "
+    "update."
+)
+
+
+class Words(ABC):
+    """The sentences of one kind of data."""
+
+    numbers: str
+    """What the numbers of the large table are, and how differences are paired."""
+    difference_unit: str
+    chosen_by: str
+    """What rates are chosen by, and that it is used for nothing else; after "the rate with"."""
+    guessing: str
+    """What a run that diverged counts with."""
+    table_title: str
+    difference_title: str
+    test_axis: str
+    validation_axis: str
+    test_curve: str
+    """The axis of the lower row of curves."""
+    samples: str = ""
+    """What the made-up texts are, where there are some."""
+
+    @abstractmethod
+    def summary(self, results: Results) -> tuple[str, str]:
+        """The summary figure: in short for those who do not see it, and its caption."""
+
+    @abstractmethod
+    def curves(self, results: Results) -> tuple[str, str]:
+        """The same for the curves."""
+
+    @abstractmethod
+    def rates(self) -> tuple[str, str]:
+        """The same for the rates."""
+
+    @abstractmethod
+    def length(self, results: Results) -> str:
+        """How long a run is."""
+
+    @abstractmethod
+    def protocol(self, results: Results) -> list[str]:
+        """How it was done: the data, the optimizer."""
+
+    @abstractmethod
+    def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
+        """The axis for these losses, cut above guessing: one method that blows up must not flatten the others."""
+
+    def notes(self, cell: Cell) -> list[str]:
+        """What else a cell of the large table says."""
+        return []
+
+    def columns(self, cell: Cell) -> dict[str, float | None]:
+        """What else a line of results.csv says."""
+        return {}
+
+
+class ImageWords(Words):
+    """Classifying images."""
+
+    numbers = (
+        "Test accuracy in percent, mean ± 95% interval over seeds. Below it, smaller: the difference to "
+        "{reference} in percentage points, paired by seed, since the same seed means the same initial weights and the "
+        "same order of the images."
+    )
+    difference_unit = "percentage points"
+    chosen_by = "the best accuracy on the validation images, which are neither trained on nor tested on"
+    guessing = "accuracy of guessing"
+    table_title = "Test accuracy in %, mean ± 95% interval"
+    difference_title = "Difference in points, paired by seed, mean ± 95% interval"
+    test_axis = "test accuracy"
+    validation_axis = "validation accuracy"
+    test_curve = "test accuracy"
+    augmentation = "Nothing is augmented."
+
+    def summary(self, results: Results) -> tuple[str, str]:
+        """Test accuracy by setting."""
+        data = results.config["data"]
+        return (
+            "Final test accuracy of each method at each setting",
+            f"Accuracy on all {data['test']:,} test images, mean over seeds with its 95% interval, each method at its "
+            f"own best learning rate. {SETTINGS}",
+        )
+
+    def curves(self, results: Results) -> tuple[str, str]:
+        """Training loss and test accuracy along the pass."""
+        shown = min(results.config["options"]["curve_images"], results.config["data"]["test"])
+        return (
+            "Training loss and test accuracy along the pass, one panel per setting",
+            "Top: training loss, the mean since the previous point, each image judged before the network learns from "
+            f"it. Bottom: accuracy on the first {shown:,} test images. Lines are means over seeds, bands reach from "
+            "the lowest to the highest seed.",
+        )
+
+    def rates(self) -> tuple[str, str]:
+        """Validation accuracy by rate."""
+        return (
+            "Validation accuracy by learning rate, one panel per setting",
+            "How much each method depends on its learning rate; the ring marks the rate chosen.",
+        )
+
+    def length(self, results: Results) -> str:
+        """Passes over the images."""
+        epochs = results.config["options"]["epochs"]
+        passes = "one pass" if epochs == 1 else f"{epochs} passes"
+        return f"{passes} over {results.config['data']['train']:,} images"
+
+    def _rates(self, data: Mapping[str, Any]) -> str:
+        """What learning rates are chosen on; folders of earlier versions have no short runs."""
+        short = data.get("tune", data["train"])
+        if short == data["train"]:
+            return f"on the next {data['validation']:,}"
+        return f"with runs on the first {short:,} of them, judged on the {data['validation']:,} after those"
+
+    def protocol(self, results: Results) -> list[str]:
+        """Images, standardization, SGD."""
+        data = results.config["data"]
+        shape = "×".join(str(size) for size in data["shape"])
+        return [
+            f"Images: {data['description']}; {shape} values each. Trained on the first {data['train']:,}, rates chosen "
+            f"{self._rates(data)}, tested on {data['test']:,} others.",
+            "Inputs are standardized per channel with the training images' mean and deviation. " + self.augmentation,
+            f"{self.optimizer(results)} With several mini-batches per update their gradients are averaged, and the "
+            "weights change once (DAU).",
+            "All methods start from the same weights and see the same images in the same order at a given seed.",
+            "“Recalibrated Batch” is the same trained network with statistics taken anew from the training images in "
+            "mini-batches of about 128, so that Batch Normalization is not judged by its running statistics alone."
+            if any(method.trained_as != method.name for method in results.methods)
+            else "",
+        ]
+
+    def optimizer(self, results: Results) -> str:
+        """What changes the weights."""
+        return "SGD with momentum, constant learning rate."
+
+    def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
+        """From 0 to a little above guessing."""
+        return 0.0, 1.15 * guessing
+
+
+class AugmentedWords(ImageWords):
+    """Classifying images with ResNet-20, as it is usually trained."""
+
+    augmentation = (
+        "Whenever an image is trained on, it is shifted at random by up to an eighth of its size, with zeros beyond "
+        "its edge, and colour images are mirrored at random."
+    )
+
+    def optimizer(self, results: Results) -> str:
+        """SGD, and how its rate falls."""
+        options = results.config["options"]
+        falls = {
+            "cosine": "a learning rate that falls to 0 along half a cosine",
+            "step": "a learning rate divided by 10 after one half and again after three quarters of the updates",
+            "constant": "a constant learning rate",
+        }
+        return f"SGD with momentum, weight decay {options['weight_decay']:g} and {falls[options['anneal']]}."
+
+
+class TextWords(Words):
+    """Predicting the next character."""
+
+    numbers = (
+        "Loss on the test text in nats per character, lower is better, mean ± 95% interval over seeds. Below it, "
+        "smaller: the difference to {reference}, paired by seed, since the same seed means the same initial weights "
+        "and the same pieces of text in the same order; the loss in bits per character; and the training loss in nats, "
+        "over the last part of the run, each piece judged before it is learnt from."
+    )
+    difference_unit = "nats per character"
+    chosen_by = "the lowest loss on the validation text, which is neither trained on nor tested on"
+    guessing = "loss of guessing among all characters alike"
+    table_title = "Test loss in nats per character, lower is better, mean ± 95% interval"
+    difference_title = "Difference in nats, paired by seed, below zero is better, mean ± 95% interval"
+    test_axis = "test loss, nats per character (lower is better)"
+    validation_axis = "validation loss, nats"
+    test_curve = "test loss, nats"
+    samples = (
+        "<p>Text that the trained networks continue, seed 0: small, the first characters of the test text, which they "
+        "were given; after it, what they drew, character by character.</p>\n"
+    )
+
+    def summary(self, results: Results) -> tuple[str, str]:
+        """Test loss by setting."""
+        data = results.config["data"]
+        return (
+            "Final test loss of each method at each setting",
+            f"Loss on the last {data['test']:,} characters of the text, mean over seeds with its 95% interval, each "
+            f"method at its own best learning rate; lower is better. {SETTINGS} A sample is a piece of "
+            f"{results.config['options']['steps']} characters.",
+        )
+
+    def curves(self, results: Results) -> tuple[str, str]:
+        """Training and test loss along the run."""
+        shown = min(results.config["options"]["curve_characters"], results.config["data"]["test"])
+        return (
+            "Training and test loss along the run, one panel per setting",
+            "Top: training loss, the mean since the previous point, each piece judged before the network learns from "
+            f"it. Bottom: loss on the first {shown:,} characters of the test text. Lines are means over seeds, bands "
+            "reach from the lowest to the highest seed.",
+        )
+
+    def rates(self) -> tuple[str, str]:
+        """Validation loss by rate."""
+        return (
+            "Validation loss by learning rate, one panel per setting",
+            "How much each method depends on its learning rate (lower is better); the ring marks the rate chosen.",
+        )
+
+    def length(self, results: Results) -> str:
+        """Weight updates."""
+        options = results.config["options"]
+        return f"{options['updates']:,} weight updates on pieces of {options['steps']} characters"
+
+    def protocol(self, results: Results) -> list[str]:
+        """The text, its pieces, Adam."""
+        data, options = results.config["data"], results.config["options"]
+        return [
+            f"Text: {data['description']}; {data['classes']} different characters. In the text's own order: trained on "
+            f"the first {data['train']:,} characters, rates chosen on the next {data['validation']:,}, tested on the "
+            f"last {data['test']:,}.",
+            f"A sample is a piece of {options['steps']} characters that begins anywhere in the training text; the "
+            "network starts each with a hidden state of zeros and predicts the character after each one. The "
+            "validation and test texts are cut into such pieces, one after the other.",
+            "Characters enter one-hot. Adam, constant learning rate. With several mini-batches per update their "
+            "gradients are averaged, and the weights change once (DAU).",
+            "At a setting every method sees the same number of characters; at a given seed all start from the same "
+            "weights and see the same pieces in the same order.",
+        ]
+
+    def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
+        """Around the losses, for they are never near 0."""
+        low, high = min(losses, default=0.0), max(losses, default=guessing)
+        return low - 0.1, min(high, guessing) + 0.1
+
+    def notes(self, cell: Cell) -> list[str]:
+        """The loss in bits, and the training loss."""
+        if cell.mean is None:
+            return []
+        train = [f"train {LOSS.number(cell.train_loss.mean)}"] if cell.train_loss else []
+        return [f"{LOSS.number(bits(cell.mean.mean))} bits", *train]
+
+    def columns(self, cell: Cell) -> dict[str, float | None]:
+        """The loss in bits, and the training loss."""
+        return {
+            "bits_per_character": bits(cell.mean.mean) if cell.mean else None,
+            "train_loss": cell.train_loss.mean if cell.train_loss else None,
+        }

@@ -1,0 +1,1 @@
+"""Logs of runs: their form, writing, reading, packing."""

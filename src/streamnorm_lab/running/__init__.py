@@ -1,0 +1,1 @@
+"""Training, and many runs side by side."""

@@ -1,0 +1,161 @@
+"""All results on one page: verdicts are computed from logs, for us and against us."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from streamnorm_lab.analysis.claims import CLAIMS, FALSE, HOLDS, OPEN, Claim, Contrast, between, everywhere, verdict
+from streamnorm_lab.analysis.results import Cell, Results, load_results
+from streamnorm_lab.commands.main import main
+from streamnorm_lab.common.setting import Setting
+from streamnorm_lab.experiments.catalogue import EXPERIMENTS
+from streamnorm_lab.reports.overview import Measured, describe, load_overview
+
+BATCH, ONLINE = Setting(4, 1), Setting(1, 4)
+
+
+@pytest.fixture
+def root(finished, tmp_path):
+    """A folder with one result folder, of two settings: 4x1 and 1x4."""
+    shutil.copytree(finished, tmp_path / "all" / "online-fc-digits")
+    return tmp_path / "all"
+
+
+def set_accuracy(folder, method, setting, values):
+    """Give the final runs of a method at a setting these accuracies, one for each seed."""
+    for path in (folder / "logs" / "final").glob(f"{method}_{setting}_*.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records[-1]["scores"][method]["accuracy"] = values[records[0]["run"]["seed"]]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        ((0.60, 0.61, 0.62), HOLDS),  # ahead by 10 points at every seed
+        ((0.50, 0.51, 0.52), HOLDS),  # equal, and up to 1 point behind is allowed
+        ((0.48, 0.49, 0.50), FALSE),  # behind by 2 points at every seed
+        ((0.48, 0.51, 0.54), OPEN),  # equal on average, and uncertain by more than the bound
+    ],
+)
+def test_a_contrast_is_judged_by_the_interval_of_the_paired_difference(root, ours, expected):
+    folder = root / "online-fc-digits"
+    set_accuracy(folder, "layer", "4x1", (0.50, 0.51, 0.52))
+    set_accuracy(folder, "streaming-l1", "4x1", ours)
+    results = load_results(folder)
+    contrast = Contrast(results, results.cells["streaming-l1", BATCH], results.cells["layer", BATCH], -0.01)
+    assert contrast.verdict == expected
+    assert contrast.ahead is not None
+    assert contrast.ahead.mean == pytest.approx(sum(ours) / 3 - 0.51)
+
+
+def test_what_cannot_train_is_behind_what_can(root):
+    results = load_results(root / "online-fc-digits")
+    batch, streaming = results.cells["batch", ONLINE], results.cells["streaming-l1", ONLINE]
+    assert Contrast(results, streaming, batch, 0.5).verdict == HOLDS
+    assert Contrast(results, batch, streaming, -0.5).verdict == FALSE
+    assert describe(Contrast(results, streaming, batch, 0)) == "Streaming L1 − Batch at 1×4: Batch cannot train"
+
+
+def test_a_loss_is_ahead_when_it_is_lower(root, monkeypatch):
+    results = load_results(root / "online-fc-digits")
+    left, right = results.cells["streaming-l1", BATCH], results.cells["layer", BATCH]
+    plain = Contrast(results, left, right, 0).ahead
+    monkeypatch.setattr(results.experiment, "score", EXPERIMENTS["char-gru"].score)
+    turned = Contrast(results, left, right, 0).ahead
+    assert plain is not None
+    assert turned == (-plain.mean, plain.half)
+    assert describe(Contrast(results, left, right, 0)).startswith("Layer − Streaming L1 at")
+
+
+def test_one_seed_decides_nothing(root):
+    folder = root / "online-fc-digits"
+    for seed in (1, 2):
+        for path in (folder / "logs" / "final").glob(f"*seed{seed}.jsonl"):
+            path.unlink()
+    results = load_results(folder)
+    contrast = Contrast(results, results.cells["streaming-l1", BATCH], results.cells["layer", BATCH], -1)
+    assert contrast.verdict == OPEN
+    assert "(one seed)" in describe(contrast)
+
+
+def test_a_claim_falls_with_one_contrast_and_stays_open_with_one(root):
+    results = load_results(root / "online-fc-digits")
+    batch, streaming = results.cells["batch", ONLINE], results.cells["streaming-l1", ONLINE]
+    holds, false = Contrast(results, streaming, batch, 0), Contrast(results, batch, streaming, 0)
+    assert verdict([holds, holds]) == HOLDS
+    assert verdict([holds, false]) == FALSE
+    claim = Claim("", "", (), everywhere("streaming-l1", "batch", above=0))
+    assert Measured(claim, "", results, [holds, false]).tightest is false
+
+
+def test_contrasts_are_taken_where_both_were_run(root):
+    results = load_results(root / "online-fc-digits")
+    found = list(everywhere("streaming-l1", "layer", "online", above=0)(results))
+    assert [(c.ours.setting, c.theirs.method.name) for c in found] == [(BATCH, "layer"), (ONLINE, "layer")]
+    assert [c.ours.setting for c in everywhere("streaming-l1", "layer", above=0, most=1)(results)] == [ONLINE]
+    assert [c.ours.setting for c in everywhere("streaming-l1", "layer", above=0, least=2)(results)] == [BATCH]
+    (pair,) = between("layer", ("1x4", "4x1"), ("2x1", "4x1"), above=0)(results)
+    assert (pair.ours.setting, pair.theirs.setting) == (ONLINE, BATCH)
+
+
+def test_every_claim_asks_for_methods_and_settings_that_there_are():
+    """Each claim finds something in each of its experiments, once all methods are run at the default settings."""
+    for claim in CLAIMS:
+        for name in claim.experiments:
+            experiment = EXPERIMENTS[name]
+            options = experiment()
+            settings = tuple(Setting.parse(text) for text in options.settings)
+            methods = tuple(experiment.catalogue[name] for name in {*experiment.catalogue, *options.methods})
+            cells = {(m.name, s): Cell(m, s, {}, 0.1, {0: 0.5, 1: 0.6}, (), None) for m in methods for s in settings}
+            results = Results(experiment, {}, (), methods, settings, cells)
+            found = list(claim.contrasts(results))
+            assert found, claim.text
+            assert {contrast.verdict for contrast in found} <= {HOLDS, FALSE, OPEN}
+
+
+class Text(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.words: list[str] = []
+        self.sources: list[str] = []
+        self.feed(page)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value or "" for name, value in attrs if name == "src"]
+
+
+def test_the_page_over_all_results(root, capsys):
+    folder = root / "online-fc-digits"
+    for method, values in (("layer", (0.9, 0.91, 0.92)), ("streaming-l1", (0.5, 0.51, 0.52))):
+        for setting in ("4x1", "1x4"):
+            set_accuracy(folder, method, setting, values)
+    before = (folder / "report.html").read_bytes()
+    assert main(["report", str(root)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "does not hold" in said
+    page = Text((root / "report.html").read_text())
+    text = " ".join(" ".join(page.words).split())
+    assert "Streaming L1 − Layer at 4×1: −40.0 [−40.0, −40.0] points, bound −0.5" in text
+    count = len(load_overview(root).not_measured) + 1  # and table 1
+    assert text.count("not measured") == count + 1
+    assert f"{count} claims are not measured" in text
+    assert "threads 1" in text
+    assert "streamnorm run online-fc" in text
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert (folder / "report.html").read_bytes() == before
+    measured = {m.claim.text: m.verdict for m in load_overview(root).measured}
+    assert measured[next(claim.text for claim in CLAIMS if "at least as well as Layer" in claim.text)] == FALSE
+
+
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "name a folder that `streamnorm run` wrote" in capsys.readouterr().err
