@@ -379,7 +379,7 @@ def test_a_start_that_is_not_forgotten() -> None:
         sn.commit(layer)
         if i == 30:
             said = sn.diagnose(layer, x[:64]).layers["(the model)"].advice
-            assert said.startswith("the start is not forgotten before about 300 samples; if more were seen, rate too")
+            assert said.endswith("unless fewer than about 300 samples were seen: the start is still there")
     assert sn.diagnose(layer, x[:64]).layers["(the model)"].advice == ""
 
 

@@ -294,7 +294,7 @@ def test_constant_channels_are_told() -> None:
         next(model.parameters())[1:] = 0
     with sn.monitor(model, every=5) as watching:
         train(model, 30, SGD(model[1].parameters(), lr=0.1))
-    assert [text for _, text in told(watching, "warning")] == ["1: 2 channels are constant"]
+    assert [text for _, text in told(watching, "warning")] == ["1: 2 channels without variance"]
 
 
 def test_a_layer_that_collects_and_never_commits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

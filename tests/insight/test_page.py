@@ -233,6 +233,24 @@ def test_it_follows_the_training(browser: Browser, tmp_path: Path) -> None:
 
 
 @needs_chromium
+def test_inside_a_notebook(browser: Browser, tmp_path: Path) -> None:
+    """A frame in another page: drawn, opened with a click, and not read again."""
+    target = tmp_path / "notebook.html"
+    target.write_text("<!doctype html><p>A notebook.</p>" + page.embedded(record()))
+    browser.errors.clear()
+    browser.look(1280)
+    browser.open(target)
+    inside = "document.querySelector('iframe').contentDocument"
+    assert browser.value(f"{inside}.querySelectorAll('.row').length") == 5
+    browser.value(f"{inside}.querySelector('.row').click()")
+    assert browser.value(f"{inside}.querySelectorAll('.detail .curve').length") == 10
+    browser.value(f"{inside}.defaultView.same = true")
+    with pytest.raises(AssertionError):
+        browser.wait(f"!{inside}.defaultView.same", seconds=3)
+    assert browser.errors == []
+
+
+@needs_chromium
 @pytest.mark.parametrize("status", ["running", "finished"])
 def test_before_the_first_update(status: str, browser: Browser, tmp_path: Path) -> None:
     target = tmp_path / "monitor.html"

@@ -383,16 +383,16 @@ class _Evidence:
 
     def _runaway(self) -> str:
         if self.reading.nonfinite > 0:
-            lower = "a lower learning rate" if math.isnan(self.rate) else f"a learning rate of {self.rate / 4:.2g}"
+            lower = "a lower learning rate" if math.isnan(self.rate) else f"a learning rate of {self.rate / 4:.3g}"
             return f"values that are not finite: go back to a checkpoint from before, and go on with {lower}"
         beyond = math.sqrt(max(0.0, self.reading.drift**2 - self.chance() ** 2))
         if beyond <= RUNS_AWAY or self._is_short(beyond):
             return ""
-        rate = "a quarter of the learning rate" if math.isnan(self.rate) else f"a learning rate of {self.rate / 4:.2g}"
+        rate = "a quarter of the learning rate" if math.isnan(self.rate) else f"a learning rate of {self.rate / 4:.3g}"
         shorter = f" or window={self.formula.window / 4:.3g}" if self.formula.window is not None else ""
         trial = f"rate too high for this memory: try {rate}{shorter}"
         if self._remembers_start():
-            return f"the start is not forgotten before about {3 * self.memory:.0f} samples; if more were seen, {trial}"
+            return f"{trial}, unless fewer than about {3 * self.memory:.0f} samples were seen: the start is still there"
         return trial
 
     def _remembers_start(self) -> bool:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from .. import updates
 from ..norm import Norm
+from . import page
 from .output import Output
 from .readings import Reader, Reading
 from .record import Event, LayerFacts, Record, Sample
@@ -162,6 +163,10 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop("finished" if kind is None else f"stopped by {kind.__name__}")
+
+    def _repr_html_(self) -> str:
+        """The page, where a notebook shows this object."""
+        return page.embedded(self.record)
 
     def _fresh_record(self) -> Record:
         return Record(type(self.model).__name__, self.every, self._facts, time.time())
@@ -432,10 +437,14 @@ def _near(a: float, b: float, factor: float) -> bool:
 def _concerns(reading: Reading, every: int) -> Iterator[tuple[str, str]]:
     """What in a reading is worth a warning: a word for it, and the sentence."""
     if reading.nonfinite > 0:
-        yield "nonfinite", f"{reading.nonfinite:.0f} channels met values that are not finite"
+        yield "nonfinite", f"{_channels(reading.nonfinite)} met values that are not finite"
     if reading.exploding > 0:
-        yield "exploding", f"the scale of {reading.exploding:.0f} channels grew tenfold within {every} updates"
+        yield "exploding", f"the scale of {_channels(reading.exploding)} grew tenfold within {every} updates"
     if reading.dead > 0:
-        yield "dead", f"{reading.dead:.0f} channels are constant"
+        yield "dead", f"{_channels(reading.dead)} without variance"
     if reading.samples > 0 and reading.idle >= max(LONG_IDLE, 4 * every):
         yield "idle", f"{reading.idle:.0f} updates since its last commit: name its optimizer with streamnorm.bind"
+
+
+def _channels(number: float) -> str:
+    return "1 channel" if number == 1 else f"{number:.0f} channels"

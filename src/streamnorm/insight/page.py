@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .readings import Reading
-from .record import Record, Sample
+from .record import RUNNING, Record, Sample
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -42,9 +42,16 @@ def write(record: Record, path: Path) -> None:
         raise
 
 
-def render(record: Record) -> str:
-    """The page of a record, as text."""
-    data = json.dumps(_data(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+def embedded(record: Record, height: int = 640) -> str:
+    """The page of a record as an element for another page, such as a notebook; it does not refresh itself."""
+    style = f"width: 100%; height: {height}px; border: 0"
+    return f'<iframe srcdoc="{html.escape(render(record, live=False))}" style="{style}"></iframe>'
+
+
+def render(record: Record, live: bool = True) -> str:
+    """The page of a record, as text. While training runs it reads its file again, unless it is not ``live``."""
+    about = {"live": live and record.status == RUNNING}
+    data = json.dumps({**about, **_data(record)}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = _template().replace("{{title}}", html.escape(f"{record.model} · streamnorm"))
     return text.replace("{{data}}", data.replace("<", "\\u003c"))
 
