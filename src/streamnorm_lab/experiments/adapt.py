@@ -16,7 +16,6 @@ from typing_extensions import TypedDict
 from tyro import conf
 
 import streamnorm as sn
-from streamnorm.norm import streaming_layers
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.score import ACCURACY
 from streamnorm_lab.common.stats import interval
@@ -129,7 +128,7 @@ class Adapt(ConvExperiment):
         modes: dict[str, Evaluate] = {"as trained": _as_trained}
         if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
             modes |= {"each image": partial(_by_batch, size=1), "64 images": partial(_by_batch, size=64)}
-        if streaming_layers(model):
+        if any(isinstance(layer, sn.Norm) and layer.stream is not None for layer in model.modules()):
             modes["adapting"] = partial(_adapting, window=self.window)
         return modes
 

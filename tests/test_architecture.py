@@ -1,0 +1,127 @@
+"""Imports run one way, from the laboratory down to the formulas, and there is no circle.
+
+Read off the source, imports inside functions included. What is only imported for type checkers counts as well: it is
+knowledge of what lies above, too. Exceptions are listed until they are gone; one that is no longer needed fails.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src"
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+}
+
+ROOMS = {
+    "core": "core arguments moments normref saved_state stream",
+    "ops": "ops",
+    "training": "training accumulation agreement checkpoint ties updates watchdog",
+    "layers": "layers norm norm_act",
+    "recurrent": "recurrent",
+    "above": "conversion distributed insight statistics __init__",
+    "lab": "__main__",  # and all of streamnorm_lab
+}
+"""From the formulas up: the modules and packages of ``streamnorm`` in each room, which may import from the rooms before
+it. The command line and everything behind it is the laboratory."""
+
+UPWARDS = {
+    ("agreement", "norm"),
+    ("checkpoint", "norm"),
+    ("normref", "ops.spec"),
+    ("normref", "ops.tracing"),
+    ("saved_state", "norm"),
+    ("stream", "ops.spec"),
+    ("ties", "norm"),
+    ("updates", "norm"),
+    ("watchdog", "norm"),
+}
+"""Imports from a room above, in ``streamnorm``, that have yet to go."""
+
+CIRCULAR = {
+    ("streamnorm.ops.native", "streamnorm.ops"),
+    ("streamnorm_lab.experiments.experiment", "streamnorm_lab.analysis.results"),
+    ("streamnorm_lab.experiments.wording", "streamnorm_lab.analysis.results"),
+    ("streamnorm_lab.experiments.adapt", "streamnorm_lab.analysis.results"),
+}
+"""Imports that close a circle and have yet to go."""
+
+PUBLIC = {"streamnorm", "streamnorm.ops"}
+"""What the laboratory may import: the public names, and the switch between engines."""
+
+PRIVATE = {
+    ("streamnorm_lab.methods.streaming_sigma", "streamnorm.ops.plain"),  # a recursion like the reference's
+    ("streamnorm_lab.methods.streaming_sigma", "streamnorm.ops.spec"),
+    ("streamnorm_lab.methods.streaming_sigma", "streamnorm.updates"),
+}
+
+
+def imports(name: str) -> Iterator[str]:
+    """The modules of ours that a module imports."""
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found = (f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names)
+            yield from (module for module in found if module in MODULES)
+
+
+GRAPH = {name: set(imports(name)) - {name} for name in MODULES}
+EDGES = {(name, found) for name, all_found in GRAPH.items() for found in all_found}
+RANK = {name: rank for rank, names in enumerate(ROOMS.values()) for name in names.split()}
+
+
+def rank(name: str) -> int:
+    """The height of a module's room."""
+    package, _, rest = name.partition(".")
+    return max(RANK.values()) if package == "streamnorm_lab" else RANK[rest.partition(".")[0] or "__init__"]
+
+
+def without(edges: set[tuple[str, str]]) -> dict[str, set[str]]:
+    """The graph of all other imports."""
+    return {name: {module for module in found if (name, module) not in edges} for name, found in GRAPH.items()}
+
+
+def has_circle(graph: dict[str, set[str]]) -> str:
+    """The modules of a circle, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " imports ".join(reversed(error.args[1]))
+    return ""
+
+
+def test_every_module_has_a_room():
+    assert {name.split(".")[1] for name in MODULES if name.startswith("streamnorm.")} <= RANK.keys()
+
+
+def test_imports_run_downwards():
+    found = {(a.removeprefix("streamnorm."), b.removeprefix("streamnorm.")) for a, b in EDGES if rank(b) > rank(a)}
+    assert found == UPWARDS
+
+
+def test_there_is_no_circle():
+    upwards = {(f"streamnorm.{a}", f"streamnorm.{b}") for a, b in UPWARDS}
+    assert not has_circle(without(upwards | CIRCULAR))
+    for edge in CIRCULAR:
+        assert edge in EDGES, f"{edge} is gone: take it off the list"
+
+
+def test_the_library_never_imports_the_laboratory():
+    """But for ``python -m streamnorm``, which nothing imports."""
+    assert {a for a, b in EDGES if a.split(".")[0] == "streamnorm" and b.split(".")[0] == "streamnorm_lab"} == {
+        "streamnorm.__main__"
+    }
+    assert not [a for a, b in EDGES if b == "streamnorm.__main__"]
+
+
+def test_the_laboratory_uses_public_names():
+    ours = {(a, b) for a, b in EDGES if a.split(".")[0] == "streamnorm_lab" and b.split(".")[0] == "streamnorm"}
+    assert {(a, b) for a, b in ours if b not in PUBLIC} == PRIVATE
