@@ -32,10 +32,7 @@ it. The command line and everything behind it is the laboratory."""
 UPWARDS = {
     ("agreement", "norm"),
     ("checkpoint", "norm"),
-    ("normref", "ops.spec"),
-    ("normref", "ops.tracing"),
     ("saved_state", "norm"),
-    ("stream", "ops.spec"),
     ("ties", "norm"),
     ("updates", "norm"),
     ("watchdog", "norm"),
@@ -55,7 +52,7 @@ PUBLIC = {"streamnorm", "streamnorm.ops"}
 
 PRIVATE = {
     ("streamnorm_lab.methods.streaming_sigma", "streamnorm.ops.plain"),  # a recursion like the reference's
-    ("streamnorm_lab.methods.streaming_sigma", "streamnorm.ops.spec"),
+    ("streamnorm_lab.methods.streaming_sigma", "streamnorm.core.spec"),
     ("streamnorm_lab.methods.streaming_sigma", "streamnorm.updates"),
 }
 

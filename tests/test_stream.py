@@ -15,7 +15,7 @@ from torch import Tensor
 
 import streamnorm as sn
 from streamnorm import LpMoment, Stream, ops
-from streamnorm.ops.spec import State
+from streamnorm.core.spec import State
 
 # Constants
 

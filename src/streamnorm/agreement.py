@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
 from . import saved_state
-from .ops.spec import State
+from .core.spec import State
 
 if TYPE_CHECKING:
     from .norm import Norm

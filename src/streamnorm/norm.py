@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import agreement, arguments, checkpoint, ops, saved_state, updates
 from .agreement import Sync
+from .core.compiler import as_constant, as_leaf, is_symbolic
+from .core.spec import Formula, State, View
 from .moments import LpMoment
 from .normref import NormRef, RefName
 from .ops import joined
-from .ops.spec import Formula, State, View
-from .ops.tracing import as_constant, as_leaf, is_symbolic
 from .stream import IMAGE_WINDOW, WINDOW, Stream
 from .ties import Ties, is_collecting
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .core.compiler import as_leaf, is_symbolic
 from .norm import StreamingNorm2d
-from .ops.tracing import as_leaf, is_symbolic
 
 
 @arguments.explained

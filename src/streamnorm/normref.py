@@ -13,8 +13,8 @@ import torch
 from torch.compiler import is_compiling
 
 from . import arguments
-from .ops.spec import View
-from .ops.tracing import as_constant
+from .core.compiler import as_constant
+from .core.spec import View
 
 RefName = str | tuple[str, int]
 """``"channel"``, ``"layer"``, ``"position"`` or ``("group", g)``."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import agreement, arguments, updates
+from .core.spec import Formula
 from .norm import GeneralBatchNorm, Norm, streaming_layers
-from .ops.spec import Formula
 from .stream import Stream
 
 _AVERAGE_ALL = Stream(alpha=(0, 1), beta=(0, 0), kappa=(0, 1, 1, 0))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import arguments
+from ..core.spec import View
 from ..norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from ..norm_act import StreamingNormAct2d
 from ..normref import NormRef
-from ..ops.spec import View
 from ..recurrent.base import Normalized
 from . import comparison, foreign
 from .replace import move_hooks, move_parameters, replace

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import updates
+from ..core.spec import State
 from ..norm import Norm
-from ..ops.spec import State
 from ..recurrent.base import Normalized
 from ..stream import WINDOW
 from .readings import Reader, Reading

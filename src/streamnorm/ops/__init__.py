@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_exporting
 
+from ..core.spec import Formula, State, View
 from . import eager, gpu, native, plain, traced
 from .derivatives import is_recorded, refuse
-from .spec import Formula, State, View
 
 ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
 """From the fastest to the reference. Where a graph is being made, ``traced`` runs in their place."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ..core.spec import Formula, Mix, State, View
 from . import plain
 from .derivatives import Again, any_order
 from .plain import Scalar, at_least_one, elements, hide, mix, num_samples, running_average, wide
-from .spec import Formula, Mix, State, View
 
 NAME = "torch"
 

@@ -33,10 +33,10 @@ from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..core.spec import PRESENT_ONLY, Formula, State, View
 from . import eager
 from .derivatives import any_order
 from .plain import wide
-from .spec import PRESENT_ONLY, Formula, State, View
 
 NAME = "triton"
 

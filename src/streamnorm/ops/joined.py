@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.spec import Formula, State, View
 from .derivatives import first_order_only, is_recorded, refuse
 from .eager import _derivative_of_power, _keep_finite, mix_weights, slope_of
 from .plain import elements, hide, mix, num_samples, running_average, wide
-from .spec import Formula, State, View
 
 
 def normalize(

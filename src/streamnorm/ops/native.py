@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from ..core.spec import PRESENT_ONLY, Formula, State, View
 from . import eager, plain
 from .derivatives import Again, any_order
 from .plain import wide
-from .spec import PRESENT_ONLY, Formula, State, View
 
 NAME = "native"
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.spec import Formula, Mix, State, View
 from .derivatives import first_order_only
-from .spec import Formula, Mix, State, View
 
 NAME = "plain"
 

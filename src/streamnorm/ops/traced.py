@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.spec import Formula, State, View
 from . import eager
 from .plain import at_least_one, elements, hide, mix, num_samples, running_average, wide
-from .spec import Formula, State, View
 
 NAME = "traced"
 

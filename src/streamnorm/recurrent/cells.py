@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import arguments
-from ..ops.tracing import as_leaf, is_symbolic
+from ..core.compiler import as_leaf, is_symbolic
 from .base import Normalized
 from .norms import Factory, NormChoice, When
 from .steps import STEPS, Hidden, Weights

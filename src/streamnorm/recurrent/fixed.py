@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.compiler import HOOKS
 from ..norm import GeneralBatchNorm, Norm
-from ..ops.tracing import HOOKS
 from .fused import KNOWN
 from .norms import PerStepBatchNorm
 from .steps import Hidden, Norms, Weights

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import agreement, updates
+from ..core.compiler import HOOKS
 from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 from ..ops import plain
 from ..ops.derivatives import Again, any_order
-from ..ops.tracing import HOOKS
 from . import loop
 from .norms import PerStepBatchNorm, RecurrentBatchNorm
 from .steps import Hidden, Norms, Weights

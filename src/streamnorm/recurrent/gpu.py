@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.spec import Formula
 from ..norm import Norm
 from ..normref import NormRef
 from ..ops import gpu
 from ..ops.derivatives import any_order
-from ..ops.spec import Formula
 from . import fused
 from .steps import GATES, Hidden, Norms, Weights
 from .traced import Tensors

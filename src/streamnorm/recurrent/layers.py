@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import arguments, ops
-from ..ops.tracing import as_constant, as_leaf, is_symbolic
+from ..core.compiler import as_constant, as_leaf, is_symbolic
 from . import engines, fixed
 from .base import Normalized
 from .norms import Factory, NormChoice

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from ..core.spec import State
 from ..norm import GeneralBatchNorm, Norm, SampleNorm
 from ..normref import NormRef
 from ..ops.derivatives import any_order
 from ..ops.native import LIBRARY
-from ..ops.spec import State
 from . import fused
 from .norms import PerStepBatchNorm
 from .steps import GATES, Hidden, Norms, Weights

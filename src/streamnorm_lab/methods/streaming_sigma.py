@@ -15,8 +15,8 @@ from torch import Tensor
 
 import streamnorm as sn
 from streamnorm import updates
+from streamnorm.core.spec import View
 from streamnorm.ops import plain
-from streamnorm.ops.spec import View
 
 
 class StreamingSigma(sn.Norm):

@@ -1,0 +1,138 @@
+"""What an engine is told: the view of the input, the formula, and the state to advance.
+
+An engine is a module of ``streamnorm.ops`` with one function,
+
+    normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats) -> y
+
+that does all of a training step's normalization: statistics, output, the change of ``state``, and the same
+for the gradients when autograd delivers them. ``plain.normalize`` is the reference and says what each
+argument means; the other engines give what it gives, faster.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+Mix = tuple[float, float, float]
+"""Three weights that sum to one: of the long-term, the short-term and the present statistic."""
+
+PRESENT_ONLY: Mix = (0.0, 0.0, 1.0)
+
+
+class View(NamedTuple):
+    """An input seen as ``(A, G, B)``: G statistics, each collected over the A·B elements that share its index.
+
+    Splitting an axis never copies, so ``x.view(split)`` works for every memory layout. The axes ``kept`` index the
+    statistics in row-major order; all others are reduced over. ``axes`` tells where each axis comes from:
+    0 the samples, 1 the channels, 2 and more the spatial axes.
+    """
+
+    split: tuple[int, ...]
+    kept: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes of ``split`` that a statistic is collected over."""
+        return tuple(i for i in range(len(self.split)) if i not in self.kept)
+
+    @property
+    def stats_shape(self) -> tuple[int, ...]:
+        """The shape in which G statistics broadcast against ``x.view(split)``."""
+        return tuple(size if i in self.kept else 1 for i, size in enumerate(self.split))
+
+    @property
+    def channel_shape(self) -> tuple[int, ...]:
+        """The shape in which one value per channel broadcasts against ``x.view(split)``."""
+        return tuple(size if axis == 1 else 1 for size, axis in zip(self.split, self.axes, strict=True))
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """The shape in which one value per sample and place broadcasts against ``x.view(split)``."""
+        return tuple(1 if axis == 1 else size for size, axis in zip(self.split, self.axes, strict=True))
+
+    def per_channel(self, stats: Tensor) -> Tensor:
+        """One value per channel from one per statistic, where all axes kept come from the channels.
+
+        In memory of its own: ``torch.batch_norm`` reads running statistics as if they were contiguous.
+        """
+        return stats.view(self.stats_shape).expand(self.channel_shape).reshape(-1).contiguous()
+
+    @property
+    def num_stats(self) -> int:
+        """G, the number of statistics."""
+        return math.prod([self.split[i] for i in self.kept])
+
+    @property
+    def num_elements(self) -> int:
+        """n = A·B, the number of elements behind one statistic (without a mask)."""
+        return math.prod([self.split[i] for i in self.reduced])
+
+
+class Formula(NamedTuple):
+    """The constants of sections 2.2 and 2.3: all that a step needs to know and that does not change.
+
+    ``alpha`` and ``beta`` mix the statistics and their gradients, ``kappa`` says what a weight update keeps and
+    takes; with a ``window`` the three are None and follow from the samples seen. Without a stream alpha and beta
+    are ``PRESENT_ONLY`` and there is no kappa.
+    """
+
+    p: float
+    centered: bool
+    k: float
+    eps: float
+    alpha: Mix | None = PRESENT_ONLY
+    beta: Mix | None = PRESENT_ONLY
+    kappa: tuple[float, float, float, float] | None = None
+    window: float | None = None
+
+    def weights(self, samples: float, grad_samples: float) -> Weights:
+        """α, β and κ as they are after this many samples, and gradients of samples, since the last weight update.
+
+        Raises:
+            ValueError: without a stream.
+        """
+        if self.window is not None:
+            seen, seen_grad = samples / (self.window + samples), grad_samples / (self.window + grad_samples)
+            kept, kept_grad = math.exp(-samples / self.window), math.exp(-grad_samples / self.window)
+            kappa = (kept, 1 - kept, kept_grad, 1 - kept_grad)
+            return Weights((1 - seen, seen, 0.0), (1 - seen_grad, seen_grad, 0.0), kappa)
+        if self.alpha is None or self.beta is None or self.kappa is None:
+            raise ValueError("a formula without a stream has no memory")
+        return Weights(self.alpha, self.beta, self.kappa)
+
+
+class Weights(NamedTuple):
+    """How long-term, short-term and present are mixed at a use, and what a commit keeps and takes (section 2.4)."""
+
+    alpha: Mix
+    beta: Mix
+    kappa: tuple[float, float, float, float]
+
+    def memory(self, samples: float) -> float:
+        """The samples that the long-term average stands for where every weight update sees this many; maybe infinite.
+
+        A commit that replaces a share of 1 − κ1 by an average of S samples leads to an average of S/(1 − κ1).
+        """
+        return samples / (1 - self.kappa[0]) if self.kappa[0] < 1 else math.inf
+
+
+class State(NamedTuple):
+    """The long- and short-term averages of a stream, changed in place. Row 0 is mu's, row 1 is the moment's.
+
+    ``long``, ``short``, ``long_grad``, ``short_grad``: ``(2, G)``, float32 or float64.
+    ``count``, ``grad_count``: ``(G,)`` int64, elements since the last weight update.
+    ``samples``, ``grad_samples``: int64 scalars, samples since the last weight update.
+    """
+
+    long: Tensor
+    short: Tensor
+    long_grad: Tensor
+    short_grad: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple method of that name is of no use here
+    grad_count: Tensor
+    samples: Tensor
+    grad_samples: Tensor
