@@ -32,7 +32,6 @@ it. The command line and everything behind it is the laboratory."""
 UPWARDS = {
     ("agreement", "norm"),
     ("checkpoint", "norm"),
-    ("saved_state", "norm"),
     ("ties", "norm"),
     ("updates", "norm"),
     ("watchdog", "norm"),

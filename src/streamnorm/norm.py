@@ -467,7 +467,8 @@ class Norm(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         *_, error_msgs = args
-        faults = saved_state.prepare(self, state_dict, prefix, local_metadata.get("version"))
+        moment = None if self.stream is None else self.moment
+        faults = saved_state.prepare(self, moment, state_dict, prefix, local_metadata.get("version"))
         if faults:
             error_msgs.extend(faults)
             return

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .moments import LpMoment
-
-if TYPE_CHECKING:
-    from .norm import Norm
 
 VERSION = 2
 """Version of the state. Version 1 did not hold the moment."""
@@ -37,11 +34,14 @@ def as_tensor(moment: LpMoment, device: Any = None, dtype: torch.dtype | None = 
     return torch.tensor(values, device=device, dtype=dtype)
 
 
-def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int | None) -> list[str]:
+def prepare(
+    layer: nn.Module, moment: LpMoment | None, state_dict: dict[str, Any], prefix: str, version: int | None
+) -> list[str]:
     """Check a state that ``load_state_dict`` is about to load into a layer.
 
     Args:
         layer: the layer.
+        moment: of its stream; None if it has no stream.
         state_dict: may be changed: a state of version 1 is given the layer's own moment.
         prefix: of the layer's names in ``state_dict``.
         version: of the state, None where it is not known.
@@ -53,7 +53,7 @@ def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int |
     own = {name: state_dict[prefix + name] for name in names}
     readable = {name: t for name, t in own.items() if type(t) in (Tensor, nn.Parameter) and not t.is_meta}
     faults = _size_faults(layer, readable, prefix)
-    if faults or layer.stream is None:
+    if faults or moment is None:
         if "num_batches_tracked" in layer._buffers and (version is None or version < 2):  # a BatchNorm's of old
             tracked: Any = layer._buffers["num_batches_tracked"]
             known = torch.zeros_like(tracked, device="cpu") if tracked.is_meta else tracked
@@ -71,12 +71,10 @@ def prepare(layer: Norm, state_dict: dict[str, Any], prefix: str, version: int |
         ]
     faults = _value_faults(readable, prefix)
     if MOMENT in readable:
-        faults += _moment_faults(layer.moment, readable[MOMENT], prefix)
+        faults += _moment_faults(moment, readable[MOMENT], prefix)
     if MOMENT in readable or (MOMENT not in own and (version is None or version < 2)):
-        like = own.get("long", layer.long)
-        state_dict[prefix + MOMENT] = as_tensor(
-            layer.moment, like.device, torch.promote_types(like.dtype, torch.float32)
-        )
+        like: Any = own.get("long", layer._buffers["long"])
+        state_dict[prefix + MOMENT] = as_tensor(moment, like.device, torch.promote_types(like.dtype, torch.float32))
     return faults
 
 
