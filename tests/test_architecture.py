@@ -20,7 +20,7 @@ MODULES = {
 ROOMS = {
     "core": "core arguments moments normref saved_state stream",
     "ops": "ops",
-    "training": "training accumulation agreement checkpoint ties updates watchdog",
+    "training": "training accumulation agreement checkpoint runaway ties updates watchdog",
     "layers": "layers norm norm_act",
     "recurrent": "recurrent",
     "above": "conversion distributed insight statistics __init__",
@@ -32,6 +32,7 @@ it. The command line and everything behind it is the laboratory."""
 UPWARDS = {
     ("agreement", "norm"),
     ("checkpoint", "norm"),
+    ("runaway", "norm"),
     ("ties", "norm"),
     ("updates", "norm"),
     ("watchdog", "norm"),

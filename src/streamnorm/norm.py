@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.parallel import DistributedDataParallel
 
-from . import agreement, arguments, checkpoint, ops, saved_state, updates
+from . import agreement, arguments, checkpoint, ops, runaway, saved_state, updates
 from .agreement import Sync
 from .core.compiler import as_constant, as_leaf, is_symbolic
 from .core.spec import Formula, State, View
@@ -170,6 +170,7 @@ class Norm(nn.Module):
     def reset_stats(self) -> None:
         """Set the stream back to its prior."""
         if self.stream is not None:
+            runaway.forget(self)
             for buffer, fresh in zip(self.state, self.stream.new_state(1, None, torch.float64)):
                 buffer.copy_(fresh.expand_as(buffer))
             self.lp_moment.copy_(saved_state.as_tensor(self.moment))  # after to_empty

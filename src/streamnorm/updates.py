@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from . import agreement, ops, watchdog
+from . import agreement, ops, runaway, watchdog
 from .ops import traced
 from .ties import (
     Binding,
@@ -384,4 +384,9 @@ def commit_merged(layers: list[Norm]) -> None:
     for layer in layers:
         layer._ties.committed = True
     if layers:
-        ops.commit([(layer.state, layer.formula) for layer in layers])
+        uses = [(layer.state, layer.formula) for layer in layers]
+        if not ops.tells_signs(uses[0][0]):
+            runaway.look(layers)
+        signs = ops.commit(uses)
+        if signs:
+            runaway.judge(layers, signs)

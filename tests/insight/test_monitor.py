@@ -273,6 +273,7 @@ def test_copies_of_a_model_are_not_watched(how: Callable[[nn.Module], nn.Module]
         assert told(watching, "checkpoint") == []
 
 
+@pytest.mark.filterwarnings("ignore:.* runs away")
 def test_warnings_name_the_layer_once() -> None:
     model = network()
     with sn.monitor(model, every=1) as watching:

@@ -262,6 +262,7 @@ def test_before_the_first_update(status: str, browser: Browser, tmp_path: Path) 
     assert browser.errors == []
 
 
+@pytest.mark.filterwarnings("ignore:.* runs away")
 @needs_chromium
 def test_a_training_that_goes_wrong(browser: Browser, tmp_path: Path) -> None:
     """Values up to 1e30 and channels without a finite number: drawn, marked, and no script fails."""

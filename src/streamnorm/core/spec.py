@@ -136,3 +136,18 @@ class State(NamedTuple):
     grad_count: Tensor
     samples: Tensor
     grad_samples: Tensor
+
+
+class Sign(NamedTuple):
+    """What a commit saw of a stream where training may be running away.
+
+    ``use``: the number of the stream in the commit. ``before``, ``after``: the sum of its long-term moments.
+    ``missed``, ``missed_gradients``: how many statistics, and gradients of statistics, met nothing finite since the
+    last commit although there were samples.
+    """
+
+    use: int
+    before: float
+    after: float
+    missed: int
+    missed_gradients: int

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_exporting
 
-from ..core.spec import Formula, State, View
+from ..core.spec import Formula, Sign, State, View
 from . import eager, gpu, native, plain, traced
 from .derivatives import is_recorded, refuse
 
@@ -84,17 +84,29 @@ def function(x: Tensor, view: View, formula: Formula, state: State | None) -> An
     return eager._Normalize
 
 
-def commit(uses: Sequence[tuple[State, Formula]]) -> None:
+def tells_signs(state: State) -> bool:
+    """Whether ``commit`` of such a state looks for signs of training that runs away by itself."""
+    return _active[0] is native and state.long.is_cpu
+
+
+def commit(uses: Sequence[tuple[State, Formula]]) -> Sequence[Sign]:
     """Move the short-term averages of these streams into their long-term ones (design, section 2.4).
 
     A step that is taken on fake tensors changes no weight, and so commits no stream but fake ones.
+
+    Returns:
+        The signs of training that runs away, see :mod:`streamnorm.runaway`; none where there is nothing to say, and
+        from engines that do not look for them.
     """
     if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
         uses = [use for use in uses if type(use[0].long) is not Tensor]
-    if _active[0] is native and uses and uses[0][0].long.is_cuda:
+    if _active[0] is native:
+        if not (uses and uses[0][0].long.is_cuda):
+            return native.commit(uses)
         gpu.commit(uses)
     else:
         _active[0].commit(uses)
+    return ()
 
 
 def engines() -> dict[str, str]:

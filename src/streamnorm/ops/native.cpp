@@ -1666,8 +1666,43 @@ template <class F> void commit_half(F* lasting, F* recent, int64_t* count, int64
     }
   memset(count, 0, G * sizeof(int64_t));
 }
+// What a commit sees of a stream: the sum of its moments before and after, and how many statistics, and gradients of statistics,
+// met nothing finite since the last one.
+struct Seen {
+  double before, after;
+  int64_t missed[2];
+  bool leapt(double p) const { return after > 10 * before && after > pow(10, p) * before; }
+};
+template <class F> double sum(const F* values, int64_t n) {
+  F a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;  // one sum would wait for itself at every addition
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const F* v = values + i;
+    a += v[0], b += v[1], c += v[2], d += v[3], e += v[4], f += v[5], g += v[6], h += v[7];
+  }
+  for (; i < n; i++) a += values[i];
+  return (double)((a + b) + (c + d)) + ((e + f) + (g + h));
+}
+int64_t zeros(const int64_t* counts, int64_t n) {
+  int64_t a = 0, b = 0, c = 0, d = 0, i = 0;  // none is below 0: less one, only 0 has the sign
+  for (; i + 4 <= n; i += 4) a |= counts[i] - 1, b |= counts[i + 1] - 1, c |= counts[i + 2] - 1, d |= counts[i + 3] - 1;
+  for (; i < n; i++) a |= counts[i] - 1;
+  if ((a | b | c | d) >= 0) return 0;
+  int64_t found = 0;
+  for (i = 0; i < n; i++) found += counts[i] == 0;
+  return found;
+}
+template <class F> void commit_stream(const DLTensor* part, int64_t G, double keep, double take, bool grad, Seen& seen) {
+  F *lasting = (F*)part[0].data, *recent = (F*)part[1].data;
+  int64_t *count = (int64_t*)part[2].data, *samples = (int64_t*)part[3].data;
+  seen.missed[grad] = *samples > 0 ? zeros(count, G) : 0;
+  if (!grad) seen.before = sum(lasting + G, G);
+  commit_half(lasting, recent, count, G, keep, take);
+  if (!grad) seen.after = sum(lasting + G, G);
+  *samples = 0;
+}
 // False, with nothing changed, for a state that is not in plain CPU memory.
-bool commit_state(PyObject* state, const double* kappa, double window) {
+bool commit_state(PyObject* state, const double* kappa, double window, Seen& seen) {
   Half halves[2];
   DLTensor lasting, count;
   if (!halves[0].find(state, false) || !halves[1].find(state, true)) return false;
@@ -1678,32 +1713,37 @@ bool commit_state(PyObject* state, const double* kappa, double window) {
   if ((type != Type::f32 && type != Type::f64) || !halves[0].read(plan, type) || !halves[1].read(plan, type)) return false;
   for (int grad = 0; grad < 2; grad++) {
     const DLTensor* part = halves[grad].part;
-    int64_t* samples = (int64_t*)part[3].data;
-    double ratio = window > 0 ? (double)*samples / window : 0;
+    double ratio = window > 0 ? (double)*(int64_t*)part[3].data / window : 0;
     double keep = window > 0 ? exp(-ratio) : kappa[2 * grad], take = window > 0 ? -expm1(-ratio) : kappa[2 * grad + 1];
-    if (type == Type::f64) commit_half((double*)part[0].data, (double*)part[1].data, (int64_t*)part[2].data, plan.G, keep, take);
-    else commit_half((float*)part[0].data, (float*)part[1].data, (int64_t*)part[2].data, plan.G, keep, take);
-    *samples = 0;
+    if (type == Type::f64) commit_stream<double>(part, plan.G, keep, take, grad, seen);
+    else commit_stream<float>(part, plan.G, keep, take, grad, seen);
   }
   return true;
 }
 
-// commit([(state, (..., kappa, window)), ...]) -> those that it does not take. The last two items of a formula count.
+// commit([(state, (p, ..., kappa, window)), ...]) -> (those that it does not take, signs of a training that runs away: tuples of the
+// use's number and what was seen). The first and the last two items of a formula count.
 PyObject* commit(PyObject*, PyObject* uses) {
   if (!PyList_Check(uses)) return refuse("uses that are no list");
-  Reference rest(PyList_New(0));
-  for (Py_ssize_t i = 0; rest && i < PyList_Size(uses); i++) {
+  Reference rest(PyList_New(0)), signs(PyList_New(0));
+  for (Py_ssize_t i = 0; rest && signs && i < PyList_Size(uses); i++) {
     PyObject *use = PyList_GetItem(uses, i), *state_object = PyTuple_GetItem(use, 0), *formula = PyTuple_GetItem(use, 1);
     if (!formula) return nullptr;
     Py_ssize_t size = PyTuple_Size(formula);
-    PyObject *constants = PyTuple_GetItem(formula, size - 2), *span = PyTuple_GetItem(formula, size - 1);
-    if (!constants || !span) return nullptr;
-    double kappa[4] = {}, window = span == Py_None ? 0 : PyFloat_AsDouble(span);
+    PyObject *order = PyTuple_GetItem(formula, 0), *constants = PyTuple_GetItem(formula, size - 2), *span = PyTuple_GetItem(formula, size - 1);
+    if (!order || !constants || !span) return nullptr;
+    double p = PyFloat_AsDouble(order), kappa[4] = {}, window = span == Py_None ? 0 : PyFloat_AsDouble(span);
     for (int k = 0; span == Py_None && k < 4; k++) kappa[k] = PyFloat_AsDouble(PyTuple_GetItem(constants, k));
     if (PyErr_Occurred()) return nullptr;
-    if (!commit_state(state_object, kappa, window) && (PyErr_Occurred() || PyList_Append(rest, use))) return nullptr;
+    Seen seen = {};
+    if (!commit_state(state_object, kappa, window, seen)) {
+      if (PyErr_Occurred() || PyList_Append(rest, use)) return nullptr;
+    } else if (seen.leapt(p) || seen.missed[0] || seen.missed[1]) {
+      Reference sign(Py_BuildValue("(nddLL)", i, seen.before, seen.after, (long long)seen.missed[0], (long long)seen.missed[1]));
+      if (!sign || PyList_Append(signs, sign)) return nullptr;
+    }
   }
-  return rest.release();
+  return rest && signs ? Py_BuildValue("(OO)", (PyObject*)rest, (PyObject*)signs) : nullptr;
 }
 
 // setup(Tensor, Parameter, exchange, (empty_strided, dtypes, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from ..core.spec import PRESENT_ONLY, Formula, State, View
+from ..core.spec import PRESENT_ONLY, Formula, Sign, State, View
 from . import eager, plain
 from .derivatives import Again, any_order
 from .plain import wide
@@ -259,8 +259,9 @@ if _native is not None:
 _apply = super(torch.autograd.Function, _Normalize).apply
 
 
-def commit(uses: Sequence[tuple[State, Formula]]) -> None:
-    """As ``plain.commit``, in one call for all layers."""
-    rest = _native.commit([(state, (formula.kappa, formula.window)) for state, formula in uses])
+def commit(uses: Sequence[tuple[State, Formula]]) -> list[Sign]:
+    """As ``plain.commit``, in one call for all layers; and what signs there are of training that runs away."""
+    rest, signs = _native.commit(list(uses))
     if rest:
-        eager.commit([use for use in uses if any(use[0] is state for state, _ in rest)])
+        eager.commit(rest)
+    return [Sign(*sign) for sign in signs]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +159,8 @@ def train(
         began -= state.pop("seconds")
         training.load_state_dict(state)
     try:
-        _follow(training, experiment, log, began, tick)
+        with _noting_runaway(training) as ran_away:
+            _follow(training, experiment, log, began, tick)
         end: dict[str, Any] = {"status": "done", **_final_scores(training)}
         end.update(experiment.epilogue(training.model, data, run))
     except Diverged:
@@ -166,8 +169,32 @@ def train(
         if training.updates > 0:
             raise
         end = {"status": "fails", "reason": str(refusal)}
+    if ran_away:
+        end["ran_away"] = ran_away[0]
     seconds = round(time.monotonic() - began, 3)
     log.finish({**end, "updates": training.updates, experiment.unit: training.seen, "seconds": seconds})
+
+
+@contextmanager
+def _noting_runaway(training: Training) -> Iterator[list[int]]:
+    """Keep the warnings of layers that run away for the log: rates that are too high are tried here.
+
+    Yields:
+        The weight updates at which there was one.
+    """
+    updates: list[int] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Any, *rest: Any, **options: Any) -> None:
+            if " runs away: " in str(message):
+                updates.append(training.updates)
+            else:
+                show(message, *rest, **options)
+
+        warnings.filterwarnings("always", message=".* runs away: ")
+        warnings.showwarning = note
+        yield updates
 
 
 def _follow(training: Training, experiment: Experiment[Any], log: RunLog, began: float, tick: Tick) -> None:

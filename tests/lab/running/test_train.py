@@ -163,6 +163,16 @@ def test_a_diverging_run_stops_and_counts_as_guessing(make_experiment, data, tmp
     json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1], parse_constant=lambda name: pytest.fail(name))
 
 
+@pytest.mark.parametrize(("rate", "away"), [(30.0, True), (0.01, False)])
+def test_the_log_says_when_a_layer_ran_away(make_experiment, data, tmp_path, rate, away):
+    logged = finish(
+        make_experiment(epochs=4), Run("final", "streaming-l1", "1x1", rate, 0), data, tmp_path / "log.jsonl"
+    )
+    assert ("ran_away" in logged.end) == away
+    if away:
+        assert 0 < logged.end["ran_away"] <= logged.end["updates"]
+
+
 def test_another_error_is_not_taken_for_a_result(make_experiment, data, tmp_path, monkeypatch):
     calls = []
 

@@ -1,0 +1,178 @@
+"""Training that runs away: said once for each layer, as soon as its statistics show it.
+
+A learning rate that is too high ends in statistics of 1e28 and then NaN within a few weight updates. Two signs of it
+are looked for where layers commit, and neither is seen in training that goes well (docs/monitoring.md says how
+that was measured):
+
+- The long-term scale *leaps*: one weight update makes it more than ten times as large, and ten times as large as the
+  last leap did. After a jump of the data, however large, a long-term average at most doubles from one update to the
+  next (its growth is 1 + κ1 for data that stay as they are), so that a few leaps are growth that feeds itself.
+- Between two weight updates a statistic, or its gradient, meets nothing that is finite, and so stays as it was.
+
+The C++ engine adds both up while it commits. On the others a layer is looked at every sixteenth commit; an accelerator
+is not waited for, its answer is read at the next look.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .core.spec import Sign
+
+if TYPE_CHECKING:
+    from .norm import Norm
+
+TIMES = 3
+"""How often a sign is seen before it is believed. The first leap may be that from the prior to the data."""
+
+LEAP = 10.0
+"""By how much the scale has grown where it leapt."""
+
+EVERY = 16
+"""On engines that do not tell signs by themselves, every how many commits is looked."""
+
+
+@dataclass
+class _Record:
+    """What has been seen of a layer: its signs, its level at the last look, and after its last leap."""
+
+    leaps: int = 0
+    missed: int = 0
+    missed_gradients: int = 0
+    level: float = 0.0
+    peak: float = 0.0
+    told: bool = False
+
+
+_records: weakref.WeakKeyDictionary[Norm, _Record] = weakref.WeakKeyDictionary()
+"""Of layers that gave a sign, or were looked at."""
+
+_unread: dict[torch.device, tuple[list[weakref.ref[Norm]], Tensor, Any]] = {}
+"""What an accelerator was asked for at the last look."""
+
+_commits = count(1)
+
+
+def forget(layer: Norm) -> None:
+    """Start over with a layer whose statistics start over."""
+    _records.pop(layer, None)
+
+
+def look(layers: Sequence[Norm]) -> None:
+    """Look at layers that are about to commit on an engine that tells no signs; at most commits this does nothing."""
+    if next(_commits) % EVERY or torch._C._len_torch_dispatch_stack() or _is_capturing():
+        return
+    by_device: dict[torch.device, list[Norm]] = {}
+    for layer in layers:
+        by_device.setdefault(layer.long.device, []).append(layer)
+    for device, members in by_device.items():
+        if device.type == "cpu":
+            _judge_levels(members, _measure(members))
+        elif device.type != "meta":
+            _judge_later(device, members)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def judge(layers: Sequence[Norm], signs: Sequence[Sign]) -> None:
+    """Take in the signs of a commit of these layers, and say once of each layer that it runs away."""
+    running = []
+    for sign in signs:
+        layer = layers[sign.use]
+        record = _records.setdefault(layer, _Record())
+        root = 1 / layer.formula.p
+        if sign.after**root > LEAP * max(sign.before, record.peak) ** root:
+            record.leaps, record.peak = record.leaps + 1, sign.after
+        record.missed += _is_missed(layer, sign.missed)
+        record.missed_gradients += _is_missed(layer, sign.missed_gradients)
+        if max(record.leaps, record.missed, record.missed_gradients) >= TIMES and not record.told:
+            record.told = True
+            running.append((_name(layer), _describe(layer, record, sign)))
+    if running:
+        (name, what), *others = running
+        also = ", ".join(other for other, _ in others)
+        warnings.warn(f"{name} runs away: {what}{f'. At the same update: {also}' if also else ''}", stacklevel=2)
+
+
+def _is_missed(layer: Norm, statistics: int) -> bool:
+    """Whether so many statistics without a finite value mean anything: a mask may hide a place from its own."""
+    return statistics > 0 if layer.ref.spans_places else statistics == layer.count.numel()
+
+
+@torch.no_grad()
+def _measure(layers: Sequence[Norm]) -> Tensor:
+    """For each layer the sum of its long-term moments, and how many statistics and gradients met nothing finite."""
+    levels = torch._foreach_norm([layer.long[1] for layer in layers], 1)
+    rows = [
+        torch.stack(
+            [level.double(), _missed(layer.count, layer.samples), _missed(layer.grad_count, layer.grad_samples)]
+        )
+        for layer, level in zip(layers, levels)
+    ]
+    return torch.stack(rows)
+
+
+def _missed(counts: Tensor, samples: Tensor) -> Tensor:
+    return ((counts == 0) & (samples > 0)).sum().double()
+
+
+def _judge_levels(layers: Sequence[Norm], measured: Tensor) -> None:
+    signs = []
+    for i, (layer, (level, missed, missed_gradients)) in enumerate(zip(layers, measured.tolist())):
+        record = _records.setdefault(layer, _Record())
+        signs.append(Sign(i, record.level, level, int(missed), int(missed_gradients)))
+        record.level = level
+    judge(layers, signs)
+
+
+def _judge_later(device: torch.device, layers: Sequence[Norm]) -> None:
+    """Ask an accelerator, and read what it was asked at the last look, if it has answered."""
+    earlier = _unread.pop(device, None)
+    measured = _measure(layers)
+    host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=device.type == "cuda")
+    host.copy_(measured, non_blocking=True)
+    answered = torch.Event(device)
+    answered.record()
+    _unread[device] = [weakref.ref(layer) for layer in layers], host, answered
+    if earlier is not None and earlier[2].query():
+        known = [(layer, row) for reference, row in zip(*earlier[:2]) if (layer := reference()) is not None]
+        if known:
+            _judge_levels([layer for layer, _ in known], torch.stack([row for _, row in known]))
+
+
+def _name(layer: Norm) -> str:
+    return f"{layer._name} ({type(layer).__name__})" if layer._name else repr(layer)
+
+
+def _describe(layer: Norm, record: _Record, sign: Sign) -> str:
+    memory = (
+        f"window, now {layer.formula.window:g}" if layer.formula.window else "alpha and kappa, the weights of the past"
+    )
+    mend = (
+        "Lower the learning rate (one for 32 samples per weight update is about 32 times too high for single samples), "
+        f"or shorten the memory of the statistics ({memory})"
+    )
+    if record.leaps >= TIMES:
+        size, root = layer.count.numel(), 1 / layer.formula.p
+        before, after = ((level / size) ** root * layer.formula.k for level in (sign.before, sign.after))
+        return (
+            f"its scale leapt {record.leaps} times to more than {LEAP:g} times what it was, the last time "
+            f"from {before:.3g} to {after:.3g}, which ends in NaN. {mend}"
+        )
+    kind, number = ("", sign.missed) if record.missed >= TIMES else ("gradients of its ", sign.missed_gradients)
+    overflow = f", or take a smaller p: |x|^{layer.formula.p:g} overflows early" if layer.formula.p > 2 else ""
+    return (
+        f"for the {TIMES}rd weight update, NaN and infinity were all that {kind}statistics met ({number} of "
+        f"{layer.count.numel()}), and these stay as they were. Look for the first of them in the data, the weights and "
+        f"the loss. {mend}{overflow}"
+    )
