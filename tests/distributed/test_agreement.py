@@ -185,3 +185,26 @@ def two_optimizers(rank: int) -> list[torch.Tensor]:
 def test_two_optimizers(processes: Processes) -> None:
     first, second = processes(two_optimizers)
     assert all(a.equal(b) for a, b in zip(first, second))
+
+
+def sharded_optimizer(rank: int, affine: bool) -> list[torch.Tensor]:
+    """Inside its step each process steps an optimizer over a part of the parameters, each over another part."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # whose import warns
+
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(5, 5), sn.StreamingNorm1d(5, affine=affine), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(*blocks)
+    trained = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(trained.parameters(), optimizer_class=SGD, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        trained(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        assert all(int(layer.samples) == 0 for layer in model.modules() if isinstance(layer, sn.Norm))
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_optimizer_that_is_sharded(processes: Processes, affine: bool) -> None:
+    first, second = processes(sharded_optimizer, affine)
+    assert all(a.equal(b) for a, b in zip(first, second))

@@ -180,3 +180,26 @@ def test_what_is_refused(model: nn.Module, arguments: dict[str, Any], message: s
     with pytest.raises(ValueError, match=message):
         sn.synchronize(model, **arguments)
     assert all(layer._sync.every == "update" for layer in model.modules() if isinstance(layer, sn.Norm))
+
+
+def two_passes(rank: int, joint: bool) -> list[Tensor]:
+    torch.manual_seed(rank)
+    layer = sn.synchronize(sn.StreamingNorm2d(4).double(), "batch")
+    for _ in range(2):
+        x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+        dys = torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)
+        y = layer(x)
+        if joint:
+            y.backward(dys.sum(0))
+        else:
+            y.backward(dys[0], retain_graph=True)
+            y.backward(dys[1])
+        sn.commit(layer)
+    assert x.grad is not None
+    return [x.grad, *(tensor.clone() for tensor in layer.state)]
+
+
+def test_two_backward_passes_are_one_through_the_sum(processes: Processes) -> None:
+    for ours, theirs in zip(processes(two_passes, False), processes(two_passes, True)):
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b)

@@ -11,6 +11,8 @@ from integrations import loops
 from integrations.training import assert_same_state
 from torch import nn
 
+import streamnorm as sn
+
 pytestmark = pytest.mark.integration("accelerate")
 
 
@@ -23,7 +25,12 @@ def _new_runtime() -> None:
 
 
 def accelerated(
-    accumulate: int, clip: float | None = None, folder: Path | None = None, stop: int | None = None, **options: Any
+    accumulate: int,
+    clip: float | None = None,
+    folder: Path | None = None,
+    stop: int | None = None,
+    bind: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """An epoch; with a folder, saved there and stopped after ``stop`` mini-batches, or taken up from there."""
     from accelerate import Accelerator
@@ -31,6 +38,8 @@ def accelerated(
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **options)
     plain = loops.network()
     model, optimizer, batches = accelerator.prepare(plain, loops.make_optimizer(plain), loops.loader())
+    if bind:
+        sn.bind(model, optimizer)
     model.train()
     done = 0
     if folder is not None and stop is None:
@@ -74,3 +83,8 @@ def test_mixed_precision() -> None:
 def test_checkpoint_and_resume(tmp_path: Path) -> None:
     accelerated(3, folder=tmp_path, stop=6)
     assert_same_state(accelerated(3, folder=tmp_path), loops.by_hand(accumulate=3))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_bound_to_the_prepared_optimizer(accumulate: int) -> None:
+    assert_same_state(accelerated(accumulate, bind=True), loops.by_hand(accumulate=accumulate))

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from integrations import loops
-from integrations.training import assert_same_state
+from integrations.training import assert_same_state, layers
 from torch import Tensor, nn
+
+import streamnorm as sn
 
 pytestmark = pytest.mark.integration("lightning")
 
@@ -131,3 +133,45 @@ def test_an_exponential_average(tmp_path: Path) -> None:
         }
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, average[name], msg=name)
+
+
+def test_bound_to_the_wrapped_optimizer(tmp_path: Path) -> None:
+    """``self.optimizers()`` gives wrappers."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    bind = LambdaCallback(on_fit_start=lambda _, module: sn.bind(module.model, module.optimizers()))
+    model = fitted(tmp_path, callbacks=[bind], accumulate_grad_batches=3)
+    assert_same_state(model, loops.by_hand(accumulate=3))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_two_networks_whose_gradients_are_toggled(tmp_path: Path, affine: bool) -> None:
+    """The generator's turn comes first, with the critic's parameters frozen."""
+    import lightning
+
+    def network(outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 6), sn.StreamingNorm1d(6, affine=affine), nn.Linear(6, outputs))
+
+    class Adversarial(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator, self.critic = network(8), network(1)
+            self.automatic_optimization = False
+            self.waiting: list[list[int]] = []
+
+        def training_step(self, batch: Any, index: int) -> None:
+            for number, optimizer in enumerate(self.optimizers()):
+                with optimizer.toggle_model():
+                    fake = self.generator(batch[0])
+                    self.manual_backward(self.critic(fake if number == 0 else fake.detach()).mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                self.waiting.append([int(layer.samples) for layer in layers(self)])
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(model.parameters(), lr=0.01) for model in (self.generator, self.critic)], []
+
+    module = Adversarial()
+    data = torch.utils.data.TensorDataset(torch.randn(12, 8))
+    trainer(tmp_path).fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+    assert module.waiting == [[0, 4], [4, 0]] * 3

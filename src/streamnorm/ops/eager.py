@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 
 from ..core.spec import Formula, Mix, State, View
 from . import plain
+from .another_pass import counting_once
 from .derivatives import Again, any_order
 from .plain import Scalar, at_least_one, elements, hide, mix, num_samples, running_average, wide
 
@@ -122,7 +123,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @any_order(again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *gradients(ctx, dy), None, None, None, None, None, None
+        with counting_once(ctx):
+            return *gradients(ctx, dy), None, None, None, None, None, None
 
 
 def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -35,6 +35,7 @@ from torch.utils._device import DeviceContext
 
 from ..core.spec import PRESENT_ONLY, Formula, State, View
 from . import eager
+from .another_pass import counting_once
 from .derivatives import any_order
 from .plain import wide
 
@@ -382,24 +383,30 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0] or type(dy) is not Tensor or torch._C._are_functorch_transforms_active():
             return eager._Normalize.backward(ctx, dy)
-        x, weight, _, saved = ctx.saved_tensors
-        state = ctx.state
-        x, layout = _dense(x)
-        plan: _Plan = ctx.plan
-        if layout != plan.layout:  # hooks on saved tensors bring x back as they like, such as torch's save_on_cpu
-            plan = _plan(layout, ctx.view, ctx.formula, x.dtype, x.device, state is not None)
-        if dy.stride() != x.stride() or dy.is_neg():
-            dy = torch.empty_like(x).copy_(dy)
-        with _device(x):
-            if state is not None:
-                state.grad_samples.add_(ctx.samples)
-            wants_weight = weight is not None and ctx.needs_input_grad[1]
-            wants_bias = ctx.has_bias and ctx.needs_input_grad[2]
-            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants_weight else None
-            dbias = torch.empty(x.shape[1], dtype=saved.dtype, device=x.device) if wants_bias else None
-            scale = None if ctx.grad_scale is None else ctx.grad_scale.to(x.device)
-            dx = _backward(plan, x, dy, _flat(weight), dweight, dbias, saved, state, scale)
-        return dx, dweight, dbias, None, None, None, None, None, None
+        with counting_once(ctx):
+            return *_gradients(ctx, dy), None, None, None, None, None, None
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As ``eager.gradients``."""
+    x, weight, _, saved = ctx.saved_tensors
+    state = ctx.state
+    x, layout = _dense(x)
+    plan: _Plan = ctx.plan
+    if layout != plan.layout:  # hooks on saved tensors bring x back as they like, such as torch's save_on_cpu
+        plan = _plan(layout, ctx.view, ctx.formula, x.dtype, x.device, state is not None)
+    if dy.stride() != x.stride() or dy.is_neg():
+        dy = torch.empty_like(x).copy_(dy)
+    with _device(x):
+        if state is not None:
+            state.grad_samples.add_(ctx.samples)
+        wants_weight = weight is not None and ctx.needs_input_grad[1]
+        wants_bias = ctx.has_bias and ctx.needs_input_grad[2]
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants_weight else None
+        dbias = torch.empty(x.shape[1], dtype=saved.dtype, device=x.device) if wants_bias else None
+        scale = None if ctx.grad_scale is None else ctx.grad_scale.to(x.device)
+        dx = _backward(plan, x, dy, _flat(weight), dweight, dbias, saved, state, scale)
+    return dx, dweight, dbias
 
 
 def _refuse_other_devices(x: Tensor, *others: Tensor | None) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.spec import Formula, State, View
+from .another_pass import counting_once
 from .derivatives import first_order_only, is_recorded, refuse
 from .eager import _derivative_of_power, _keep_finite, mix_weights, slope_of
 from .plain import elements, hide, mix, num_samples, running_average, wide
@@ -125,7 +126,8 @@ class _Normalize(torch.autograd.Function):
             if weight is not None:
                 g = g * weight.to(g.dtype).view(view.channel_shape)
             u = _derivative_of_power(from_mu if formula.centered else v, formula.p)
-            dx = hide(_input_gradient(ctx, g, from_mu, u, inverse, slope), keep).reshape(x.shape).to(x.dtype)
+            with counting_once(ctx):
+                dx = hide(_input_gradient(ctx, g, from_mu, u, inverse, slope), keep).reshape(x.shape).to(x.dtype)
         return dx, dweight, dbias, *(None,) * 7
 
 

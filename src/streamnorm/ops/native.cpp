@@ -1425,8 +1425,10 @@ bool execute(Call& call, int64_t numel, bool forward) {
   return enough;
 }
 
-// (3, G), then a copy of the gain, and room to read the last values as a whole pack.
+// (3, G), then a copy of the gain, and room to read the last values as a whole pack. The last byte tells whether a gradient
+// has reached the stream: what another pass through the same graph adds was counted with the first.
 Py_ssize_t saved_size(const Plan& plan, Type wide) { return (3 * plan.G + plan.channels) * bytes(wide) + 64; }
+char& was_passed(PyObject* saved) { return PyBytes_AsString(saved)[PyBytes_Size(saved) - 1]; }
 char* saved_gain(const Plan& plan, Type wide, void* saved) { return (char*)saved + 3 * plan.G * bytes(wide); }
 // A bytes object for it: one of the last calls' that nobody holds any more, since to allocate a few kilobytes takes as
 // long as to normalize them.
@@ -1541,6 +1543,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   call.y = y.data;
   call.saved = PyBytes_AsString(saved);
+  was_passed(saved) = 0;
   if (call.weight) {
     char* gain = saved_gain(*plan, wide, call.saved);
     if (weight_type == wide) memcpy(gain, call.weight, plan->channels * bytes(wide));
@@ -1567,14 +1570,18 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return inputs && !PyObject_SetAttr(ctx, name_to_save, inputs) ? output.release() : nullptr;
 }
 
-// The gradients for (x, weight, bias, call), or null: with Unsupported where dy is not for C++, and nothing has changed.
-PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
-  Reference inputs(PyObject_GetAttr(ctx, name_saved_tensors));  // by activation checkpointing, which may have something to say
-  if (!inputs) return nullptr;
+// The gradients for (x, weight, bias, call), or null: with Unsupported where dy, or a pass that is not the first, is not for
+// C++, and nothing has changed.
+PyObject* gradients(PyObject* ctx, PyObject* dy_object, bool first_only) {
   Reference kept(PyObject_GetAttr(ctx, name_kept)), needs(PyObject_GetAttr(ctx, name_needs));
   if (!kept || !needs) return nullptr;
   PyObject *saved = PyTuple_GetItem(kept, kept_saved), *grad_scale = PyTuple_GetItem(kept, kept_grad_scale),
-           *weight = PyTuple_GetItem(kept, kept_weight), *bias = PyTuple_GetItem(kept, kept_bias), *x_object = PyTuple_GetItem(inputs, 0);
+           *weight = PyTuple_GetItem(kept, kept_weight), *bias = PyTuple_GetItem(kept, kept_bias);
+  const bool streams = PyTuple_Size(kept) > kept_half;
+  if (streams && first_only && was_passed(saved)) return refuse("another pass through one graph");
+  Reference inputs(PyObject_GetAttr(ctx, name_saved_tensors));  // once: activation checkpointing may have something to say
+  if (!inputs) return nullptr;
+  PyObject* x_object = PyTuple_GetItem(inputs, 0);
   Plan* plan = get_plan(PyTuple_GetItem(kept, kept_plan));
   if (!plan || !bias || !x_object) return nullptr;
   DLTensor x, dy, t;
@@ -1598,7 +1605,6 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
     call.grad_scale = number(t.data, type_of(t), 0);
   }
   Half half;
-  const bool streams = PyTuple_Size(kept) > kept_half;
   for (int i = 0; streams && i < 4; i++) half.tensors[i] = PyTuple_GetItem(kept, kept_half + i);
   if (streams && !half.read(*plan, wide)) return refuse("this state");
 
@@ -1621,7 +1627,10 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object) {
   }
   if (call.dx) {
     memcpy(call.mix, plan->formula.beta, sizeof call.mix);
-    if (streams) half.use(*plan, call);
+    if (streams) {
+      half.use(*plan, call);
+      was_passed(saved) = 1;
+    }
   }
   return execute(call, plan->numel, false) ? result.release() : nullptr;
 }
@@ -1633,7 +1642,7 @@ PyObject* apply(PyObject* ctx, PyObject* const* args, Py_ssize_t count) {
   int tangents = has_tangents();
   if (tangents < 0) return nullptr;
   if (recording == Py_False && !tangents) {
-    PyObject* result = gradients(ctx, args[0]);
+    PyObject* result = gradients(ctx, args[0], true);
     if (result || !PyErr_ExceptionMatches(unsupported)) return result;
     PyErr_Clear();
   }
@@ -1641,7 +1650,7 @@ PyObject* apply(PyObject* ctx, PyObject* const* args, Py_ssize_t count) {
 }
 // backward(ctx, dy) -> gradients; raises Unsupported where dy is not for C++
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return count == 2 ? gradients(args[0], args[1]) : refuse("these arguments");
+  return count == 2 ? gradients(args[0], args[1], false) : refuse("these arguments");
 }
 PyMethodDef apply_method = {"apply", (PyCFunction)(void (*)(void))apply, METH_FASTCALL, nullptr};
 

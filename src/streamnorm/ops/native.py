@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from ..core.spec import PRESENT_ONLY, Formula, Sign, State, View
 from . import eager, plain
+from .another_pass import AnotherPass
 from .derivatives import Again, any_order
 from .plain import wide
 
@@ -215,10 +216,43 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @any_order(_again)
     def backward(ctx: Any, dy: Tensor) -> Any:
-        try:
-            return _native.backward(ctx, dy)
-        except _native.Unsupported:
-            return _backward_in_pytorch(ctx, dy)
+        if len(ctx.kept) > _KEPT_HALF and ctx.kept[1][-1] and ctx.needs_input_grad[0]:  # C++ marks the last byte
+            return _another_pass(ctx, dy)
+        return _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> Any:
+    try:
+        return _native.backward(ctx, dy)
+    except _native.Unsupported:
+        return _backward_in_pytorch(ctx, dy)
+
+
+def _another_pass(ctx: Any, dy: Tensor) -> Any:
+    """Another pass through a graph that was kept, after one whose gradients have reached the stream."""
+    saved_tensors, state = ctx.saved_tensors, _gradient_state(ctx.kept)
+    assert state is not None
+    another = AnotherPass(state, ctx.kept[0].view.num_elements, saved_tensors[0].shape[0])
+    scratch = another.scratch
+    half = scratch.long_grad, scratch.short_grad, scratch.grad_count, scratch.grad_samples
+    stand_in = SimpleNamespace(
+        kept=(*ctx.kept[:_KEPT_HALF], *half), saved_tensors=saved_tensors, needs_input_grad=ctx.needs_input_grad
+    )
+    gradients = _backward(stand_in, dy)
+    another.finish()
+    return gradients
+
+
+_KEPT_HALF = 5
+"""Where the gradient half of the state begins in what is kept for a backward pass."""
+
+
+def _gradient_state(kept: tuple[Any, ...]) -> State | None:
+    """A state of which the gradient half may be read, or None where there is no stream."""
+    if len(kept) == _KEPT_HALF:
+        return None
+    lasting, recent, count, samples = kept[_KEPT_HALF:]
+    return State(lasting, recent, lasting, recent, count, count, samples, samples)
 
 
 def _saved_values(ctx: Any) -> Tensor:
@@ -229,21 +263,17 @@ def _saved_values(ctx: Any) -> Tensor:
 
 def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
     """For an output gradient that is no plain tensor."""
-    (_, view, formula), _, grad_scale, weight, bias, *half = ctx.kept
+    (_, view, formula), _, grad_scale, weight, bias, *_ = ctx.kept
     (x,), values = ctx.saved_tensors, _saved_values(ctx)
     statistics = values[: 3 * view.num_stats].view(3, -1)
     if weight is not None:
         weight = values[3 * view.num_stats :][: len(weight)].to(weight.dtype)
-    state = None
-    if half:
-        lasting, recent, count, samples = half
-        state = State(lasting, recent, lasting, recent, count, count, samples, samples)  # read are the gradients' only
     stand_in = SimpleNamespace(
         saved_tensors=(x, weight, None, statistics),
         needs_input_grad=ctx.needs_input_grad,
         view=view,
         formula=formula,
-        state=state,
+        state=_gradient_state(ctx.kept),
         grad_scale=grad_scale,
         n=view.num_elements,
         samples=x.shape[0],

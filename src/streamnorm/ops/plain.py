@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.spec import Formula, Mix, State, View
+from .another_pass import AnotherPass
 from .derivatives import first_order_only
 
 NAME = "plain"
@@ -109,6 +110,8 @@ class _Use:
         self.finite = torch.ones_like(state.count, dtype=torch.bool)
         state.samples.add_(samples)
         self.alpha = mix_weights(formula.alpha, formula.window, state.samples)
+        self.passes = 0
+        self.another: AnotherPass | None = None
 
     def statistic(self, b: Tensor, row: int) -> Tensor:
         """What a use sees: α1·long + α2·short + α3·b. After mu comes m, and then short takes both in."""
@@ -122,7 +125,10 @@ class _Use:
 
     def gradient(self, total: Tensor, row: int) -> Tensor:
         """The streaming gradient. m's arrives before mu's, and short_grad takes both in after mu's."""
-        state = self.state
+        if row == 1:
+            self.passes += 1
+            self.another = AnotherPass(self.state, self.n, self.samples) if self.passes > 1 else None
+        state = self.state if self.another is None else self.another.scratch
         if row == 1:
             state.grad_samples.add_(self.samples)
             self.beta = mix_weights(self.formula.beta, self.formula.window, state.grad_samples)
@@ -138,6 +144,8 @@ class _Use:
         else:
             finite = self.finite & self.seen[0].isfinite() & self.seen[1].isfinite()
             keep_finite(state.short_grad, state.grad_count, self.fresh, self.n, finite)
+            if self.another is not None:
+                self.another.finish()
         if self.grad_scale is not None:
             mixed = mixed * self.grad_scale.to(g.dtype)
         return (mixed * at_least_one(self.n)).view(total.shape)

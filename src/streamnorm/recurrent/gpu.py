@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.spec import Formula
+from ..core.spec import Formula, State
 from ..norm import Norm
 from ..normref import NormRef
 from ..ops import gpu
+from ..ops.another_pass import another_pass
 from ..ops.derivatives import any_order
 from . import fused
 from .steps import GATES, Hidden, Norms, Weights
@@ -140,6 +141,7 @@ class _Run:
 
     def __init__(self, kind: str, sizes: list[int], norms: Norms, t: Tensors) -> None:
         self.kind, self.sizes, self.norms = kind, sizes, norms
+        self.was_passed = False
         self.formulas = [norm.formula if isinstance(norm, Norm) else None for norm in norms[:2]]
         self.starts = [0, *accumulate(sizes)]
         self.hidden, self.features = t.w_hh.shape[1], GATES[kind] * t.w_hh.shape[1]
@@ -210,8 +212,13 @@ class _Run:
         flows_into_x, first_flows = needs.data or needs.w_ih, needs.w_hh or needs.h
         d_x, d_h = torch.empty_like(self.x.products), torch.empty_like(self.h.products)
         into_x, into_h = self._into(d_x if flows_into_x else None, d_h)
-        x, h = (_backward_stream(path, norm) for path, norm in zip((self.x, self.h), self.norms))
         constants, total, d_products = self._constants("beta"), self.starts[-1], d_h.split(self.sizes)
+        uses = total if flows_into_x else 0, total if first_flows else total - self.sizes[0]
+        streams = [norm.state if isinstance(norm, Norm) else None for norm in self.norms[:2]]
+        others = [another_pass(state, n) if self.was_passed else None for state, n in zip(streams, uses)]
+        self.was_passed = True
+        now = (state if other is None else other.scratch for state, other in zip(streams, others))
+        x, h = (_backward_stream(path, state) for path, state in zip((self.x, self.h), now))
         for number in reversed(range(len(self.sizes))):
             into = (into_x, into_h if number > 0 or first_flows else into_h._replace(dx=None))
             states = (output, self.cells, *self._states_before(number, output))
@@ -220,9 +227,10 @@ class _Run:
             _launch("backward_step", self.cut, arguments, constants)
             if number > 0 or needs.h:
                 d_hidden[: self.sizes[number]].addmm_(d_products[number], t.w_hh)
-        if flows_into_x:
-            _count(x, total)
-        _count(h, total if first_flows else total - self.sizes[0])
+        for path, n, other in zip((x, h), uses, others):
+            _count(path, n)
+            if other is not None:
+                other.finish()
 
         found = {"gain_ih": into_x.d_gain, "b_ih": into_x.d_bias, "gain_hh": into_h.d_gain, "b_hh": into_h.d_bias}
         found["h"] = d_hidden
@@ -256,10 +264,9 @@ def _forward_stream(path: _Path, norm: nn.Module | None) -> _Path:
     return path._replace(long=state.long, short=state.short, count=state.count, samples=state.samples)
 
 
-def _backward_stream(path: _Path, norm: nn.Module | None) -> _Path:
-    if not isinstance(norm, Norm):
+def _backward_stream(path: _Path, s: State | None) -> _Path:
+    if s is None:
         return path
-    s = norm.state
     return path._replace(long=s.long_grad, short=s.short_grad, count=s.grad_count, samples=s.grad_samples)
 
 

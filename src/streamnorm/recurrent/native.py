@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.spec import State
 from ..norm import GeneralBatchNorm, Norm, SampleNorm
 from ..normref import NormRef
+from ..ops.another_pass import AnotherPass, another_pass
 from ..ops.derivatives import any_order
 from ..ops.native import LIBRARY
 from . import fused
@@ -217,6 +218,14 @@ def _path(norm: nn.Module | None, values: Tensor, bias: Tensor | None) -> _Path:
     return _Path(**own)
 
 
+def _in_scratch(path: _Path, another: AnotherPass | None) -> _Path:
+    """Of a backward pass that is not the first through its graph."""
+    if another is None:
+        return path
+    names = ("long_grad", "short_grad", "grad_count", "grad_samples")
+    return path._replace(**{name: getattr(another.scratch, name).data_ptr() for name in names})
+
+
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -244,6 +253,8 @@ class _Run:
         # What the kernel reads in backward, too, lives on, whatever is put in its place meanwhile: another buffer, or
         # other memory for a parameter.
         self.buffers = [list(norm._buffers.values()) for norm in norms[:2] if norm is not None]
+        self.states = [norm.state if isinstance(norm, Norm) and norm.stream is not None else None for norm in norms[:2]]
+        self.was_passed = False
         self.affine = [p.detach() for p in (t.gain_ih, t.gain_hh, t.b_ih, t.b_hh) if p is not None]
         self.path_x = _path(norms.ih, self.x, t.b_ih)._replace(marks=_pointer(self.marks[0]))
         self.path_h = _path(norms.hh, self.h, t.b_hh)._replace(marks=_pointer(self.marks[1]))
@@ -352,7 +363,16 @@ class _Run:
             d_bias=d_bias_h.data_ptr(),
             grad_scale=_grad_scale(self.norms.hh),
         )
+        others: list[AnotherPass | None] = [None, None]
+        if self.was_passed:
+            uses_of_h = len(self.x) - (0 if plan.first_h_flows else self.sizes[0])
+            others = [another_pass(state, n) for state, n in zip(self.states, (len(self.x), uses_of_h))]
+        self.was_passed = True
+        path_x, path_h = (_in_scratch(path, other) for path, other in zip((path_x, path_h), others))
         self._steps_backward(_bytes(*plan, *path_x, *path_h), d_hidden[0], d_h, t.w_hh, needs.h)
+        for other in others:
+            if other is not None:
+                other.finish()
 
         found = {"gain_ih": d_gain_x, "b_ih": d_bias_x, "gain_hh": d_gain_h, "b_hh": d_bias_h}
         found.update(zip(("h", "c"), d_hidden))
