@@ -39,7 +39,7 @@ $(INSTALLED): $(SOURCES)
 	@touch $@
 
 demo: install
-	$(BIN)/streamnorm run online-fc --out demo
+	$(BIN)/streamnorm run online-fc --watch --out demo
 
 test: lint types pytest
 

@@ -2,6 +2,7 @@
 
 from .diagnosis import Diagnosis, LayerDiagnosis
 from .monitor import Monitor
+from .page import write as write_page
 from .readings import Reading
 from .record import Event, LayerFacts, Record, Sample
 from .sinks import lightning_callback, tensorboard, transformers_callback, wandb
@@ -19,4 +20,5 @@ __all__ = [
     "tensorboard",
     "transformers_callback",
     "wandb",
+    "write_page",
 ]

@@ -42,7 +42,13 @@ a hundred times before its generator."""
 Sink = Callable[[Sample], Any]
 
 
-def monitor(model: nn.Module, every: int = 50, out: str | Path | None = None, sinks: Iterable[Sink] = ()) -> Monitor:
+def monitor(
+    model: nn.Module,
+    every: int = 50,
+    out: str | Path | None = None,
+    sinks: Iterable[Sink] = (),
+    name: str | None = None,
+) -> Monitor:
     """Watch the streaming layers of a model while it trains.
 
     Every ``every`` weight updates it reads the statistics of each layer: location and scale, drift, the share of the
@@ -62,6 +68,7 @@ def monitor(model: nn.Module, every: int = 50, out: str | Path | None = None, si
         sinks: functions that are called with each :class:`streamnorm.insight.Sample`, about a second after its update
             at the latest. One that has a method ``close`` is closed by ``stop``.
             :func:`streamnorm.insight.tensorboard` and :func:`streamnorm.insight.wandb` make some.
+        name: what is trained, for the page. Default: the name of the model's class.
 
     Returns:
         The monitor, which does not run yet.
@@ -83,23 +90,26 @@ def monitor(model: nn.Module, every: int = 50, out: str | Path | None = None, si
         >>> watching.record.samples[-1].layers["1"].samples
         4.0
     """
-    return Monitor(model, every, out, sinks)
+    return Monitor(model, every, out, sinks, name)
 
 
 class Monitor:
     """What :func:`streamnorm.monitor` makes, where its arguments are explained."""
 
-    def __init__(self, model: nn.Module, every: int, out: str | Path | None, sinks: Iterable[Sink]) -> None:
+    def __init__(
+        self, model: nn.Module, every: int, out: str | Path | None, sinks: Iterable[Sink], name: str | None
+    ) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every is a number of weight updates, a whole number above 0, got {every!r}")
-        named = [(n, m) for n, m in model.named_modules() if isinstance(m, Norm) and m.stream is not None]
-        if not named:
+        streaming = [(n, m) for n, m in model.named_modules() if isinstance(m, Norm) and m.stream is not None]
+        if not streaming:
             raise ValueError(
                 f"{type(model).__name__} holds no streaming layer to monitor; call streamnorm.convert(model) first"
             )
         self.model, self.every = model, every
-        self._layers = [layer for _, layer in named]
-        self._facts = [_facts(name, layer) for name, layer in named]
+        self._layers = [layer for _, layer in streaming]
+        self._facts = [_facts(where, layer) for where, layer in streaming]
+        self._name = type(model).__name__ if name is None else name
         self._sinks = list(sinks)
         self._folder = None if out is None else Path(out).expanduser()
         self._run: _Run | None = None
@@ -169,7 +179,7 @@ class Monitor:
         return page.embedded(self.record)
 
     def _fresh_record(self) -> Record:
-        return Record(type(self.model).__name__, self.every, self._facts, time.time())
+        return Record(self._name, self.every, self._facts, time.time())
 
 
 class _Run:

@@ -52,7 +52,7 @@ def render(record: Record, live: bool = True) -> str:
     """The page of a record, as text. While training runs it reads its file again, unless it is not ``live``."""
     about = {"live": live and record.status == RUNNING}
     data = json.dumps({**about, **_data(record)}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = _template().replace("{{title}}", html.escape(f"{record.model} · streamnorm"))
+    text = _template().replace("{{title}}", html.escape(f"{record.name} · streamnorm"))
     return text.replace("{{data}}", data.replace("<", "\\u003c"))
 
 
@@ -68,7 +68,7 @@ def _data(record: Record) -> dict[str, Any]:
         columns = zip(*(sample.layers[facts.name] for sample in samples))
         layers.append({**facts._asdict(), **{f: _series(values) for f, values in zip(Reading._fields, columns)}})
     return {
-        "model": record.model,
+        "name": record.name,
         "status": record.status,
         "started": round(record.started),
         "written": round(time.time()),

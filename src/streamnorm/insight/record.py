@@ -72,7 +72,7 @@ class Record:
     """What a monitor has seen.
 
     Args:
-        model: the name of the model's class.
+        name: what is trained.
         every: weight updates from sample to sample.
         layers: from the input to the output.
         started: when, in seconds since 1970.
@@ -81,7 +81,7 @@ class Record:
         seconds: for how long.
     """
 
-    model: str
+    name: str
     every: int
     layers: list[LayerFacts]
     started: float
@@ -141,7 +141,7 @@ class Record:
     def head(self) -> str:
         """The first line."""
         layers = [facts._asdict() for facts in self.layers]
-        about = {"model": self.model, "every": self.every, "started": self.started}
+        about = {"name": self.name, "every": self.every, "started": self.started}
         return _dump({"type": "monitor", "version": VERSION, **about, "fields": Reading._fields, "layers": layers})
 
     def tail(self) -> str:
@@ -155,7 +155,7 @@ class Record:
         Raises:
             ValueError: if this is no such file, or one of a later version.
         """
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             entries = list(_entries(file, path))
         if not entries or entries[0].get("type") != "monitor":
             raise ValueError(f"{path} is no record of streamnorm.monitor: its first line is not one of a monitor's")
@@ -164,7 +164,7 @@ class Record:
             if head["version"] > VERSION:
                 raise ValueError(f"{path} has version {head['version']} and this streamnorm reads {VERSION}: update it")
             layers = [LayerFacts(**facts) for facts in head["layers"]]
-            record = cls(head["model"], head["every"], layers, head["started"])
+            record = cls(head["name"], head["every"], layers, head["started"])
             for entry in entries[1:]:
                 record._take(entry)
         except (KeyError, TypeError) as error:

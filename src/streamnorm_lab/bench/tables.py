@@ -130,15 +130,15 @@ def _print_bandwidth(results: Results, console: Console) -> None:
 def save_results(results: Results, folder: Path) -> None:
     """Write ``times.csv`` and ``memory.csv``, a line per row."""
     save_times(results, folder)
-    write_text(folder / "memory.csv", _csv([asdict(row) for row in results.memory]))
+    write_text(folder / "memory.csv", as_csv([asdict(row) for row in results.memory]))
 
 
 def save_times(results: Results, folder: Path) -> None:
     """Write ``times.csv``, a line per row."""
-    write_text(folder / "times.csv", _csv([asdict(row) for row in results.times]))
+    write_text(folder / "times.csv", as_csv([asdict(row) for row in results.times]))
 
 
-def _csv(rows: Iterable[dict[str, object]]) -> str:
+def as_csv(rows: Iterable[dict[str, object]]) -> str:
     """Numbers with six digits: more would be noise."""
     lines = [
         {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows

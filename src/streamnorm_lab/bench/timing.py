@@ -81,7 +81,7 @@ class Comparison(NamedTuple):
 def compare(ours: Contestant, rival: Contestant, effort: Effort) -> Rounds:
     """Time two contestants in turns. Who begins changes from round to round: each follows itself as often."""
     pair = (_Runner(ours, 0), _Runner(rival, 1))
-    with _no_garbage_collection():
+    with no_garbage_collection():
         step = min(runner.warm_up(effort.warm_up) for runner in pair)
         steps = max(1, round(effort.block / step))
         blocks = Rounds([], [])
@@ -137,7 +137,7 @@ class _Runner:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Collect before, and not while it is measured."""
     gc.collect()
     enabled = gc.isenabled()

@@ -28,6 +28,7 @@ COMMANDS = {
     "run": Command("streamnorm_lab.commands.run:run", "run an experiment and write a report"),
     "list": Command("streamnorm_lab.commands.run:list_experiments", "show all experiments"),
     "report": Command("streamnorm_lab.commands.run:report", "rebuild a report from the logs in a folder"),
+    "watch": Command("streamnorm_lab.commands.run:watch", "rebuild the pages of watched runs from their logs"),
     "pack": Command("streamnorm_lab.commands.run:pack_runs", "put the logs of finished runs into one file"),
     "bench": Command("streamnorm_lab.bench.command:bench", "measure time and memory beside torch.nn's own layers"),
     "data": Command("streamnorm_lab.commands.inspection:describe_data", "describe or fetch the images for experiments"),

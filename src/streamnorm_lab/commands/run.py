@@ -25,6 +25,7 @@ from streamnorm_lab.reports.overview import build_overview, print_overview
 from streamnorm_lab.reports.report import REPORT, build_report
 from streamnorm_lab.reports.table1 import build_table, print_table
 from streamnorm_lab.reports.tables import print_tables
+from streamnorm_lab.reports.watch import rebuild
 from streamnorm_lab.running import together
 from streamnorm_lab.running.sweep import run_sweep
 
@@ -108,6 +109,20 @@ def report(words: Sequence[str]) -> int:
     """``streamnorm report FOLDER …``."""
     for folder in _folders(words, REPORT_HELP):
         _report(folder)
+    return 0
+
+
+WATCH_HELP = """usage: streamnorm watch FOLDER ...
+
+Rebuild the pages of watched runs from their logs, monitor.jsonl, and an index where there are several.
+FOLDER is what `streamnorm run … --watch` or streamnorm.monitor(model, out=FOLDER) wrote, at any depth.
+"""
+
+
+def watch(words: Sequence[str]) -> int:
+    """``streamnorm watch FOLDER …``."""
+    for folder in _folders(words, WATCH_HELP):
+        print(rebuild(folder))
     return 0
 
 

@@ -196,6 +196,10 @@ class Experiment(ABC, Generic[DataT]):
     checkpoint_every: float = 5.0
     """Seconds between the checkpoints from which a killed run continues."""
 
+    watch: bool = False
+    """Watch the streaming layers of each run: a page for each that refreshes itself in a browser, and an index of them
+    in watch/index.html below the output folder. The numbers stay the same."""
+
     @abstractmethod
     def open(self) -> Material:
         """Find the data.
@@ -300,7 +304,7 @@ class Experiment(ABC, Generic[DataT]):
         found = ("data", "limit", "validation", "tune_limit")  # the data's fingerprint stands for these
         place = ("launcher", "slurm_partition", "slurm_minutes")
         sweep = ("methods", "settings", "rates", "seeds", "tune_seeds")
-        free = (*found, *sweep, *place, "out", "jobs", "checkpoint_every")
+        free = (*found, *sweep, *place, "out", "jobs", "checkpoint_every", "watch")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def tune_runs(self) -> list[Run]:

@@ -117,6 +117,9 @@ class Table1:
     jobs: Number = None
     """Worker processes, one thread each. Default: one per processor core."""
 
+    watch: bool = False
+    """Watch the streaming layers of each run: pages that refresh themselves, in watch/index.html of each experiment."""
+
     results: Annotated[tuple[str, ...], conf.arg(metavar="FOLDER ...")] = ()
     """Run nothing, and judge what is in these four folders, of online-fc, conv, recurrent-conv and char-rnn."""
 
@@ -133,6 +136,7 @@ class Table1:
             settings = tuple(scenario.setting for scenario in SCENARIOS if scenario.experiment == kind.name)
             methods = tuple(name for name in TECHNIQUES if name in kind.catalogue)
             shared = {"out": str(typed_path(self.out) / kind.name), "seeds": self.seeds, "jobs": self.jobs}
+            shared["watch"] = self.watch
             yield kind(**options, **shared, methods=methods, settings=settings, rates=rates)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,13 +25,18 @@ from streamnorm_lab.logs.packed import log_path, read_packed
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import LoggedRun, Record, RunLog, read_log
 from streamnorm_lab.methods.layers import rows
+from streamnorm_lab.reports.watch import WATCH, write_index
 from streamnorm_lab.running import together
 from streamnorm_lab.running.cluster import Cluster
 from streamnorm_lab.running.pool import Pool, Send
 from streamnorm_lab.running.progress import Display
 from streamnorm_lab.running.train import Training, train
+from streamnorm_lab.running.watching import watch_folder
 
 CLUSTER_JOBS = 100
+
+INDEX_SECONDS = 3.0
+"""Between two writings of the index of watched runs, at least."""
 
 
 def run_sweep(experiment: Experiment[Any], command: str) -> tuple[Path, int]:
@@ -132,12 +138,13 @@ class _Sweep:
         self._work = partial(_work, experiment, folder, cache)
         self._packed = read_packed(folder)
         self._failed = 0
+        self._index_due = 0.0
 
     def run(self) -> int:
         """Do both stages; return how many runs failed."""
         tune = self._experiment.tune_runs()
         most = self._experiment.final_runs({cell: [0.0] for cell in self._experiment.cells()})
-        with self._display, self._workers(len(tune)) as pool:
+        with self._display, self._indexed(), self._workers(len(tune)) as pool:
             self._display.plan(sum(map(self._cost, tune + most)), len(tune + most))
             self._do(pool, tune)
             final = self._experiment.final_runs(
@@ -146,6 +153,24 @@ class _Sweep:
             self._display.plan(sum(map(self._cost, tune + final)), len(tune + final))
             self._do(pool, final)
         return self._failed
+
+    @contextmanager
+    def _indexed(self) -> Iterator[None]:
+        """Keep the index of watched runs up to date, and leave one that stays."""
+        if not self._experiment.watch:
+            yield
+            return
+        index = write_index(output_folder(self._folder / WATCH), live=True)
+        self._display.say(f"Watch: {index}")
+        try:
+            yield
+        finally:
+            write_index(index.parent)
+
+    def _refresh_index(self) -> None:
+        if self._experiment.watch and time.monotonic() >= self._index_due:
+            write_index(self._folder / WATCH, live=True)
+            self._index_due = time.monotonic() + INDEX_SECONDS
 
     def _workers(self, tasks: int) -> Pool | Cluster | together.Together:
         options = self._experiment
@@ -170,6 +195,7 @@ class _Sweep:
             else:
                 left.append(run)
         for kind, run, payload in pool.run(left):
+            self._refresh_index()
             if kind == "start":
                 self._display.start(run)
             elif kind == "news":
@@ -219,4 +245,5 @@ def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send
     path.with_suffix(".error.txt").unlink(missing_ok=True)
     data = experiment.part(experiment.load(cache), run)
     log, kind = (RunLog, Training) if together.count() == 1 else (together.SharedLog, together.SharedTraining)
-    train(experiment, run, data, log(path, log_header(experiment, run)), lambda *scores: send(scores), kind)
+    watch = watch_folder(folder, run) if experiment.watch else None
+    train(experiment, run, data, log(path, log_header(experiment, run)), lambda *scores: send(scores), kind, watch)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import RunLog
 from streamnorm_lab.methods.layers import rows
 from streamnorm_lab.methods.peers.batch_renorm import BatchRenorm
+from streamnorm_lab.running.watching import watched
 
 EVALUATION_BATCH = 1000
 RECALIBRATION_BATCH = 128
@@ -145,9 +147,15 @@ class Training:
 
 
 def train(
-    experiment: Experiment[Any], run: Run, data: Data, log: RunLog, tick: Tick, kind: type[Training] = Training
+    experiment: Experiment[Any],
+    run: Run,
+    data: Data,
+    log: RunLog,
+    tick: Tick,
+    kind: type[Training] = Training,
+    watch: Path | None = None,
 ) -> None:
-    """Run to the end, from the last checkpoint if there is one.
+    """Run to the end, from the last checkpoint if there is one; with a folder to ``watch`` in, a monitor looks on.
 
     A run that diverges ends early with the scores of guessing; a layer that refuses its very first mini-batch, as
     Batch Normalization does for one sample, ends the run as one that fails. Both are results, not errors.
@@ -159,7 +167,8 @@ def train(
         began -= state.pop("seconds")
         training.load_state_dict(state)
     try:
-        with _noting_runaway(training) as ran_away:
+        watching = watched(training.model, watch, _title(training), training.updates, training.total_updates)
+        with _noting_runaway(training) as ran_away, watching:
             _follow(training, experiment, log, began, tick)
         end: dict[str, Any] = {"status": "done", **_final_scores(training)}
         end.update(experiment.epilogue(training.model, data, run))
@@ -195,6 +204,13 @@ def _noting_runaway(training: Training) -> Iterator[list[int]]:
         warnings.filterwarnings("always", message=".* runs away: ")
         warnings.showwarning = note
         yield updates
+
+
+def _title(training: Training) -> str:
+    """What a page calls a run."""
+    run, method = training.run, training.experiment.catalogue[training.run.method].label
+    goal = "choosing a rate" if run.stage == "tune" else f"seed {run.seed}"
+    return f"{training.experiment.name}, {method} at {training.setting.label}, rate {run.rate:g}, {goal}"
 
 
 def _follow(training: Training, experiment: Experiment[Any], log: RunLog, began: float, tick: Tick) -> None:
