@@ -54,6 +54,7 @@ PRIVATE = {
     ("streamnorm_lab.methods.streaming_sigma", "streamnorm.ops.plain"),  # a recursion like the reference's
     ("streamnorm_lab.methods.streaming_sigma", "streamnorm.core.spec"),
     ("streamnorm_lab.methods.streaming_sigma", "streamnorm.updates"),
+    ("streamnorm_lab.bench.monitor", "streamnorm.updates"),  # a clock around what listens to weight updates
 }
 
 

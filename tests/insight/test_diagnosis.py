@@ -18,6 +18,8 @@ from torch.optim import SGD
 import streamnorm as sn
 from streamnorm import updates
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* runs away: ")  # rates that are too high are tried here
+
 cross_entropy: Callable[..., Tensor] = F.cross_entropy
 
 

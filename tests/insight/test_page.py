@@ -264,6 +264,7 @@ def test_before_the_first_update(status: str, browser: Browser, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:.* runs away")
 @needs_chromium
+@pytest.mark.filterwarnings("ignore:.* runs away: ")
 def test_a_training_that_goes_wrong(browser: Browser, tmp_path: Path) -> None:
     """Values up to 1e30 and channels without a finite number: drawn, marked, and no script fails."""
     model = nn.Sequential(nn.Linear(4, 6), sn.StreamingNorm1d(6), nn.ReLU(), nn.Linear(6, 6), sn.StreamingNorm1d(6))

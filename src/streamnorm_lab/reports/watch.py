@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamnorm.insight import Record, write_page
+import streamnorm as sn
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.files import write_text
 from streamnorm_lab.reports.report import document
@@ -35,7 +35,7 @@ def rebuild(folder: Path) -> Path:
         raise UserError(message)
     for log in logs:
         try:
-            write_page(Record.read(log), log.with_name(PAGE))
+            sn.insight.write_page(sn.insight.Record.read(log), log.with_name(PAGE))
         except ValueError as error:
             raise UserError(f"{error}. Remove the file, or take it from where it came") from None
     return logs[0].with_name(PAGE) if logs[0].parent == folder and len(logs) == 1 else write_index(folder)
