@@ -18,10 +18,10 @@ MODULES = {
 }
 
 ROOMS = {
-    "core": "core arguments moments normref saved_state stream",
+    "core": "core",
     "ops": "ops",
-    "training": "training accumulation agreement checkpoint runaway ties updates watchdog",
-    "layers": "layers norm norm_act",
+    "training": "training",
+    "layers": "layers",
     "recurrent": "recurrent",
     "above": "conversion distributed insight statistics __init__",
     "lab": "__main__",  # and all of streamnorm_lab
@@ -30,12 +30,12 @@ ROOMS = {
 it. The command line and everything behind it is the laboratory."""
 
 UPWARDS = {
-    ("agreement", "norm"),
-    ("checkpoint", "norm"),
-    ("runaway", "norm"),
-    ("ties", "norm"),
-    ("updates", "norm"),
-    ("watchdog", "norm"),
+    ("training.agreement", "layers.norm"),
+    ("training.checkpoint", "layers.norm"),
+    ("training.runaway", "layers.norm"),
+    ("training.ties", "layers.norm"),
+    ("training.updates", "layers.norm"),
+    ("training.watchdog", "layers.norm"),
 }
 """Imports from a room above, in ``streamnorm``, that have yet to go."""
 
@@ -53,8 +53,8 @@ PUBLIC = {"streamnorm", "streamnorm.ops"}
 PRIVATE = {
     ("streamnorm_lab.methods.streaming_sigma", "streamnorm.ops.plain"),  # a recursion like the reference's
     ("streamnorm_lab.methods.streaming_sigma", "streamnorm.core.spec"),
-    ("streamnorm_lab.methods.streaming_sigma", "streamnorm.updates"),
-    ("streamnorm_lab.bench.monitor", "streamnorm.updates"),  # a clock around what listens to weight updates
+    ("streamnorm_lab.methods.streaming_sigma", "streamnorm.training.updates"),
+    ("streamnorm_lab.bench.monitor", "streamnorm.training.updates"),  # a clock around what listens to weight updates
 }
 
 

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 
 import streamnorm as sn
-from streamnorm import updates
+from streamnorm.training import updates
 
 
 def block(inputs: int, outputs: int, **options: Any) -> nn.Sequential:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import ops, runaway
+from streamnorm import ops
+from streamnorm.training import runaway
 
 
 @pytest.fixture(autouse=True)

@@ -204,18 +204,6 @@ def test_the_short_term_average_is_weighted_by_elements(engine: str) -> None:
     torch.testing.assert_close(layer.short[1, 0], everything.square().mean())
 
 
-def test_backward_twice_streams_twice(engine: str) -> None:
-    layer = sn.StreamingNorm1d(4)
-    loss = layer(torch.randn(3, 4, requires_grad=True)).square().sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert layer.grad_count.tolist() == [6] * 4
-    assert int(layer.grad_samples) == 6
-
-
-# Gradients in any order, or not at all
-
-
 def two_uses(order: str) -> tuple[sn.Norm, Tensor, Tensor]:
     """Two uses side by side, whose gradients are asked for in this order."""
     torch.manual_seed(3)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 
 import streamnorm as sn
-from streamnorm import ops, updates
+from streamnorm import ops
+from streamnorm.training import updates
 
 FORMS: list[tuple[Callable[..., Optimizer], dict[str, Any]]] = [
     *((cls, form) for cls in (SGD, Adam, AdamW) for form in ({}, {"foreach": True}, {"fused": True})),

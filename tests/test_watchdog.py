@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import streamnorm as sn
-from streamnorm import watchdog
+from streamnorm.training import watchdog
 
 ENOUGH = 8 * watchdog.USES
 

@@ -1,21 +1,23 @@
 """Normalization for PyTorch that works where Batch Normalization does not: one sample at a time, tiny mini-batches."""
 
+import sys
+
 from . import insight
-from .accumulation import accumulate
-from .checkpoint import checkpoint_context_fn
 from .conversion import convert, fold, register_converter, to_batchnorm
+from .core.moment import LpMoment
+from .core.reference import NormRef
+from .core.stream import Stream
 from .distributed import joinable, synchronize
 from .insight.diagnosis import diagnose
 from .insight.monitor import monitor
-from .moments import LpMoment
-from .norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
-from .norm_act import StreamingNormAct2d
-from .normref import NormRef
+from .layers.norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from .layers.norm_act import StreamingNormAct2d
 from .ops import engines
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .statistics import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
-from .stream import Stream
-from .updates import bind, commit
+from .training.accumulation import accumulate
+from .training.checkpoint import checkpoint_context_fn
+from .training.updates import bind, commit
 
 __version__ = "0.1.0"
 
@@ -58,3 +60,19 @@ __all__ = [
     "to_batchnorm",
     "unfreeze",
 ]
+
+for _name in __all__:
+    if getattr(globals()[_name], "__module__", "").startswith(__name__):
+        globals()[_name].__module__ = __name__  # what a pickle says of a layer stays true when its file moves
+
+# Where pickles from before these files moved look for what they hold.
+for _before, _now in {
+    "agreement": "training.agreement",
+    "moments": "core.moment",
+    "norm": "layers.norm",
+    "norm_act": "layers.norm_act",
+    "normref": "core.reference",
+    "ops.spec": "core.spec",
+    "stream": "core.stream",
+}.items():
+    sys.modules[f"{__name__}.{_before}"] = sys.modules[f"{__name__}.{_now}"]

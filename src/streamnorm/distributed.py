@@ -11,9 +11,10 @@ from torch import nn
 from torch.distributed.algorithms.join import Joinable, JoinHook, _JoinConfig
 from torch.nn.parallel import DistributedDataParallel
 
-from . import agreement, arguments, updates
-from .agreement import Sync
-from .norm import GeneralBatchNorm, Norm
+from .core import arguments
+from .layers.norm import GeneralBatchNorm, Norm
+from .training import agreement, updates
+from .training.agreement import Sync
 
 Module = TypeVar("Module", bound=nn.Module)
 

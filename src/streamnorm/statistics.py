@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import agreement, arguments, updates
+from .core import arguments
 from .core.spec import Formula
-from .norm import GeneralBatchNorm, Norm, streaming_layers
-from .stream import Stream
+from .core.stream import Stream
+from .layers.norm import GeneralBatchNorm, Norm, streaming_layers
+from .training import agreement, updates
 
 _AVERAGE_ALL = Stream(alpha=(0, 1), beta=(0, 0), kappa=(0, 1, 1, 0))
 """Normalize by all that was seen since the start, and let that become the long-term statistics."""

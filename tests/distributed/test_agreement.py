@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import streamnorm as sn
-from streamnorm import agreement
+from streamnorm.training import agreement
 
 
 def network(width: int = 4, affine: bool = True) -> nn.Sequential:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import streamnorm as sn
-from streamnorm import updates
+from streamnorm.training import updates
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* runs away: ")  # rates that are too high are tried here
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from .. import arguments
-from ..norm import GeneralBatchNorm, Norm
+from ..core import arguments
+from ..layers.norm import GeneralBatchNorm, Norm
 from ..recurrent.base import Normalized
 from . import comparison
 from .replace import Module, replace, what_follows

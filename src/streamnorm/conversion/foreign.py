@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..moments import LpMoment
-from ..norm import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
-from ..norm_act import StreamingNormAct2d
-from ..normref import NormRef, RefName
-from ..stream import Stream
+from ..core.moment import LpMoment
+from ..core.reference import NormRef, RefName
+from ..core.stream import Stream
+from ..layers.norm import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from ..layers.norm_act import StreamingNormAct2d
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 InstanceNorm = nn.modules.instancenorm._InstanceNorm

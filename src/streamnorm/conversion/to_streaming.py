@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import arguments
-from ..norm import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from ..core import arguments
+from ..layers.norm import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from ..recurrent.base import Normalized
 from . import comparison, foreign
 from .foreign import BatchNorm, Converter, Foreign, InstanceNorm

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import arguments
+from ..core import arguments
+from ..core.reference import NormRef
 from ..core.spec import View
-from ..norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
-from ..norm_act import StreamingNormAct2d
-from ..normref import NormRef
+from ..layers.norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from ..layers.norm_act import StreamingNormAct2d
 from ..recurrent.base import Normalized
 from . import comparison, foreign
 from .replace import move_hooks, move_parameters, replace

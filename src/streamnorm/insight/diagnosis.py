@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import updates
 from ..core.spec import State
-from ..norm import Norm
+from ..core.stream import WINDOW
+from ..layers.norm import Norm
 from ..recurrent.base import Normalized
-from ..stream import WINDOW
+from ..training import updates
 from .readings import Reader, Reading
 
 FEWEST_SAMPLES = 8

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import updates
-from ..norm import Norm
+from ..layers.norm import Norm
+from ..training import updates
 from . import page
 from .output import Output
 from .readings import Reader, Reading

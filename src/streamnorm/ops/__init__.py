@@ -95,8 +95,8 @@ def commit(uses: Sequence[tuple[State, Formula]]) -> Sequence[Sign]:
     A step that is taken on fake tensors changes no weight, and so commits no stream but fake ones.
 
     Returns:
-        The signs of training that runs away, see :mod:`streamnorm.runaway`; none where there is nothing to say, and
-        from engines that do not look for them.
+        The signs of training that runs away, see :mod:`streamnorm.training.runaway`; none where there is nothing to
+        say, and from engines that do not look for them.
     """
     if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
         uses = [use for use in uses if type(use[0].long) is not Tensor]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import arguments
+from ..core import arguments
 from ..core.compiler import as_leaf, is_symbolic
 from .base import Normalized
 from .norms import Factory, NormChoice, When

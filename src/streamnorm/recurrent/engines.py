@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import checkpoint, ops
-from ..norm import Norm
+from .. import ops
+from ..layers.norm import Norm
 from ..ops.derivatives import is_recorded
+from ..training import checkpoint
 from . import fused, gpu, loop, native
 from .steps import Hidden, Norms, Weights
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.compiler import HOOKS
-from ..norm import GeneralBatchNorm, Norm
+from ..layers.norm import GeneralBatchNorm, Norm
 from .fused import KNOWN
 from .norms import PerStepBatchNorm
 from .steps import Hidden, Norms, Weights

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import agreement, updates
 from ..core.compiler import HOOKS
-from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
+from ..layers.norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 from ..ops import plain
 from ..ops.derivatives import Again, any_order
+from ..training import agreement, updates
 from . import loop
 from .norms import PerStepBatchNorm, RecurrentBatchNorm
 from .steps import Hidden, Norms, Weights

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.reference import NormRef
 from ..core.spec import Formula, State
-from ..norm import Norm
-from ..normref import NormRef
+from ..layers.norm import Norm
 from ..ops import gpu
 from ..ops.another_pass import another_pass
 from ..ops.derivatives import any_order

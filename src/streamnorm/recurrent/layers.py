@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .. import arguments, ops
+from .. import ops
+from ..core import arguments
 from ..core.compiler import as_constant, as_leaf, is_symbolic
 from . import engines, fixed
 from .base import Normalized

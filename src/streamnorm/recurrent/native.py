@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from ..core.reference import NormRef
 from ..core.spec import State
-from ..norm import GeneralBatchNorm, Norm, SampleNorm
-from ..normref import NormRef
+from ..layers.norm import GeneralBatchNorm, Norm, SampleNorm
 from ..ops.another_pass import AnotherPass, another_pass
 from ..ops.derivatives import any_order
 from ..ops.native import LIBRARY

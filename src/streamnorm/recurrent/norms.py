@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import arguments
-from ..norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
+from ..core import arguments
+from ..layers.norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..norm import GeneralBatchNorm, Norm
+from ..layers.norm import GeneralBatchNorm, Norm
 from .norms import PerStepBatchNorm
 from .steps import Hidden, Norms
 

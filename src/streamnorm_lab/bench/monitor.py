@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import updates
+from streamnorm.training import updates
 from streamnorm_lab.bench.command import WIDTH, machine_load, warn_if_busy
 from streamnorm_lab.bench.contestants import NetworkSteps
 from streamnorm_lab.bench.networks import resnet20

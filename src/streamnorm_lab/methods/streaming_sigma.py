@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import streamnorm as sn
-from streamnorm import updates
 from streamnorm.core.spec import View
 from streamnorm.ops import plain
+from streamnorm.training import updates
 
 
 class StreamingSigma(sn.Norm):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import streamnorm as sn
-from streamnorm import updates
+from streamnorm.training import updates
 from streamnorm_lab.bench import monitor
 from streamnorm_lab.bench.monitor import Effort, measure, watched_networks
 from streamnorm_lab.commands.main import guarded

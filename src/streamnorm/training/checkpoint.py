@@ -25,10 +25,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from .ops import traced
+from ..ops import traced
 
 if TYPE_CHECKING:
-    from .norm import Norm
+    from ..layers.norm import Norm
 
 _READ_FORWARD = ("long", "short", "count", "samples")
 """The part of a state that a forward pass reads; the streams of gradients are backward's."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .moments import LpMoment
+from .moment import LpMoment
 
 VERSION = 2
 """Version of the state. Version 1 did not hold the moment."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from .norm import Norm
+    from ..layers.norm import Norm
 
 
 Seen = tuple[int, list[int], list[Tensor]]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments
-from .core.compiler import as_leaf, is_symbolic
+from ..core import arguments
+from ..core.compiler import as_leaf, is_symbolic
 from .norm import StreamingNorm2d
 
 

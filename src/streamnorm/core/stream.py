@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .core.spec import Formula, Mix, State
+from .spec import Formula, Mix, State
 
 WINDOW = 200.0
 """The default memory, in samples."""

@@ -13,8 +13,8 @@ import torch
 from torch.compiler import is_compiling
 
 from . import arguments
-from .core.compiler import as_constant
-from .core.spec import View
+from .compiler import as_constant
+from .spec import View
 
 RefName = str | tuple[str, int]
 """``"channel"``, ``"layer"``, ``"position"`` or ``("group", g)``."""

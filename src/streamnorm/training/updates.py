@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from . import agreement, ops, runaway, watchdog
-from .ops import traced
+from .. import ops
+from ..ops import traced
+from . import agreement, runaway, watchdog
 from .ties import (
     Binding,
     Parameters,
@@ -30,7 +31,7 @@ from .ties import (
 )
 
 if TYPE_CHECKING:
-    from .norm import Norm
+    from ..layers.norm import Norm
 
     Listener = Callable[[Sequence[Norm], Optimizer | None], None]
 
@@ -216,7 +217,7 @@ def bind(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None =
 
 
 def _streaming_layers(model: nn.Module) -> list[Norm]:
-    from .norm import streaming_layers
+    from ..layers.norm import streaming_layers
 
     return streaming_layers(model)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .ties import Seen, Ties, alive, own_parameters
 
 if TYPE_CHECKING:
-    from .norm import Norm
+    from ..layers.norm import Norm
 
 USES = Ties.pause
 """After so many uses a layer is looked at for the first time."""

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .core.spec import Sign
+from ..core.spec import Sign
 
 if TYPE_CHECKING:
-    from .norm import Norm
+    from ..layers.norm import Norm
 
 TIMES = 3
 """How often a sign is seen before it is believed. The first leap may be that from the prior to the data."""

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.parallel import DistributedDataParallel
 
-from . import agreement, arguments, checkpoint, ops, runaway, saved_state, updates
-from .agreement import Sync
-from .core.compiler import as_constant, as_leaf, is_symbolic
-from .core.spec import Formula, State, View
-from .moments import LpMoment
-from .normref import NormRef, RefName
-from .ops import joined
-from .stream import IMAGE_WINDOW, WINDOW, Stream
-from .ties import Ties, is_collecting
+from .. import ops
+from ..core import arguments, saved_state
+from ..core.compiler import as_constant, as_leaf, is_symbolic
+from ..core.moment import LpMoment
+from ..core.reference import NormRef, RefName
+from ..core.spec import Formula, State, View
+from ..core.stream import IMAGE_WINDOW, WINDOW, Stream
+from ..ops import joined
+from ..training import agreement, checkpoint, runaway, updates
+from ..training.agreement import Sync
+from ..training.ties import Ties, is_collecting
 
 _state_buffers = itemgetter(*State._fields)
 _passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id

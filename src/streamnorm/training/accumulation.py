@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments
+from ..core import arguments
 
 Batch = TypeVar("Batch")
 

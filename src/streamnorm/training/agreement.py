@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
-from . import saved_state
-from .core.spec import State
+from ..core import saved_state
+from ..core.spec import State
 
 if TYPE_CHECKING:
-    from .norm import Norm
+    from ..layers.norm import Norm
 
 
 FIRST_WORD = timedelta(seconds=30)
@@ -90,7 +90,7 @@ def adopt(ddp: DistributedDataParallel) -> None:
     It would broadcast their buffers from the first process before a forward pass, over what the others collected.
     Called at the first training forward: the broadcast when DDP was made, which gives all the same start, is over.
     """
-    from .norm import Norm
+    from ..layers.norm import Norm
 
     found = [(n, m) for n, m in ddp.module.named_modules() if isinstance(m, Norm) and m.stream is not None]
     for _, layer in found:
