@@ -269,6 +269,57 @@ def test_every_step_of_a_second_stage_is_an_update(
     assert_same_state(*results)
 
 
+def test_a_second_stage_in_one_flat_module() -> None:
+    """It has nothing in common with the first, and trains what lies before the layer."""
+    model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    first = SGD([*model[1].parameters(), *model[3].parameters()], lr=0.1)
+    second = SGD(model[0].parameters(), lr=0.1)
+    for optimizer in (first, second):
+        for _ in range(3):
+            update(model, optimizer)
+            assert waiting(model) == [0]
+
+
+def test_a_part_that_is_trained_no_more() -> None:
+    """Its statistics follow the part before it, once its own optimizer has not stepped for a while.
+
+    For the first steps this looks like the turn of a generator.
+    """
+    model = network()
+    last, first = SGD(model[1:].parameters(), lr=0.1), SGD(model[0].parameters(), lr=0.1)
+    update(model, last)
+    assert waiting(model) == [0, 0]
+    for number in range(1, 200):
+        update(model, first)
+        assert waiting(model) == [0, 5 * number if number <= updates.PATIENCE else 0]
+    update(model, last)
+    update(model, first)
+    assert waiting(model) == [0, 5]
+
+
+def test_a_frozen_part_beside_a_network_that_is_trained() -> None:
+    """Nobody trains it, and its statistics follow the other's steps after a while."""
+    extractor, model = nn.Sequential(network(affine=False), nn.Linear(2, 3)).requires_grad_(False), network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for _ in range(updates.PATIENCE + 3):
+        optimizer.zero_grad()
+        model(extractor(torch.randn(2, 3))).square().mean().backward()
+        optimizer.step()
+    assert waiting(extractor) == [0, 0]
+
+
+def test_a_network_that_becomes_a_part_of_another() -> None:
+    """What is around a layer is found out again when an optimizer steps for the first time."""
+    body = network()
+    update(body, SGD(body.parameters(), lr=0.1))
+    body.requires_grad_(False)
+    whole = nn.Sequential(nn.Linear(3, 3), body)
+    optimizer = SGD(whole[0].parameters(), lr=0.1)
+    for _ in range(updates.PATIENCE + 3):
+        update(whole, optimizer)
+    assert waiting(whole) == [0, 0]
+
+
 def test_only_the_head_is_trained() -> None:
     """From the start, beside a critic of its own: no optimizer was ever seen to train the rest."""
     model, other = network(), network()

@@ -299,7 +299,7 @@ class Norm(nn.Module):
             return self._normalize_alone(x, mask, view)
         is_due = next(self._lease, None) is None
         if is_due or (DistributedDataParallel._active_ddp_module is not None and agreement.is_new(self)):
-            updates.notice(self)
+            updates.notice(self, x)
         weight, bias = self.weight, self.bias
         if mask is None:
             plan = self._plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,10 +61,13 @@ class Ties:
         used: whether the layer was used in training, or its state in the middle of an update was loaded.
         around: the modules that hold it and have other weights too, the innermost first.
         leaves: parameters of others that its gain and bias are computed from.
+        before: the weight that was used last on the way to its input.
+        outdated: whether to find out again what is around it.
         bound: the optimizers that :func:`streamnorm.bind` named.
         home: what the optimizer trained that made the last update.
-        stranger: what another optimizer trained, which was found to train another network.
+        stranger: what another optimizer trained, which was found to train nothing around the layer.
         near: the innermost module around the layer whose weights any optimizer was seen to train.
+        passed_over: steps of others since the last update which trained a part of what is around the layer.
         committed: whether an update was noticed since the watchdog's last look.
         seen: what it saw then, if no update was noticed before.
         changes: at how many looks since the last update weights had changed.
@@ -73,10 +77,13 @@ class Ties:
     used: bool = False
     around: tuple[weakref.ref[nn.Module], ...] = ()
     leaves: tuple[weakref.ref[Tensor], ...] = ()
+    before: weakref.ref[Tensor] | None = None
+    outdated: bool = False
     bound: Binding | None = None
     home: Parameters | None = None
     stranger: Parameters | None = None
     near: weakref.ref[nn.Module] | None = None
+    passed_over: int = 0
     committed: bool = False
     seen: Seen | None = None
     changes: int = 0
@@ -127,28 +134,46 @@ def leaves_of(layer: Norm) -> tuple[weakref.ref[Tensor], ...]:
     return tuple(weakref.ref(leaf) for leaf in leaves.values())
 
 
+def weight_before(x: Tensor) -> weakref.ref[Tensor] | None:
+    """The weight that was used last on the way to x, no gain or bias. Of two networks in a row it is the second's."""
+    latest: list[tuple[int, int, Any]] = []
+    seen: set[Any] = set()
+
+    def meet(node: Any) -> None:
+        if node is not None and node not in seen:
+            seen.add(node)
+            heapq.heappush(latest, (-node._sequence_nr(), len(seen), node))
+
+    meet(x.grad_fn)
+    while latest and len(seen) < _MOST_NODES:
+        *_, node = heapq.heappop(latest)
+        for following, _ in node.next_functions:
+            if isinstance(weight := getattr(following, "variable", None), nn.Parameter) and weight.dim() > 1:
+                return weakref.ref(weight)
+            meet(following)
+    return None
+
+
 _CALL = nn.Module._wrapped_call_impl.__code__
 
 
-def calling_module(layer: Norm) -> nn.Module | None:
-    """The outermost module that is being called right now and holds this layer.
+def calling_modules() -> list[nn.Module]:
+    """The modules that are being called right now, the outermost first.
 
     A module does not know what it stands in. The calls that lead to it do, and they tell networks apart that lie in
     one container, such as the two of a GAN.
     """
-    outermost = None
+    modules = []
     frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
-            module = frame.f_locals["self"]
-            if module is not layer and any(inside is layer for inside in module.modules()):
-                outermost = module
+            modules.append(frame.f_locals["self"])
         frame = frame.f_back
-    return outermost
+    return modules[::-1]
 
 
 def set_surroundings(root: nn.Module, layers: Iterable[Norm]) -> None:
-    """Tell all streaming layers of a module which modules are around them, and the new ones their name."""
+    """Tell the streaming layers of a module which modules are around them, and those without a name their name."""
     modules = dict(root.named_modules())
     names = {id(module): name for name, module in modules.items()}
     layers = list(layers)
@@ -162,7 +187,8 @@ def set_surroundings(root: nn.Module, layers: Iterable[Norm]) -> None:
             layer._name = name.replace("_orig_mod.", "").removeprefix("module.")
         path = name.split(".")
         outwards = [".".join(path[:length]) for length in range(len(path) - 1, -1, -1)] if name else []
-        layer._ties.around = tuple(weakref.ref(modules[outer]) for outer in outwards if has_weights[outer])
+        around = tuple(weakref.ref(modules[outer]) for outer in outwards if has_weights[outer])
+        layer._ties.around = max(around, layer._ties.around, key=len)
 
 
 def optimizers_in(thing: Any, depth: int = 4) -> list[Optimizer]:

@@ -21,13 +21,15 @@ from . import agreement, runaway, watchdog
 from .ties import (
     Binding,
     Parameters,
+    Ties,
     alive,
-    calling_module,
+    calling_modules,
     leaves_of,
     optimizers_in,
     own_parameters,
     parameters_of,
     set_surroundings,
+    weight_before,
 )
 
 if TYPE_CHECKING:
@@ -66,29 +68,34 @@ def enroll(model: nn.Module) -> None:
     set_surroundings(model, layers)
 
 
-def notice(layer: Norm) -> None:
+def notice(layer: Norm, x: Tensor | None = None) -> None:
     """A layer is used: for the first time, by another DistributedDataParallel, or when it is due for a look."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None:
         adopt(ddp)
         layer._ddp = weakref.ref(ddp)  # also where the model does not register it
-    if layer._watched and next(layer._lease, None):
-        return
-    if layer._watched:
-        layer._lease = watchdog.lease(watchdog.look(layer))
-    else:
-        meet(layer)
+    if not layer._watched or layer._ties.outdated:
+        meet(layer, x)
         layer._lease = watchdog.lease(watchdog.USES)
+    elif next(layer._lease, None) is None:
+        layer._lease = watchdog.lease(watchdog.look(layer))
 
 
-def meet(layer: Norm) -> None:
+def meet(layer: Norm, x: Tensor | None = None) -> None:
     """Find out what a layer stands in, and let it commit."""
     register(layer)
     ties = layer._ties
-    ties.used = layer._watched = True
+    ties.used, ties.outdated, layer._watched = True, False, True
     ties.leaves = leaves_of(layer)
-    if not ties.around and (module := calling_module(layer)) is not None:
-        set_surroundings(module, _streaming_layers(module))
+    ties.before = None if x is None else weight_before(x)
+    calling = calling_modules()
+    *_, outermost = None, *alive(ties.around)
+    if calling and calling[0] is not outermost and layer._ddp is None:  # DDP names the same in all processes
+        for module in calling:
+            if any(inside is layer for inside in module.modules()):
+                set_surroundings(module, _streaming_layers(module))
+                break
+    ties.stranger = None
 
 
 def notice_in_graph(_: Tensor) -> None:
@@ -271,6 +278,11 @@ def optimizers_of(model: nn.Module) -> list[Optimizer]:
     return [optimizer for optimizer, trained in _trained.items() if not ids.isdisjoint(trained.ids)]
 
 
+PATIENCE = 128
+"""After so many steps of others, which train a part of the module that a layer is called in, its own optimizer is taken
+to be retired. The generator and the critic of a GAN may make 100 steps for one of the other."""
+
+
 class _Step:
     """A step of an optimizer: whose weight update it was.
 
@@ -279,7 +291,7 @@ class _Step:
     - a parameter that the layer's gain or bias is, or is computed from;
     - or one that was trained together with the layer at an earlier update: later stages train other parts of the
       network, while the gain may be frozen;
-    - or one of the module that the layer stands in, the smallest that any optimizer was seen to train.
+    - or one of the module that the layer is called in, the smallest whose weights any optimizer was seen to train.
 
     What counts is what an optimizer trains at its step. Whether others exist, which held the layer's parameters
     before, does not.
@@ -290,25 +302,33 @@ class _Step:
         parameters = parameters_of(optimizer)
         self.ids = {id(parameter) for parameter in parameters}
         record = _trained.get(optimizer)
+        if record is None:
+            _forget_surroundings()
         if record is None or record.ids != self.ids:
             record = _trained[optimizer] = Parameters(parameters)
         self.record = record
         self.in_backward = torch._C._current_graph_task_id() != -1
         self._modules: dict[int, tuple[bool, bool]] = {}
+        self._answers: dict[int, bool | None] = {}
 
     def layers(self) -> list[Norm]:
         """The layers to commit, in the order in which they became known.
 
         Some may be in a network that no optimizer was seen to train: without parameters of their own, or frozen as a
-        whole. They follow every optimizer, but one that trains another network.
+        whole. They follow every optimizer, but for a while not one that trains another network.
         """
-        known = [(layer, self.trains(layer)) for reference in [*_layers.values()] if (layer := reference()) is not None]
-        elsewhere = any(answer for _, answer in known)
-        return [
-            layer
-            for layer, answer in known
-            if answer or (answer is None and layer._ties.used and not (elsewhere and layer._ties.around))
-        ]
+        layers = [*alive([*_layers.values()])]
+        for layer in layers:
+            if id(layer) not in self._answers:
+                self._answers[id(layer)] = self.trains(layer)
+        elsewhere = any(self._answers.values())
+        return [layer for layer in layers if self._follows(layer, elsewhere)]
+
+    def _follows(self, layer: Norm, elsewhere: bool) -> bool:
+        answer, ties = self._answers[id(layer)], layer._ties
+        if answer is None and ties.used:
+            answer = self._answers[id(layer)] = not (elsewhere and ties.around) or _is_overdue(layer)
+        return bool(answer)
 
     def trains(self, layer: Norm) -> bool | None:
         """Whether this is an update of the layer's network, or None if no optimizer was seen to train that yet."""
@@ -316,43 +336,50 @@ class _Step:
         if ties.bound is not None and ties.bound.parameters.ids:
             return ties.bound.counts(self.optimizer, self.ids)
         if self.record is ties.home or self.record is ties.stranger:  # as at its last step
-            return self.record is ties.home
-        answer = self._judge(layer)
+            answer: bool | None = self.record is ties.home
+        else:
+            answer = self._judge(layer)
         if answer:
-            ties.stranger = None
-        elif answer is False and not self.in_backward:
-            ties.stranger = self.record
+            ties.passed_over = 0
         return answer
 
     def _judge(self, layer: Norm) -> bool | None:
         ties = layer._ties
         own = own_parameters(layer)
-        if any(id(parameter) in self.ids for parameter in own):
-            ties.home = self.record
-            self._approach(layer)
-            return True
-        if self.in_backward and ties.home is not None and any(id(parameter) in ties.home.ids for parameter in own):
-            return False  # one optimizer per parameter: the turn of the gain comes within the same backward pass
-        if ties.home is not None and not self.ids.isdisjoint(ties.home.ids):
-            return True
-        if not self._approach(layer):
-            return None if ties.home is None else False
-        if own and ties.home is not None and _trains_weights(ties.home, next(alive(ties.around))):
-            return False  # two networks in one flat module
-        ties.home = self.record
+        is_own = any(id(parameter) in self.ids for parameter in own)
+        if ties.home is not None and not is_own:
+            if self.in_backward and any(id(parameter) in ties.home.ids for parameter in own):
+                return False  # one optimizer per parameter: the turn of the gain comes within the same backward pass
+            if not self.ids.isdisjoint(ties.home.ids):
+                return True
+        module, is_near = self._trained_around(layer)
+        if not is_own:
+            if module is None:
+                ties.stranger = None if ties.home is None else self.record
+                return None if ties.home is None else False
+            if (not is_near or self._is_of_another_network(ties)) and not _is_overdue(layer):
+                return False
+        ties.home, ties.stranger = self.record, None
+        if module is not None and self._trains_module(module)[1]:
+            ties.near = weakref.ref(module)
         return True
 
-    def _approach(self, layer: Norm) -> bool:
-        """Whether this trains a module around the layer, and none was seen to train the weights of a smaller one."""
-        ties = layer._ties
-        near = None if ties.near is None else ties.near()
-        for module in alive(ties.around):
-            trained, weights = self._trains_module(module)
-            if weights:
-                ties.near = weakref.ref(module)
-            if trained or module is near:
-                return trained
-        return False
+    def _trained_around(self, layer: Norm) -> tuple[nn.Module | None, bool]:
+        """The smallest module around the layer that this trains; whether none was seen to train a smaller one."""
+        near = None if layer._ties.near is None else layer._ties.near()
+        is_near = True
+        for module in alive(layer._ties.around):
+            if self._trains_module(module)[0]:
+                return module, is_near
+            is_near = is_near and module is not near
+        return None, False
+
+    def _is_of_another_network(self, ties: Ties) -> bool:
+        """Two networks may lie in one flat module. The layer is of that which trains the weight before it."""
+        if ties.home is None or ties.before is None:
+            return False
+        before = ties.before()
+        return before is not None and before.requires_grad and id(before) in ties.home.ids
 
     def _trains_module(self, module: nn.Module) -> tuple[bool, bool]:
         """Whether this trains a module at all, and whether more of it than streaming layers."""
@@ -365,9 +392,16 @@ class _Step:
         return found
 
 
-def _trains_weights(home: Parameters, module: nn.Module) -> bool:
-    """Whether the optimizer that trained this also trains the weights of a module, and not only gains and biases."""
-    return any(p.requires_grad and p.dim() > 1 and id(p) in home.ids for p in module.parameters())
+def _is_overdue(layer: Norm) -> bool:
+    """Count one more step of an optimizer that seems to train something else; whether there were too many of them."""
+    layer._ties.passed_over += 1
+    return layer._ties.passed_over > PATIENCE
+
+
+def _forget_surroundings() -> None:
+    """At the first step of an optimizer: a network may have become a part of another one, or its gains be computed."""
+    for layer in alive([*_layers.values()]):
+        layer._ties.outdated, layer._lease = True, watchdog.lease(0)
 
 
 @torch.no_grad()
