@@ -22,7 +22,7 @@ help:
 	@echo "make search  tests of properties with new random examples"
 	@echo "make sanitize  tests of the C++ engine under AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Linux)"
 	@echo "make test-integrations  tests beside other libraries (timm, Lightning, …), in .venv-integrations"
-	@echo "make compatibility      the same, and the table in docs/compatibility.md anew"
+	@echo "make compatibility      the same, and rebuild the table in docs/compatibility.md"
 	@echo "make format  put the code in the form that 'make test' asks for"
 	@echo "make bench   measure the layers against torch.nn's own"
 	@echo "make reports    build the pages of all results from their logs; results/report.html leads to them"
@@ -54,7 +54,7 @@ types: install
 pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# Tests draw their examples anew, where `make test` always takes the same.
+# Tests draw new examples, where `make test` always takes the same.
 search: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile search tests/test_properties.py
 

@@ -6,18 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.forms import Count, FormError, check, parse
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.common.stats import Interval, interval, paired
-from streamnorm_lab.experiments.catalogue import find
-from streamnorm_lab.experiments.experiment import Experiment
+from streamnorm_lab.experiments.experiment import Experiment, Finals, Section
+from streamnorm_lab.experiments.options import hints
 from streamnorm_lab.logs.packed import read_runs
 from streamnorm_lab.logs.records import Config
 from streamnorm_lab.logs.runlog import LoggedRun, Record
-from streamnorm_lab.methods.layers import Method, reported, rows, trainable
+from streamnorm_lab.methods.method import Method, reported, rows, trainable
 
 CONFIG = "experiment.json"
 CONFIG_ADVICE = "Restore this file, or run the experiment into another folder with --out"
@@ -93,7 +93,7 @@ class Results:
     @property
     def guessing(self) -> float:
         """The score of guessing among all classes alike."""
-        chance: Mapping[str, Any] = self.experiment.guess(self.config["data"]["classes"])
+        chance: Mapping[str, Any] = self.experiment.kind.guess(self.config["data"]["classes"])
         return float(chance[self.experiment.score.key])
 
     def largest_rate(self, cell: Cell) -> float | None:
@@ -109,6 +109,26 @@ class Results:
         return paired(left.scores, right.scores) if left and right else None
 
     @property
+    def finals(self) -> list[Finals]:
+        """The final runs of each training, as an experiment's own table takes them."""
+        cells = (self.cells[method.name, setting] for setting in self.settings for method in self.methods)
+        return [
+            Finals(cell.method, cell.setting, [run.end for run in cell.runs if run.end is not None])
+            for cell in cells
+            if cell.method.trained_as == cell.method.name
+        ]
+
+    @property
+    def protocol(self) -> list[str]:
+        """How it was done."""
+        return self.experiment.words.protocol(self.config, self.methods)
+
+    @property
+    def section(self) -> Section | None:
+        """The experiment's own table."""
+        return self.experiment.section(self.config, self.finals)
+
+    @property
     def setting_pairs(self) -> list[tuple[Setting, Setting]]:
         """The pairs of settings that the experiment compares, of those that were run."""
         pairs = [(Setting.parse(left), Setting.parse(right)) for left, right in self.experiment.setting_pairs]
@@ -119,14 +139,14 @@ class Results:
         return paired(self.cells[name, left].scores, self.cells[name, right].scores)
 
 
-def load_results(folder: Path) -> Results:
-    """Read a folder that ``streamnorm run`` wrote.
+def load_results(folder: Path, experiment: type[Experiment[Any]]) -> Results:
+    """Read an output folder of this experiment.
 
     Raises:
         UserError: the folder is not one, or one of its files is damaged.
     """
     config = read_config(folder)
-    experiment = find(config["experiment"])
+    check_config(config, experiment, folder)
     logs = checked_runs(experiment, folder)
     if not any(run.end for run in logs):
         command = config["commands"][-1]
@@ -174,7 +194,7 @@ def check_run(experiment: AnyExperiment, run: LoggedRun, table: Iterable[Method]
         if str(Setting.parse(run.run["setting"])) != run.run["setting"]:
             raise FormError(f"setting {run.run['setting']!r} is not of the form SxU")
         for i, point in enumerate(run.points, start=1):
-            check(point.get(experiment.unit), Count, f"{experiment.unit} of point {i}")
+            check(point.get(experiment.kind.unit), Count, f"{experiment.kind.unit} of point {i}")
         if run.end is not None:
             _check_end(experiment, run.end, table)
     except (FormError, UserError) as error:
@@ -183,7 +203,7 @@ def check_run(experiment: AnyExperiment, run: LoggedRun, table: Iterable[Method]
 
 def _check_end(experiment: AnyExperiment, end: Record, table: Iterable[Method]) -> None:
     check(end, experiment.end_form, "the last line")
-    check(end.get(experiment.unit), Count, f"{experiment.unit} of the last line")
+    check(end.get(experiment.kind.unit), Count, f"{experiment.kind.unit} of the last line")
     if end["status"] == "fails":
         check(end.get("reason"), str, "reason")
         return
@@ -205,28 +225,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = parse(path.read_bytes())
         check(config, Config)
-        _check_config(find(config["experiment"]), config)
+        if not config["commands"]:
+            raise FormError("commands is empty")
     except FileNotFoundError:
         message = f"{folder}: it holds no {CONFIG}; name a folder that `streamnorm run` wrote"
         raise UserError(message) from None
-    except (FormError, UserError) as error:
-        raise UserError(f"{path}: {error}. {CONFIG_ADVICE}") from None
+    except FormError as error:
+        raise damaged(folder, error) from None
     except ValueError:
         raise UserError(f"{path} is not JSON. {CONFIG_ADVICE}") from None
     return cast("dict[str, Any]", config)
 
 
-def _check_config(experiment: AnyExperiment, config: dict[str, Any]) -> None:
-    check(config["data"], experiment.data_form, "data")
-    if not config["commands"]:
-        raise FormError("commands is empty")
-    hints = get_type_hints(experiment, include_extras=True)
-    options = config["options"]
-    for name in (*options, *(name for name in config["identity"] if name != experiment.unit)):
-        if name not in options:
-            raise FormError(f"options lacks {name!r}")
-        if name in hints:
-            check(options[name], hints[name], f"options.{name}")
+def damaged(folder: Path, error: Exception) -> UserError:
+    """The error for an ``experiment.json`` of another form."""
+    return UserError(f"{folder / CONFIG}: {error}. {CONFIG_ADVICE}")
+
+
+def check_config(config: Mapping[str, Any], experiment: AnyExperiment, folder: Path) -> None:
+    """Check that what was asked of a folder fits its experiment.
+
+    Raises:
+        UserError: it does not.
+    """
+    kind = experiment if isinstance(experiment, type) else type(experiment)
+    options, types = config["options"], hints(kind)
+    try:
+        check(config["data"], kind.kind.form, "data")
+        for name in (*options, *(name for name in config["identity"] if name != kind.kind.unit)):
+            if name not in options:
+                raise FormError(f"options lacks {name!r}")
+            if name in types:
+                check(options[name], types[name], f"options.{name}")
+    except FormError as error:
+        raise damaged(folder, error) from None
 
 
 def rates_to_run(experiment: AnyExperiment, logs: Iterable[LoggedRun]) -> dict[tuple[str, str], list[float]]:

@@ -47,7 +47,7 @@ def _changes(results: Results) -> Iterator[str]:
     score = results.experiment.score
     for method in results.methods:
         found = {f"{a.label} against {b.label}": results.change(method.name, a, b) for a, b in results.setting_pairs}
-        words = {"ahead of": "better", "not told apart from": "not told apart", "behind": "worse"}
+        words = {"ahead of": "better", "not clearly different from": "not clearly different", "behind": "worse"}
         parts = [f"{words[word]} at {places}" for word, places in _outcomes(score, found)]
         if parts:
             yield f"{method.label} is {'; '.join(parts)}."
@@ -70,7 +70,7 @@ def _same_rates(results: Results) -> Iterator[str]:
 
 def _outcomes(score: Score, found: Mapping[str, Interval | None]) -> Iterator[tuple[str, str]]:
     """The differences by what their intervals say: places, and how large the differences are there."""
-    for word in ("ahead of", "not told apart from", "behind"):
+    for word in ("ahead of", "not clearly different from", "behind"):
         places = {place: d.mean for place, d in found.items() if d is not None and score.outcome(d) == word}
         if places:
             yield word, f"{_listed(list(places))} ({_range(score, places.values())} {score.unit})"

@@ -22,9 +22,9 @@ from streamnorm_lab.bench.contestants import LayerSteps
 from streamnorm_lab.bench.results import Pairing, Results, TimeRow, time_rows
 from streamnorm_lab.bench.tables import print_results, save_times
 from streamnorm_lab.bench.timing import Comparison, Effort, compare
-from streamnorm_lab.commands.main import guarded
 from streamnorm_lab.common.environment import environment
 from streamnorm_lab.common.files import locked, output_folder, typed_path, write_text
+from streamnorm_lab.common.guard import guarded
 
 FULL = Effort(seconds=2.0, rounds=21)
 QUICK = Effort(seconds=0.1, rounds=3, warm_up=0.01)

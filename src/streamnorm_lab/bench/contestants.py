@@ -67,7 +67,7 @@ class LayerSteps(Contestant):
         inputs: what it is applied to, one after the other; ``x`` requires its gradient.
         engine: as Contestant.
         cold: inputs are found where earlier steps left them, in main memory if they are large. Otherwise each is
-            written anew just before it is read, as the layers around it do in training.
+            rewritten just before it is read, as the layers around it do in training.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class LayerSteps(Contestant):
         self._used = inputs[0].x
 
     def before_forward(self, turn: int) -> None:
-        """Write the input anew."""
+        """Rewrite the input."""
         if not self._cold:
-            _write_anew(self.inputs[turn % len(self.inputs)].x)
+            _rewrite(self.inputs[turn % len(self.inputs)].x)
 
     def forward(self, turn: int) -> Tensor:
         """The output; of a recurrent layer, the hidden states of all steps."""
@@ -93,9 +93,9 @@ class LayerSteps(Contestant):
         return output[0] if isinstance(output, tuple) else output
 
     def before_backward(self, turn: int) -> None:
-        """Write the gradient of the output anew."""
+        """Rewrite the gradient of the output."""
         if not self._cold:
-            _write_anew(self.inputs[turn % len(self.inputs)].dy)
+            _rewrite(self.inputs[turn % len(self.inputs)].dy)
 
     def backward(self, output: Tensor, turn: int) -> None:
         """Gradients of input and parameters."""
@@ -166,16 +166,16 @@ class Floor(Contestant):
         self._targets = [torch.empty_like(source) for source in self._sources[:2]]
 
     def before_forward(self, turn: int) -> None:
-        """Write the source anew."""
-        _write_anew(self._sources[turn % len(self._sources)])
+        """Rewrite the source."""
+        _rewrite(self._sources[turn % len(self._sources)])
 
     def forward(self, turn: int) -> Tensor:
         """One copy."""
         return self._targets[turn // 2 % 2].copy_(self._sources[turn % len(self._sources)])
 
     def before_backward(self, turn: int) -> None:
-        """Write the other source anew."""
-        _write_anew(self._sources[(turn + 2) % len(self._sources)])
+        """Rewrite the other source."""
+        _rewrite(self._sources[(turn + 2) % len(self._sources)])
 
     def backward(self, output: Tensor, turn: int) -> None:
         """A copy and a half."""
@@ -188,7 +188,7 @@ class Floor(Contestant):
         """Nothing to tidy."""
 
 
-def _write_anew(tensor: Tensor) -> None:
+def _rewrite(tensor: Tensor) -> None:
     """Leave a tensor in the caches as an elementwise layer leaves its output, by all threads."""
     tensor.detach().neg_()
 

@@ -1,7 +1,8 @@
 """Each case in processes of its own, whose rounds are put together.
 
 What earlier cases leave behind in the heap decides how warm the memory of an output is, and whether the system has to
-give it anew. One process after the other shows several such states; the median over all is not one of them by chance.
+provide fresh pages. One process after the other shows several such states; the median over all is not one of them by
+chance.
 """
 
 from __future__ import annotations

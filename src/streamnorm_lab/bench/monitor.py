@@ -33,9 +33,9 @@ from streamnorm_lab.bench.contestants import NetworkSteps
 from streamnorm_lab.bench.networks import resnet20
 from streamnorm_lab.bench.tables import as_csv
 from streamnorm_lab.bench.timing import Spread, no_garbage_collection
-from streamnorm_lab.commands.main import guarded
 from streamnorm_lab.common.environment import environment
 from streamnorm_lab.common.files import locked, output_folder, typed_path, write_text
+from streamnorm_lab.common.guard import guarded
 from streamnorm_lab.networks.images import fully_connected
 from streamnorm_lab.networks.text import CharModel
 

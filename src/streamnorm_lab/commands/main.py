@@ -6,15 +6,14 @@ one line, and does not keep the others from working.
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, cast
 
-import streamnorm
 from streamnorm_lab.common.errors import UserError, unknown
+from streamnorm_lab.common.guard import complain, guarded
 
 
 class Command(NamedTuple):
@@ -57,49 +56,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP.format(commands=lines), end="")
         return 0
     if words[0] in ("-V", "--version"):
-        print(f"streamnorm {streamnorm.__version__}")
-        return 0
+        return guarded(_show_version)
     if words[0] not in COMMANDS:
-        return _complain(str(unknown("command", words[0], COMMANDS)))
+        return complain(str(unknown("command", words[0], COMMANDS)))
     return guarded(lambda: _call(COMMANDS[words[0]], words[1:]))
 
 
+def _show_version() -> int:
+    print(f"streamnorm {_library().__version__}")
+    return 0
+
+
+def _library() -> ModuleType:
+    """The layers, which read the environment when they are imported."""
+    try:
+        return import_module("streamnorm")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def _call(command: Command, words: list[str]) -> int:
+    _library()
     module, name = command.target.split(":")
     function = cast(Callable[[list[str]], int], getattr(import_module(module), name))
     return function(words)
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """The exit code of a command, whose expected errors become one line."""
-    try:
-        return command()
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package == "streamnorm":
-            raise
-        return _complain(f'this command needs the package {package!r}: pip install "streamnorm[experiments]"')
-    except UserError as error:
-        return _complain(str(error))
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _complain(_explain(error))
-
-
-def _explain(error: OSError) -> str:
-    place = f" {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left while writing{place}: free some, then repeat the command; finished runs are kept"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"not allowed to write or read{place} ({error.strerror}): choose another folder, or change its rights"
-    return f"{error.strerror or error}{place and ':' + place}: correct this, then give the same command again"
-
-
-def _complain(message: str) -> int:
-    print(f"streamnorm: {message}", file=sys.stderr)
-    return 2

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from streamnorm_lab.analysis.results import CONFIG, Results, read_config
+from streamnorm_lab.analysis.table1 import CONFIG as TABLE1_CONFIG
 from streamnorm_lab.analysis.verdict import sentences, warnings
+from streamnorm_lab.commands.table1 import run_table
 from streamnorm_lab.common.errors import UserError, unknown
 from streamnorm_lab.common.files import typed_path
 from streamnorm_lab.experiments.catalogue import EXPERIMENTS
-from streamnorm_lab.experiments.table1 import CONFIG as TABLE1_CONFIG
-from streamnorm_lab.experiments.table1 import Table1, run_table
+from streamnorm_lab.experiments.table1 import Table1
 from streamnorm_lab.logs.packed import PACKED, pack
 from streamnorm_lab.reports.overview import build_overview, print_overview
 from streamnorm_lab.reports.report import REPORT, build_report

@@ -42,6 +42,11 @@ def first_engine() -> str:
     return next(name for name, status in sn.engines().items() if status.startswith("available"))
 
 
+def card(device: str) -> dict[str, str]:
+    """The name of an NVIDIA card, where one is used."""
+    return {} if device == "cpu" else {"device": torch.cuda.get_device_name(device)}
+
+
 def environment() -> dict[str, str | int]:
     """What a log records about where it was written."""
     return {

@@ -18,25 +18,44 @@ from typing_extensions import is_typeddict
 LARGEST = 1e300
 """Numbers beyond this are refused: means and intervals of them would overflow."""
 
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
+_WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", NoneType: "null"}
 
 
 class FormError(ValueError):
-    """Says which value has another form, and what it must be."""
+    """Says which value has another form, and what it must be; ``needed`` is that alone, if there is one value."""
+
+    def __init__(self, message: str, needed: str = "") -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number, as metadata: ``Annotated[float, Between(0, 1)]``; ``above`` leaves out the lower one."""
+    """Bounds of a number, as metadata, both included unless ``above`` or ``below`` say otherwise.
+
+    Example:
+        >>> check(1, Annotated[float, Between(0, 1, below=True)], "momentum")
+        Traceback (most recent call last):
+        ...
+        streamnorm_lab.common.forms.FormError: momentum must be at least 0 and below 1, not 1
+    """
 
     low: float
     high: float = LARGEST
     above: bool = False
+    below: bool = False
 
     def words(self) -> str:
         """The bounds as a reader sees them."""
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return low if self.high == LARGEST else f"{low} and at most {self.high:g}"
+        if self.high == LARGEST:
+            return low
+        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+    def hold(self, value: float) -> bool:
+        """Whether a number is within them."""
+        inside = self.low <= value <= self.high
+        return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
 
 
 Count = Annotated[int, Between(0)]
@@ -76,7 +95,7 @@ def check(value: object, form: Any, name: str = "it") -> None:
         >>> check({"rate": "fast"}, dict[str, float], "run")
         Traceback (most recent call last):
         ...
-        streamnorm_lab.common.forms.FormError: run.rate must be a number, not 'fast'
+        streamnorm_lab.common.forms.FormError: run.rate must be a finite number, not 'fast'
     """
     if form is Any:
         return
@@ -88,7 +107,7 @@ def check(value: object, form: Any, name: str = "it") -> None:
         check(value, arguments[0], name)
         for bounds in arguments[1:]:
             if isinstance(bounds, Between) and isinstance(value, int | float):
-                _require(_within(value, bounds), value, bounds.words(), name)
+                _require(bounds.hold(value), value, bounds.words(), name)
     elif origin in (Union, UnionType):
         _require(any(_fits(value, one) for one in arguments), value, _words(form), name)
     elif origin is Literal:
@@ -130,10 +149,6 @@ def _is_number(value: object, form: type) -> bool:
     return abs(value) < (2**63 if form is int else LARGEST) and not math.isnan(value)
 
 
-def _within(value: float, bounds: Between) -> bool:
-    return bounds.low <= value <= bounds.high and not (bounds.above and value == bounds.low)
-
-
 def _fits(value: object, form: Any) -> bool:
     try:
         check(value, form)
@@ -145,7 +160,7 @@ def _fits(value: object, form: Any) -> bool:
 def _require(held: bool, value: object, words: str, name: str) -> None:
     if not held:
         shown = repr(value)
-        raise FormError(f"{name} must be {words}, not {shown if len(shown) <= 40 else shown[:37] + '...'}")
+        raise FormError(f"{name} must be {words}, not {shown if len(shown) <= 40 else shown[:37] + '...'}", words)
 
 
 def _words(form: Any) -> str:

@@ -63,7 +63,7 @@ class Score:
     def outcome(self, difference: Interval) -> str:
         """What the 95% interval of a difference, ours less theirs, says of ours."""
         if not difference.known or difference.low <= 0 <= difference.high:
-            return "not told apart from"
+            return "not clearly different from"
         return "ahead of" if (difference.high < 0) == self.lower_is_better else "behind"
 
 

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import TypedDict
-from tyro import conf
 
 import streamnorm as sn
-from streamnorm_lab.common.errors import UserError
+from streamnorm_lab.common.forms import Between
 from streamnorm_lab.common.score import ACCURACY
 from streamnorm_lab.common.stats import interval
 from streamnorm_lab.data.corruptions import CORRUPTIONS, corrupt
 from streamnorm_lab.data.images import Data, Split
 from streamnorm_lab.experiments.conv import ConvExperiment
-from streamnorm_lab.experiments.experiment import Section
+from streamnorm_lab.experiments.experiment import Finals, Section
+from streamnorm_lab.experiments.options import MethodNames, Positive, Rates, SettingNames
 from streamnorm_lab.logs.records import End, Run, Share
 from streamnorm_lab.methods.layers import NormFactory
 from streamnorm_lab.networks.images import feedforward_convolutional
-
-if TYPE_CHECKING:
-    from streamnorm_lab.analysis.results import Cell, Results
 
 MODES = {
     "as trained": "",
@@ -77,34 +73,25 @@ class Adapt(ConvExperiment):
         "the images?"
     )
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = ("batch", "layer", "streaming-l1")
+    methods: MethodNames = ("batch", "layer", "streaming-l1")
     """Normalizations to train with."""
 
-    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("32x1",)
+    settings: SettingNames = ("32x1",)
     """Samples per mini-batch x mini-batches per weight update of the training, for example 2x16."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    rates: Rates = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
-    epochs: int = 3
+    epochs: Positive = 3
     """Passes over the training images."""
 
-    window: float = 200
+    window: Annotated[float, Between(0, above=True)] = 200
     """Memory of `sn.adapt`, in test images."""
 
-    stream_images: int = 1000
+    stream_images: Positive = 1000
     """Test images of each stream, the first ones."""
 
     end_form: ClassVar[type] = AdaptEnd
-
-    def _counts(self) -> tuple[str, ...]:
-        return (*super()._counts(), "stream_images")
-
-    def check(self) -> None:
-        """Look at the options before anything is read or written."""
-        super().check()
-        if not 0 < self.window < math.inf:
-            raise UserError(f"--window {self.window:g}: must be above 0 and finite")
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """Architecture B."""
@@ -133,20 +120,18 @@ class Adapt(ConvExperiment):
         return modes
 
     @classmethod
-    def section(cls, results: Results) -> Section:
+    def section(cls, config: Mapping[str, Any], finals: Iterable[Finals]) -> Section:
         """The table of corruptions."""
         rows = [
-            (results.method(cell.method.name).label + addition, setting.label, *_numbers(cell, mode))
-            for setting in results.settings
-            for cell in (results.cells[method.name, setting] for method in results.methods)
-            if cell.method.trained_as == cell.method.name
+            (one.method.label + addition, one.setting.label, *_numbers(one.ends, mode))
+            for one in finals
             for mode, addition in MODES.items()
-            if any(mode in run.end.get("adaptation", {}) for run in cell.runs if run.end)
+            if any(mode in end.get("adaptation", {}) for end in one.ends)
         ]
-        options = results.config["options"]
+        options = config["options"]
         text = (
             "Accuracy in percent on the first "
-            f"{min(options['stream_images'], results.config['data']['test']):,} test images, which come one at a time, "
+            f"{min(options['stream_images'], config['data']['test']):,} test images, which come one at a time, "
             "mean ± 95% interval over seeds. “Adapting”: sn.adapt lets each image, before it is judged, update the "
             f"statistics, with a memory of {options['window']:g} images. “Statistics of 64 images” has to wait for 64 "
             "images before it judges the first. Noise: normal, with a deviation of a sixth of the range. Blur: "
@@ -188,9 +173,9 @@ def _adapting(model: nn.Module, images: Tensor, window: float) -> Tensor:
         return torch.cat([model(image) for image in images.split(1)])
 
 
-def _numbers(cell: Cell, mode: str) -> list[str]:
+def _numbers(ends: Iterable[Mapping[str, Any]], mode: str) -> list[str]:
     """Mean accuracies with their intervals, a column for each kind of images."""
-    tables = [run.end["adaptation"][mode] for run in cell.runs if run.end and mode in run.end.get("adaptation", {})]
+    tables = [end["adaptation"][mode] for end in ends if mode in end.get("adaptation", {})]
     texts = []
     for kind in ("clean", *CORRUPTIONS):
         mean = interval([table[kind] for table in tables])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from tyro import conf
+from typing import ClassVar
 
 from streamnorm_lab.experiments.online_fc import OnlineFC
+from streamnorm_lab.experiments.options import MethodNames, Rates, SettingNames
 
 DEFAULT = "streaming-l1"
 PAPER = "streaming-l1,alpha=0.7+0.3,beta=0.7+0.3+0,kappa=0.7"
@@ -52,7 +51,7 @@ class Coefficients(OnlineFC):
         ("streaming-l2", "streaming-sigma"),
     )
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = (
+    methods: MethodNames = (
         DEFAULT,
         SHORT_WINDOW,
         LONG_WINDOW,
@@ -70,8 +69,8 @@ class Coefficients(OnlineFC):
     Numbers that belong together are joined by +. If any of alpha, beta and kappa is given, the paper's constants stand
     for the others."""
 
-    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("2x16", "1x32", "1x1")
+    settings: SettingNames = ("2x16", "1x32", "1x1")
     """Samples per mini-batch x mini-batches per weight update, for example 2x16."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates to try. Each variant gets its best one per setting, chosen on data held out for that."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
-from tyro import conf
 
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.data.images import Data
 from streamnorm_lab.experiments.images import ImageExperiment
+from streamnorm_lab.experiments.options import MethodNames, Positive, Rates
 from streamnorm_lab.methods.layers import NormFactory
 from streamnorm_lab.networks.images import feedforward_convolutional
 
@@ -21,11 +20,8 @@ from streamnorm_lab.networks.images import feedforward_convolutional
 class ConvExperiment(ImageExperiment):
     """What experiments with convolutional networks have in common."""
 
-    width: int = 8
+    width: Positive = 8
     """Channels of the first convolution; the second has twice and the third four times as many. 32 is the full size."""
-
-    def _counts(self) -> tuple[str, ...]:
-        return (*super()._counts(), "width")
 
     def model(self, data: Data, method: str) -> nn.Module:
         """The network with layers of this method.
@@ -35,9 +31,9 @@ class ConvExperiment(ImageExperiment):
         model = super().model(data, method)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
-        """The mini-batches; one costs as much by itself as its work for three images."""
-        return float(data["train"]) / setting.samples * (3 + setting.samples) * self.epochs
+    def work(self, setting: Setting) -> float:
+        """A mini-batch costs as much by itself as its work for three images."""
+        return 3.0 + setting.samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +53,7 @@ class Conv(ConvExperiment):
         "the sample fall behind, and does Streaming Normalization train as well there as with large mini-batches?"
     )
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = (
+    methods: MethodNames = (
         "batch",
         "instance",
         "group",
@@ -67,7 +63,7 @@ class Conv(ConvExperiment):
     """Normalizations to compare. There are also none, batch-renorm, mabn, rms, online, streaming-l2 and
     streaming-pixels; options make variants of any, for example streaming-l1,window=50 or group,groups=4."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from tyro import conf
+from typing import ClassVar
 
 from streamnorm_lab.experiments.online_fc import OnlineFC
+from streamnorm_lab.experiments.options import MethodNames, Positive, SettingNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +31,10 @@ class DAU(OnlineFC):
     reference: ClassVar[str] = "streaming-l1"
     setting_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("8x4", "8x1"), ("4x8", "4x1"), ("2x16", "2x1"))
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = ("batch", "streaming-l1")
+    methods: MethodNames = ("batch", "streaming-l1")
     """Normalizations to compare."""
 
-    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = (
+    settings: SettingNames = (
         "32x1",
         "8x4",
         "8x1",
@@ -46,5 +45,5 @@ class DAU(OnlineFC):
     )
     """Samples per mini-batch x mini-batches per weight update. Compared: 8x4 with 8x1, 4x8 with 4x1, 2x16 with 2x1."""
 
-    epochs: int = 4
+    epochs: Positive = 4
     """Passes over the training images; with 32 samples per weight update one pass over the digits has 25 updates."""

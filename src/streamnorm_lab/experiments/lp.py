@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
-from tyro import conf
 
 import streamnorm as sn
 from streamnorm_lab.experiments.conv import ConvExperiment
-from streamnorm_lab.methods.layers import METHODS, LayerMethod, Methods, NormFactory, keywords
+from streamnorm_lab.experiments.options import MethodNames, Rates, Repeats, SettingNames
+from streamnorm_lab.methods.layers import METHODS, LayerMethod, NormFactory
+from streamnorm_lab.methods.method import Methods, keywords
 from streamnorm_lab.networks.images import feedforward_convolutional
 
 ORDERS = range(1, 8)
@@ -63,16 +64,16 @@ class Lp(ConvExperiment):
         {method.name: method for method in (METHODS["none"], *BATCH, *STREAMING)}
     )
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = tuple(method.name for method in BATCH)
+    methods: MethodNames = tuple(method.name for method in BATCH)
     """Normalizations to compare: batch-l1 to batch-l7, streaming-l1 to streaming-l7, none."""
 
-    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("32x1",)
+    settings: SettingNames = ("32x1",)
     """Samples per mini-batch x mini-batches per weight update, for example 2x16."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    rates: Rates = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
-    seeds: int = 5
+    seeds: Repeats = 5
     """Number of final runs per method and setting; each has its own initial weights and order of the data."""
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:

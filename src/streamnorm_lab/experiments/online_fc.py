@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from torch import nn
-from tyro import conf
 
 from streamnorm_lab.experiments.images import ImageExperiment
+from streamnorm_lab.experiments.options import MethodNames, Positive
 from streamnorm_lab.methods.layers import NormFactory
 from streamnorm_lab.networks.images import fully_connected
 
@@ -32,7 +32,7 @@ class OnlineFC(ImageExperiment):
         "as well there as with large mini-batches?"
     )
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = (
+    methods: MethodNames = (
         "none",
         "batch",
         "layer",
@@ -42,15 +42,12 @@ class OnlineFC(ImageExperiment):
     """Normalizations to compare. There are also batch-renorm, mabn, group, rms, online and streaming-sigma; options
     make variants of any, for example streaming-l1,window=1000 or online,guard=clamp."""
 
-    width: int = 256
+    width: Positive = 256
     """Neurons per hidden layer."""
 
-    depth: int = 3
+    depth: Positive = 3
     """Number of hidden layers."""
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """Architecture A."""
         return fully_connected(math.prod(shape), classes, norm, self.width, self.depth)
-
-    def _counts(self) -> tuple[str, ...]:
-        return (*super()._counts(), "width", "depth")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
-from tyro import conf
 
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.conv import ConvExperiment
-from streamnorm_lab.methods.layers import METHODS, LayerMethod, Methods, NormFactory
+from streamnorm_lab.experiments.options import MethodNames, Positive, Rates, SettingNames
+from streamnorm_lab.methods.layers import METHODS, LayerMethod, NormFactory
+from streamnorm_lab.methods.method import Methods
 from streamnorm_lab.networks.images import PerApplication, recurrent_convolutional
 
 
@@ -58,7 +59,7 @@ class RecurrentConv(ConvExperiment):
     )
     catalogue: ClassVar[Mapping[str, LayerMethod]] = CATALOGUE
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = (
+    methods: MethodNames = (
         "none",
         "batch",
         "batch-per-step",
@@ -68,25 +69,22 @@ class RecurrentConv(ConvExperiment):
     """Normalizations to compare. Those of `streamnorm run conv`, and batch-per-step: Batch Normalization with layers of
     its own, running statistics included, for each application of a block (time-specific)."""
 
-    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("32x1", "2x16", "1x1")
+    settings: SettingNames = ("32x1", "2x16", "1x1")
     """Samples per mini-batch x mini-batches per weight update, for example 2x16."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
-    k1: int = 2
+    k1: Positive = 2
     """How often the first block is applied."""
 
-    k2: int = 2
+    k2: Positive = 2
     """How often the second block is applied. With --k1 1 --k2 1 the network is that of `streamnorm run conv`."""
-
-    def _counts(self) -> tuple[str, ...]:
-        return (*super()._counts(), "k1", "k2")
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """Architecture C."""
         return recurrent_convolutional(shape[0], classes, norm, self.width, (self.k1, self.k2))
 
-    def cost(self, data: Mapping[str, Any], setting: Setting) -> float:
+    def work(self, setting: Setting) -> float:
         """As of `conv`; an application of a block costs about a fifth of that network."""
-        return super().cost(data, setting) * (3 + self.k1 + self.k2) / 5
+        return super().work(setting) * (3 + self.k1 + self.k2) / 5

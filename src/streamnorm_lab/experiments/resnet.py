@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import nn
-from tyro import conf
 
-from streamnorm_lab.common.errors import UserError
-from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.data.augment import Shifts
-from streamnorm_lab.data.images import Data
+from streamnorm_lab.common.forms import Between
 from streamnorm_lab.experiments.conv import ConvExperiment
-from streamnorm_lab.experiments.experiment import Batch
+from streamnorm_lab.experiments.options import MethodNames, Positive, Rates, SettingNames
 from streamnorm_lab.experiments.wording import AugmentedWords, Words
 from streamnorm_lab.methods.layers import NormFactory
 from streamnorm_lab.networks.images import resnet
-
-_SHIFT_SEED = 500_009  # the shifts of a pass are drawn apart from its order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,39 +38,31 @@ class ResNet(ConvExperiment):
         "them per weight update?"
     )
     words: ClassVar[Words] = AugmentedWords()
+    augment: ClassVar[bool] = True
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = ("batch", "layer", "streaming-l1")
+    methods: MethodNames = ("batch", "layer", "streaming-l1")
     """Normalizations to compare."""
 
-    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("128x1", "8x16")
+    settings: SettingNames = ("128x1", "8x16")
     """Samples per mini-batch x mini-batches per weight update, for example 8x16."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (0.03, 0.1, 0.3)
+    rates: Rates = (0.03, 0.1, 0.3)
     """Learning rates to start from. Each method gets its best one per setting, chosen on data held out for that."""
 
-    epochs: int = 10
+    epochs: Positive = 10
     """Passes over the training images."""
 
     anneal: Literal["cosine", "step", "constant"] = "cosine"
     """How the learning rate falls: cosine, to 0; step, by 10 after one half and again after three quarters."""
 
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Between(0)] = 1e-4
     """Weight decay of SGD."""
 
-    width: int = 16
+    width: Positive = 16
     """Channels of the first stage; the second and third have twice and four times as many."""
 
-    depth: int = 3
+    depth: Positive = 3
     """Residual blocks in each of the three stages; there are 6 times as many layers, and 2 more."""
-
-    def _counts(self) -> tuple[str, ...]:
-        return (*super()._counts(), "depth")
-
-    def check(self) -> None:
-        """Look at the options before anything is read or written."""
-        super().check()
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"--weight-decay {self.weight_decay:g}: must be at least 0 and finite")
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """ResNet-20, for a depth of 3."""
@@ -93,14 +79,3 @@ class ResNet(ConvExperiment):
         if self.anneal == "step":
             return rate / 100 if share >= 0.75 else rate / 10 if share >= 0.5 else rate
         return rate
-
-    def batches(self, data: Data, setting: Setting, seed: int, epoch: int, first_update: int) -> Iterator[Batch]:
-        """All images in an order of this pass, shifted by up to an eighth of their size; those in colour mirrored."""
-        channels, height, _ = data.shape
-        mirror = channels > 1  # a digit's mirror image is no digit
-        shift_seed = _SHIFT_SEED + 1_000_003 * epoch + seed
-        shifts = Shifts.draw(len(data.train), height // 8, mirror, shift_seed, self.device)
-        start = first_update * setting.batches * setting.samples
-        for images, labels in super().batches(data, setting, seed, epoch, first_update):
-            yield shifts.apply(images, start), labels
-            start += len(labels)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
-from tyro import conf
 
 import streamnorm as sn
 from streamnorm_lab.experiments.conv import ConvExperiment
-from streamnorm_lab.methods.layers import METHODS, LayerMethod, Methods, NormFactory, keywords
+from streamnorm_lab.experiments.options import MethodNames, Rates, Repeats, SettingNames
+from streamnorm_lab.methods.layers import METHODS, LayerMethod, NormFactory
+from streamnorm_lab.methods.method import Methods, keywords
 from streamnorm_lab.networks.images import feedforward_convolutional
 
 
@@ -90,17 +91,17 @@ class Variants(ConvExperiment):
     )
     catalogue: ClassVar[Mapping[str, LayerMethod]] = Methods({method.name: method for method in _ALL})
 
-    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = tuple(method.name for method in _ALL[1:])
+    methods: MethodNames = tuple(method.name for method in _ALL[1:])
     """References to compare: none; sample-position, -channel, -group, -layer; batch-ghost, -channel, -group, -layer;
     streaming-layer, -group, -channel. Options of the layer make a variant, as in batch-ghost,ghosts=4."""
 
-    settings: Annotated[tuple[str, ...], conf.arg(metavar="SxU ...")] = ("32x1", "2x16")
+    settings: SettingNames = ("32x1", "2x16")
     """Samples per mini-batch x mini-batches per weight update, for example 2x16."""
 
-    rates: Annotated[tuple[float, ...], conf.arg(metavar="RATE ...")] = (3e-3, 1e-2, 3e-2, 1e-1)
+    rates: Rates = (3e-3, 1e-2, 3e-2, 1e-1)
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
-    tune_seeds: int = 2
+    tune_seeds: Repeats = 2
     """Number of runs per learning rate when rates are chosen (with other seeds than the final runs)."""
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamnorm_lab.common.score import LOSS, bits
+from streamnorm_lab.methods.method import Method
 
-if TYPE_CHECKING:
-    from streamnorm_lab.analysis.results import Cell, Results
+Config = Mapping[str, Any]
+"""What was asked of a folder: ``experiment.json``."""
 
 SETTINGS = (
     "From left to right the mini-batches get smaller. S×U means S samples per mini-batch and U mini-batches per weight "
@@ -37,11 +38,11 @@ class Words(ABC):
     """What the made-up texts are, where there are some."""
 
     @abstractmethod
-    def summary(self, results: Results) -> tuple[str, str]:
+    def summary(self, config: Config) -> tuple[str, str]:
         """The summary figure: in short for those who do not see it, and its caption."""
 
     @abstractmethod
-    def curves(self, results: Results) -> tuple[str, str]:
+    def curves(self, config: Config) -> tuple[str, str]:
         """The same for the curves."""
 
     @abstractmethod
@@ -49,22 +50,22 @@ class Words(ABC):
         """The same for the rates."""
 
     @abstractmethod
-    def length(self, results: Results) -> str:
+    def length(self, config: Config) -> str:
         """How long a run is."""
 
     @abstractmethod
-    def protocol(self, results: Results) -> list[str]:
+    def protocol(self, config: Config, methods: Sequence[Method]) -> list[str]:
         """How it was done: the data, the optimizer."""
 
     @abstractmethod
     def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
         """The axis for these losses, cut above guessing: one method that blows up must not flatten the others."""
 
-    def notes(self, cell: Cell) -> list[str]:
-        """What else a cell of the large table says."""
+    def notes(self, score: float, train_loss: float | None) -> list[str]:
+        """What else a cell of the large table says, with this mean score and training loss."""
         return []
 
-    def columns(self, cell: Cell) -> dict[str, float | None]:
+    def columns(self, score: float | None, train_loss: float | None) -> dict[str, float | None]:
         """What else a line of results.csv says."""
         return {}
 
@@ -87,18 +88,18 @@ class ImageWords(Words):
     test_curve = "test accuracy"
     augmentation = "Nothing is augmented."
 
-    def summary(self, results: Results) -> tuple[str, str]:
+    def summary(self, config: Config) -> tuple[str, str]:
         """Test accuracy by setting."""
-        data = results.config["data"]
+        data = config["data"]
         return (
             "Final test accuracy of each method at each setting",
             f"Accuracy on all {data['test']:,} test images, mean over seeds with its 95% interval, each method at its "
             f"own best learning rate. {SETTINGS}",
         )
 
-    def curves(self, results: Results) -> tuple[str, str]:
+    def curves(self, config: Config) -> tuple[str, str]:
         """Training loss and test accuracy along the pass."""
-        shown = min(results.config["options"]["curve_images"], results.config["data"]["test"])
+        shown = min(config["options"]["curve_images"], config["data"]["test"])
         return (
             "Training loss and test accuracy along the pass, one panel per setting",
             "Top: training loss, the mean since the previous point, each image judged before the network learns from "
@@ -113,11 +114,11 @@ class ImageWords(Words):
             "How much each method depends on its learning rate; the ring marks the rate chosen.",
         )
 
-    def length(self, results: Results) -> str:
+    def length(self, config: Config) -> str:
         """Passes over the images."""
-        epochs = results.config["options"]["epochs"]
+        epochs = config["options"]["epochs"]
         passes = "one pass" if epochs == 1 else f"{epochs} passes"
-        return f"{passes} over {results.config['data']['train']:,} images"
+        return f"{passes} over {config['data']['train']:,} images"
 
     def _rates(self, data: Mapping[str, Any]) -> str:
         """What learning rates are chosen on; folders of earlier versions have no short runs."""
@@ -126,24 +127,24 @@ class ImageWords(Words):
             return f"on the next {data['validation']:,}"
         return f"with runs on the first {short:,} of them, judged on the {data['validation']:,} after those"
 
-    def protocol(self, results: Results) -> list[str]:
+    def protocol(self, config: Config, methods: Sequence[Method]) -> list[str]:
         """Images, standardization, SGD."""
-        data = results.config["data"]
+        data = config["data"]
         shape = "×".join(str(size) for size in data["shape"])
         return [
             f"Images: {data['description']}; {shape} values each. Trained on the first {data['train']:,}, rates chosen "
             f"{self._rates(data)}, tested on {data['test']:,} others.",
             "Inputs are standardized per channel with the training images' mean and deviation. " + self.augmentation,
-            f"{self.optimizer(results)} With several mini-batches per update their gradients are averaged, and the "
+            f"{self.optimizer(config)} With several mini-batches per update their gradients are averaged, and the "
             "weights change once (DAU).",
             "All methods start from the same weights and see the same images in the same order at a given seed.",
-            "“Recalibrated Batch” is the same trained network with statistics taken anew from the training images in "
+            "“Recalibrated Batch” is the same trained network with statistics recomputed from the training images in "
             "mini-batches of about 128, so that Batch Normalization is not judged by its running statistics alone."
-            if any(method.trained_as != method.name for method in results.methods)
+            if any(method.trained_as != method.name for method in methods)
             else "",
         ]
 
-    def optimizer(self, results: Results) -> str:
+    def optimizer(self, config: Config) -> str:
         """What changes the weights."""
         return "SGD with momentum, constant learning rate."
 
@@ -160,9 +161,9 @@ class AugmentedWords(ImageWords):
         "its edge, and colour images are mirrored at random."
     )
 
-    def optimizer(self, results: Results) -> str:
+    def optimizer(self, config: Config) -> str:
         """SGD, and how its rate falls."""
-        options = results.config["options"]
+        options = config["options"]
         falls = {
             "cosine": "a learning rate that falls to 0 along half a cosine",
             "step": "a learning rate divided by 10 after one half and again after three quarters of the updates",
@@ -193,19 +194,19 @@ class TextWords(Words):
         "were given; after it, what they drew, character by character.</p>\n"
     )
 
-    def summary(self, results: Results) -> tuple[str, str]:
+    def summary(self, config: Config) -> tuple[str, str]:
         """Test loss by setting."""
-        data = results.config["data"]
+        data = config["data"]
         return (
             "Final test loss of each method at each setting",
             f"Loss on the last {data['test']:,} characters of the text, mean over seeds with its 95% interval, each "
             f"method at its own best learning rate; lower is better. {SETTINGS} A sample is a piece of "
-            f"{results.config['options']['steps']} characters.",
+            f"{config['options']['steps']} characters.",
         )
 
-    def curves(self, results: Results) -> tuple[str, str]:
+    def curves(self, config: Config) -> tuple[str, str]:
         """Training and test loss along the run."""
-        shown = min(results.config["options"]["curve_characters"], results.config["data"]["test"])
+        shown = min(config["options"]["curve_characters"], config["data"]["test"])
         return (
             "Training and test loss along the run, one panel per setting",
             "Top: training loss, the mean since the previous point, each piece judged before the network learns from "
@@ -220,14 +221,14 @@ class TextWords(Words):
             "How much each method depends on its learning rate (lower is better); the ring marks the rate chosen.",
         )
 
-    def length(self, results: Results) -> str:
+    def length(self, config: Config) -> str:
         """Weight updates."""
-        options = results.config["options"]
+        options = config["options"]
         return f"{options['updates']:,} weight updates on pieces of {options['steps']} characters"
 
-    def protocol(self, results: Results) -> list[str]:
+    def protocol(self, config: Config, methods: Sequence[Method]) -> list[str]:
         """The text, its pieces, Adam."""
-        data, options = results.config["data"], results.config["options"]
+        data, options = config["data"], config["options"]
         return [
             f"Text: {data['description']}; {data['classes']} different characters. In the text's own order: trained on "
             f"the first {data['train']:,} characters, rates chosen on the next {data['validation']:,}, tested on the "
@@ -246,16 +247,11 @@ class TextWords(Words):
         low, high = min(losses, default=0.0), max(losses, default=guessing)
         return low - 0.1, min(high, guessing) + 0.1
 
-    def notes(self, cell: Cell) -> list[str]:
+    def notes(self, score: float, train_loss: float | None) -> list[str]:
         """The loss in bits, and the training loss."""
-        if cell.mean is None:
-            return []
-        train = [f"train {LOSS.number(cell.train_loss.mean)}"] if cell.train_loss else []
-        return [f"{LOSS.number(bits(cell.mean.mean))} bits", *train]
+        train = [f"train {LOSS.number(train_loss)}"] if train_loss is not None else []
+        return [f"{LOSS.number(bits(score))} bits", *train]
 
-    def columns(self, cell: Cell) -> dict[str, float | None]:
+    def columns(self, score: float | None, train_loss: float | None) -> dict[str, float | None]:
         """The loss in bits, and the training loss."""
-        return {
-            "bits_per_character": bits(cell.mean.mean) if cell.mean else None,
-            "train_loss": cell.train_loss.mean if cell.train_loss else None,
-        }
+        return {"bits_per_character": None if score is None else bits(score), "train_loss": train_loss}

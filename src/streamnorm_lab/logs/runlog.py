@@ -47,7 +47,7 @@ class LoggedRun:
 
 
 class RunLog:
-    """Writes one run's log and checkpoint; made anew by each attempt at the run.
+    """The log and the checkpoint of one attempt at a run.
 
     Args:
         path: the log, ``….jsonl``; the checkpoint lies beside it as ``….ckpt``.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import streamnorm as sn
-from streamnorm_lab.methods.layers import Method, Methods, refuse_unknown
+from streamnorm_lab.methods.method import Method, Methods, refuse_unknown
 
 _OPTIONS = (
     "dropout",

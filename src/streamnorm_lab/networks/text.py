@@ -40,7 +40,7 @@ class CharModel(nn.Module):
 def generate(model: CharModel, prompt: Tensor, length: int, seed: int) -> Tensor:
     """``length`` characters that continue ``prompt``, each drawn from what the model expects.
 
-    The model sees as many characters as the prompt has, from a hidden state of zeros, for every character anew:
+    The model sees as many characters as the prompt has, from a hidden state of zeros, again for every character:
     sequences of another length than it was trained on are not asked of it.
 
     Shape:

@@ -20,7 +20,7 @@ from streamnorm_lab.common.files import replacing
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.common.stats import Interval
 from streamnorm_lab.logs.runlog import LoggedRun
-from streamnorm_lab.methods.layers import Method
+from streamnorm_lab.methods.method import Method
 
 INK = "#222222"
 FAINT = "#d9d9d9"
@@ -115,7 +115,7 @@ def _summary_titles(results: Results) -> tuple[str, str]:
     seeds = max(len(cell.scores) for cell in results.cells.values())
     return (
         f"{results.experiment.title}: {data['name']}",
-        f"{results.experiment.words.length(results)}, each method at its best learning rate, "
+        f"{results.experiment.words.length(results.config)}, each method at its best learning rate, "
         f"mean and 95% interval of {seeds} seeds",
     )
 
@@ -212,7 +212,7 @@ def _panels(count: int, height: float) -> Figure:
 
 def curves(results: Results) -> Figure:
     """Training loss and test score along the run, a column per setting; bands span the seeds."""
-    count, unit, score = len(results.settings), results.experiment.unit, results.experiment.score
+    count, unit, score = len(results.settings), results.experiment.kind.unit, results.experiment.score
     figure = _panels(count, 6.0)
     grid: Any = figure.subplots(2, count, sharex="col", sharey="row", squeeze=False)
     for column, setting in enumerate(results.settings):

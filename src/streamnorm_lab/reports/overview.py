@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from streamnorm_lab.analysis.claims import CLAIMS, FALSE, HOLDS, OPEN, Claim, Contrast, verdict
-from streamnorm_lab.analysis.results import CONFIG, Results, load_results
+from streamnorm_lab.analysis.folders import open_results
+from streamnorm_lab.analysis.results import CONFIG, Results
+from streamnorm_lab.analysis.table1 import CONFIG as TABLE1_CONFIG
+from streamnorm_lab.analysis.table1 import judge
 from streamnorm_lab.analysis.verdict import sentences, warnings
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.files import write_text
-from streamnorm_lab.experiments.table1 import CONFIG as TABLE1_CONFIG
-from streamnorm_lab.experiments.table1 import TECHNIQUES, Table1, judge
+from streamnorm_lab.experiments.table1 import TECHNIQUES, Table1
 from streamnorm_lab.reports.report import REPORT, build_report, document, environments, figure, html_table
 from streamnorm_lab.reports.table1 import summary as table1_summary
 from streamnorm_lab.reports.tables import Row, as_csv
@@ -95,7 +97,7 @@ def load_overview(root: Path) -> Overview:
     configs = sorted(root.glob(f"**/{CONFIG}"))
     if not configs:
         raise UserError(f"{root}: no results there; name a folder that `streamnorm run` wrote, or one that holds such")
-    results = {str(path.parent.relative_to(root)): load_results(path.parent) for path in configs}
+    results = {str(path.parent.relative_to(root)): open_results(path.parent) for path in configs}
     return Overview(root, results, tuple(path.parent for path in sorted(root.glob(f"**/{TABLE1_CONFIG}"))))
 
 
@@ -239,12 +241,12 @@ def _folder(overview: Overview, name: str, results: Results) -> str:
         build_report(folder)
     items = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(results))
     notes = "\n".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results))
-    protocol = "\n".join(f"<li>{escape(fact)}</li>" for fact in results.experiment.words.protocol(results) if fact)
+    protocol = "\n".join(f"<li>{escape(fact)}</li>" for fact in results.protocol if fact)
     link = f'<a href="{name}/{REPORT}">The whole report</a>'
     return (
         f"<h2>{escape(results.experiment.title)}: {escape(results.config['data']['name'])}</h2>\n"
         f"<p>{escape(results.experiment.question)} {link}</p>\n<ul>\n{items}\n</ul>\n"
-        f"{notes}\n{figure(drawing.read_text(encoding='utf-8'), *results.experiment.words.summary(results))}\n"
+        f"{notes}\n{figure(drawing.read_text(encoding='utf-8'), *results.experiment.words.summary(results.config))}\n"
         f"<details><summary>Configuration</summary><ul>\n{protocol}\n</ul>\n"
         f"<p>{escape(_options(results))}</p>\n<pre>{escape(chr(10).join(results.config['commands']))}</pre></details>"
     )

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
-from streamnorm_lab.analysis.results import Cell, Results, load_results
+from streamnorm_lab.analysis.folders import open_results
+from streamnorm_lab.analysis.results import Cell, Results
 from streamnorm_lab.analysis.verdict import sentences, warnings
 from streamnorm_lab.common.files import write_text
 from streamnorm_lab.common.stats import Interval
@@ -25,7 +26,7 @@ def build_report(folder: Path) -> Results:
     Raises:
         UserError: the folder holds no finished run, or a damaged log.
     """
-    results = load_results(folder)
+    results = open_results(folder)
     drawings = save_figures(results, folder / "figures")
     save_tables(results, folder)
     write_text(folder / REPORT, page(results, drawings))
@@ -38,14 +39,14 @@ def page(results: Results, drawings: Mapping[str, str]) -> str:
     sections = (
         _opening(results),
         _verdict(results),
-        figure(drawings["summary"], *words.summary(results)),
+        figure(drawings["summary"], *words.summary(results.config)),
         "<h2>The numbers</h2>",
         _numbers(results),
         _pairs(results),
         _section(results),
         _changes(results),
         "<h2>Along the way</h2>",
-        figure(drawings["curves"], *words.curves(results), wide=True),
+        figure(drawings["curves"], *words.curves(results.config), wide=True),
         "<h2>Learning rates</h2>",
         _rates(results),
         figure(drawings["rates"], *words.rates(), wide=True),
@@ -128,7 +129,10 @@ def _number(results: Results, cell: Cell) -> str:
     name, reference = cell.method.name, results.experiment.reference
     difference = results.difference(name, reference, cell.setting) if name != reference else None
     notes = [] if difference is None else [_difference(results, difference)]
-    below = "".join(f"<br><small>{note}</small>" for note in notes + results.experiment.words.notes(cell))
+    if cell.mean is not None:
+        train_loss = None if cell.train_loss is None else cell.train_loss.mean
+        notes += results.experiment.words.notes(cell.mean.mean, train_loss)
+    below = "".join(f"<br><small>{note}</small>" for note in notes)
     title = f' title="{escape(cell.reason)}"' if cell.reason else ""
     return f'<td class="number"{title}>{score_text(results.experiment.score, cell)}{below}</td>'
 
@@ -175,7 +179,7 @@ def _changes(results: Results) -> str:
 
 def _section(results: Results) -> str:
     """The table that only this experiment has."""
-    section = results.experiment.section(results)
+    section = results.section
     if section is None:
         return ""
     head = (f"<th>{escape(name)}</th>" for name in section.head)
@@ -215,7 +219,7 @@ def _protocol(results: Results) -> str:
     own = {name: options[name] for name in results.config["identity"] if name in options}
     finals = sum(run.run["stage"] == "final" for run in results.logs)
     facts = [
-        *words.protocol(results),
+        *results.protocol,
         f"A run whose loss is no longer finite counts with the {words.guessing}.",
         f"{len(results.logs)} runs, {finals} of them final ones. Rates are chosen with other seeds than the final "
         "ones. Intervals are Student's t over seeds, each for itself: they are not corrected for their number.",

@@ -13,16 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from streamnorm_lab.analysis.results import Results
+from streamnorm_lab.analysis.table1 import CRITERION, Judged, judge, read_table
 from streamnorm_lab.common.files import write_text
-from streamnorm_lab.experiments.table1 import (
-    CRITERION,
-    TECHNIQUES,
-    Judged,
-    Scenario,
-    Table1,
-    judge,
-    read_table,
-)
+from streamnorm_lab.experiments.table1 import TECHNIQUES, Scenario, Table1
 from streamnorm_lab.reports.report import REPORT, document, html_table
 from streamnorm_lab.reports.tables import score_text
 
@@ -31,7 +24,7 @@ _CLASS = {"works": "ahead", "suboptimal": "", "fails": "behind"}
 
 
 def build_table(folder: Path) -> Judgements:
-    """Make the page and ``table1.csv`` anew from the logs.
+    """Rebuild the page and ``table1.csv`` from the logs.
 
     Raises:
         UserError: a part has no results.
@@ -95,7 +88,7 @@ def page(judgements: Judgements, parts: Mapping[str, str], commands: list[str]) 
 
 def _part(results: Results, page: str) -> str:
     experiment = results.experiment
-    return f'<li><a href="{escape(page)}">{experiment.name}</a>. {escape(experiment.words.protocol(results)[0])}</li>'
+    return f'<li><a href="{escape(page)}">{experiment.name}</a>. {escape(results.protocol[0])}</li>'
 
 
 def _html(judged: Judged, claim: str) -> str:

@@ -87,7 +87,7 @@ def save_tables(results: Results, folder: Path) -> None:
     """Write ``results.csv``, a line per method and setting, ``runs.csv``, a line per finished run, and a section."""
     write_text(folder / "results.csv", as_csv(result_rows(results)))
     write_text(folder / "runs.csv", as_csv([row for run in results.logs for row in _run_rows(results, run)]))
-    section = results.experiment.section(results)
+    section = results.section
     if section is not None:
         rows = [dict(zip(section.head, row, strict=True)) for row in section.rows]
         write_text(folder / f"{section.name}.csv", as_csv(rows, section.head))
@@ -107,7 +107,7 @@ def _run_rows(results: Results, run: LoggedRun) -> Iterator[Row]:
         yield {
             **run.run,
             "evaluated_as": evaluated_as,
-            **{name: run.end[name] for name in ("status", "updates", results.experiment.unit, "seconds")},
+            **{name: run.end[name] for name in ("status", "updates", results.experiment.kind.unit, "seconds")},
             **{name: scores.get(name) for name in ("loss", "accuracy")},
         }
 
@@ -115,6 +115,7 @@ def _run_rows(results: Results, run: LoggedRun) -> Iterator[Row]:
 def _result_row(results: Results, cell: Cell) -> Row:
     reference = results.experiment.reference
     score, half = _numbers(cell.mean)
+    train_loss, _ = _numbers(cell.train_loss)
     difference, difference_half = _numbers(results.difference(cell.method.name, reference, cell.setting))
     return {
         "method": cell.method.name,
@@ -129,7 +130,7 @@ def _result_row(results: Results, cell: Cell) -> Row:
         "half_interval": half,
         f"difference_to_{reference}": difference,
         "difference_half_interval": difference_half,
-        **results.experiment.words.columns(cell),
+        **results.experiment.words.columns(score, train_loss),
         "diverged": cell.diverged,
         "reason": cell.reason,
     }

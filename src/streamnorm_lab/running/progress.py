@@ -13,6 +13,7 @@ from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.experiment import Experiment
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import LoggedRun
+from streamnorm_lab.running.plan import units
 
 
 class Display:
@@ -65,7 +66,7 @@ class Display:
 
     def start(self, run: Run) -> None:
         """A worker began a run."""
-        total = self._experiment.seen(self._experiment.size(self._data, run), Setting.parse(run.setting))
+        total = units(self._experiment, self._data, run)
         self._single[run] = self._progress.add_task(f"  {self._describe(run)}", total=total, note="")
 
     def news(self, run: Run, seen: int, loss: float, accuracy: float) -> None:

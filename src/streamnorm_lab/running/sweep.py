@@ -15,19 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamnorm_lab.analysis.results import CONFIG, check_run, checked_runs, rates_to_run, read_config
-from streamnorm_lab.common.environment import environment, usable_cores
+from streamnorm_lab.analysis.results import CONFIG, check_config, check_run, checked_runs, rates_to_run, read_config
+from streamnorm_lab.common.environment import card, environment, usable_cores
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.files import locked, output_folder, typed_path, write_text
-from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.experiments.experiment import Experiment, Material
+from streamnorm_lab.data.task import Material
+from streamnorm_lab.experiments.experiment import Experiment
+from streamnorm_lab.experiments.options import option
 from streamnorm_lab.logs.packed import log_path, read_packed
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import LoggedRun, Record, RunLog, read_log
-from streamnorm_lab.methods.layers import rows
+from streamnorm_lab.methods.method import rows
 from streamnorm_lab.reports.watch import WATCH, write_index
 from streamnorm_lab.running import together
 from streamnorm_lab.running.cluster import Cluster
+from streamnorm_lab.running.plan import cells, cost, final_runs, tune_runs
 from streamnorm_lab.running.pool import Pool, Send
 from streamnorm_lab.running.progress import Display
 from streamnorm_lab.running.train import Training, train
@@ -55,7 +57,7 @@ def run_sweep(experiment: Experiment[Any], command: str) -> tuple[Path, int]:
     """
     experiment.check()
     together.check(experiment.settings)
-    material = experiment.open()
+    material = experiment.task.open(experiment.parsed_settings())
     folder = output_folder(typed_path(experiment.out or f"runs/{experiment.name}-{material.name}"))
     with locked(folder), _prepared(material, folder) as (cache, information):
         for torn in folder.rglob(".*.tmp"):  # left by a kill in the middle of a write
@@ -80,7 +82,7 @@ def _write_config(experiment: Experiment[Any], data: dict[str, Any], command: st
     options = {name: value for name, value in asdict(experiment).items() if name != "data"}
     config = {
         "experiment": experiment.name,
-        "identity": {**experiment.identity(), experiment.unit: data["fingerprint"]},
+        "identity": {**experiment.identity(), experiment.kind.unit: data["fingerprint"]},
         "options": options,
         "data": data,
         "commands": [command],
@@ -95,7 +97,8 @@ def _write_config(experiment: Experiment[Any], data: dict[str, Any], command: st
 def _refuse_another(experiment: Experiment[Any], earlier: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
     if earlier["experiment"] != config["experiment"]:
         raise UserError(f"{folder} holds the experiment {earlier['experiment']}: choose another folder with --out")
-    changed = {**_other_options(earlier, config, experiment.unit), **_other_data(experiment, earlier, config)}
+    check_config(earlier, experiment, folder)
+    changed = {**_other_options(earlier, config, experiment.kind.unit), **_other_data(experiment, earlier, config)}
     for words, (before, now) in changed.items():
         raise UserError(f"{folder} holds runs with {words} {before}, not {now}: choose another folder with --out")
 
@@ -104,7 +107,7 @@ def _other_options(earlier: dict[str, Any], config: dict[str, Any], unit: str) -
     """The options that decide the numbers and differ."""
     now = {name: value for name, value in config["identity"].items() if name != unit}
     return {
-        _option(name): (earlier["identity"].get(name), value)
+        option(name): (earlier["identity"].get(name), value)
         for name, value in now.items()
         if earlier["identity"].get(name) != value
     }
@@ -119,14 +122,10 @@ def _other_data(
         return {}
     if before["name"] != now["name"]:
         return {"the data": (before["name"], now["name"])}
-    amounts, others = experiment.amounts(now), experiment.amounts(before)
-    changed = {_option(name): (others[name], amount) for name, amount in amounts.items() if others[name] != amount}
-    found = f"{experiment.unit} of {now['name']} of fingerprint"
+    amounts, others = experiment.task.amounts(now), experiment.task.amounts(before)
+    changed = {option(name): (others[name], amount) for name, amount in amounts.items() if others[name] != amount}
+    found = f"{experiment.kind.unit} of {now['name']} of fingerprint"
     return changed or {found: (before["fingerprint"], now["fingerprint"])}
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 class _Sweep:
@@ -142,14 +141,13 @@ class _Sweep:
 
     def run(self) -> int:
         """Do both stages; return how many runs failed."""
-        tune = self._experiment.tune_runs()
-        most = self._experiment.final_runs({cell: [0.0] for cell in self._experiment.cells()})
+        tune = tune_runs(self._experiment)
+        most = final_runs(self._experiment, {cell: [0.0] for cell in cells(self._experiment)})
         with self._display, self._indexed(), self._workers(len(tune)) as pool:
             self._display.plan(sum(map(self._cost, tune + most)), len(tune + most))
             self._do(pool, tune)
-            final = self._experiment.final_runs(
-                rates_to_run(self._experiment, checked_runs(self._experiment, self._folder))
-            )
+            rates = rates_to_run(self._experiment, checked_runs(self._experiment, self._folder))
+            final = final_runs(self._experiment, rates)
             self._display.plan(sum(map(self._cost, tune + final)), len(tune + final))
             self._do(pool, final)
         return self._failed
@@ -208,7 +206,7 @@ class _Sweep:
                 self._display.end(run, self._cost(run), self._read(run))
 
     def _cost(self, run: Run) -> float:
-        return self._experiment.cost(self._experiment.size(self._data, run), Setting.parse(run.setting))
+        return cost(self._experiment, self._data, run)
 
     def _note_failure(self, run: Run, reason: str) -> None:
         self._failed += 1
@@ -233,7 +231,7 @@ def log_header(experiment: Experiment[Any], run: Run) -> Record:
         "experiment": experiment.name,
         "run": vars(run),
         "options": experiment.identity(),
-        "environment": {**environment(), **experiment.hardware(), **together.described()},
+        "environment": {**environment(), **card(getattr(experiment, "device", "cpu")), **together.described()},
     }
 
 
@@ -243,7 +241,7 @@ def _work(experiment: Experiment[Any], folder: Path, cache: Path, run: Run, send
     if path.exists() and (logged := read_log(path)) and logged.end:
         return  # an earlier job of a cluster, which this one waited for, has done it
     path.with_suffix(".error.txt").unlink(missing_ok=True)
-    data = experiment.part(experiment.load(cache), run)
+    data = experiment.task.part(experiment.task.load(cache), run.stage)
     log, kind = (RunLog, Training) if together.count() == 1 else (together.SharedLog, together.SharedTraining)
     watch = watch_folder(folder, run) if experiment.watch else None
     train(experiment, run, data, log(path, log_header(experiment, run)), lambda *scores: send(scores), kind, watch)

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from streamnorm_lab.common.errors import UserError, first_line
 from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.experiments.experiment import Batch, Data, Experiment
+from streamnorm_lab.data.task import Batch, Data
+from streamnorm_lab.experiments.experiment import Experiment
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import Record, RunLog
 from streamnorm_lab.running.pool import Event, Work

@@ -19,10 +19,11 @@ from torch.optim.swa_utils import update_bn
 
 import streamnorm as sn
 from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.experiments.experiment import Batch, Data, Experiment, Scores, Split
+from streamnorm_lab.data.task import Batch, Data, Scores, Split
+from streamnorm_lab.experiments.experiment import Experiment
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import RunLog
-from streamnorm_lab.methods.layers import rows
+from streamnorm_lab.methods.method import rows
 from streamnorm_lab.methods.peers.batch_renorm import BatchRenorm
 from streamnorm_lab.running.watching import watched
 
@@ -79,7 +80,8 @@ class Training:
         self.model: nn.Module = experiment.model(data, run.method)
         self.network = self.model  # what is trained through
         self.optimizer = experiment.optimizer(self.model.parameters(), run.rate)
-        passes, self.updates_per_epoch = experiment.schedule(data, self.setting)
+        self.task = experiment.task
+        passes, self.updates_per_epoch = self.task.schedule(data, self.setting)
         self.total_updates = passes * self.updates_per_epoch
         for layer in self.model.modules():
             if isinstance(layer, BatchRenorm):  # its limits follow a schedule
@@ -114,7 +116,7 @@ class Training:
             parameters["lr"] = rate
 
     def _batches(self, epoch: int, first_update: int) -> Iterator[Batch]:
-        return self.experiment.batches(self.data, self.setting, self.run.seed, epoch, first_update)
+        return self.task.batches(self.data, self.setting, self.run.seed, epoch, first_update)
 
     def _watch(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         self._note(loss.item(), int((logits.argmax(1) == targets).sum()), len(targets))
@@ -181,7 +183,7 @@ def train(
     if ran_away:
         end["ran_away"] = ran_away[0]
     seconds = round(time.monotonic() - began, 3)
-    log.finish({**end, "updates": training.updates, experiment.unit: training.seen, "seconds": seconds})
+    log.finish({**end, "updates": training.updates, experiment.kind.unit: training.seen, "seconds": seconds})
 
 
 @contextmanager
@@ -236,11 +238,11 @@ def _point(training: Training, experiment: Experiment[Any]) -> dict[str, Any]:
     point: dict[str, Any] = {
         "type": "point",
         "update": training.updates,
-        experiment.unit: training.seen,
+        experiment.kind.unit: training.seen,
         "train": {"loss": training.meter.loss, "accuracy": training.meter.accuracy},
     }
     if training.run.stage == "final":
-        point["test"] = evaluate(training.model, experiment.watched(training.data))
+        point["test"] = evaluate(training.model, training.task.watched(training.data))
     return point
 
 
@@ -253,11 +255,11 @@ def _final_scores(training: Training) -> dict[str, Any]:
         scores[row.name] = evaluate(model, held_out)
     if any(score["loss"] is None for score in scores.values()):
         raise Diverged
-    return {f"{training.experiment.unit}_evaluated": held_out.count, "scores": scores}
+    return {f"{training.experiment.kind.unit}_evaluated": held_out.count, "scores": scores}
 
 
 def _guessing(training: Training) -> dict[str, Any]:
-    chance = training.experiment.guess(training.data.classes)
+    chance = training.task.guess(training.data.classes)
     return {"scores": {row.name: chance for row in rows(training.run.method, training.experiment.catalogue)}}
 
 

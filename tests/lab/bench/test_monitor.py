@@ -13,7 +13,7 @@ import streamnorm as sn
 from streamnorm.training import updates
 from streamnorm_lab.bench import monitor
 from streamnorm_lab.bench.monitor import Effort, measure, watched_networks
-from streamnorm_lab.commands.main import guarded
+from streamnorm_lab.common.guard import guarded
 
 BRIEF = Effort(rounds=2, block=0.01)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import streamnorm as sn
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.data.corruptions import CORRUPTIONS
 from streamnorm_lab.experiments.adapt import Adapt, _accuracy, _adapting, _as_trained, _by_batch
@@ -31,7 +31,7 @@ def test_a_whole_experiment_at_the_smallest_size(tmp_path):
     words = ["--rates", "0.01", "--seeds", "2", "--limit", "64", "--validation", "32", "--width", "2", "--jobs", "1"]
     words += ["--points", "2", "--epochs", "1", "--settings", "8x1", "--stream-images", "70", "--out", str(tmp_path)]
     assert main(["run", "adapt", *words]) == 0
-    results = load_results(tmp_path)
+    results = open_results(tmp_path)
     modes = {
         log.run["method"]: set(log.end["adaptation"])
         for log in results.logs
@@ -42,7 +42,8 @@ def test_a_whole_experiment_at_the_smallest_size(tmp_path):
         "layer": {"as trained"},
         "streaming-l1": {"as trained", "adapting"},
     }
-    section = Adapt.section(results)
+    section = results.section
+    assert section is not None
     assert section.head[2:] == ("clean", *CORRUPTIONS)
     assert [row[0] for row in section.rows] == [
         *("Batch", "Batch, statistics of each image", "Batch, statistics of 64 images"),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.lab import finish, set_scores, timeless
 from torch import nn
 
 import streamnorm as sn
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.analysis.verdict import sentences
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.errors import UserError
@@ -21,12 +22,10 @@ from streamnorm_lab.data.text import Text, load_text
 from streamnorm_lab.experiments.catalogue import EXPERIMENTS
 from streamnorm_lab.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm_lab.logs.records import Run
-from streamnorm_lab.logs.runlog import RunLog, read_log
-from streamnorm_lab.methods.layers import reported, trainable
+from streamnorm_lab.methods.method import reported, trainable
 from streamnorm_lab.methods.recurrent import RECURRENT
 from streamnorm_lab.networks.text import CharModel, generate
-from streamnorm_lab.running.sweep import log_header
-from streamnorm_lab.running.train import Training, evaluate, train
+from streamnorm_lab.running.train import Training, evaluate
 
 WORDS = "to be or not to be that is the question whether tis nobler in the mind to suffer "
 
@@ -43,18 +42,6 @@ def experiment(kind=CharGRU, **options):
     return kind(
         **{"hidden": 12, "steps": 8, "updates": 6, "points": 3, "curve_characters": 40, "sample": 20, **options}
     )
-
-
-def finish(options, run, data, path):
-    train(options, run, data, RunLog(path, log_header(options, run)), lambda *news: None)
-    logged = read_log(path)
-    assert logged is not None
-    assert logged.end is not None
-    return logged
-
-
-def timeless(logged):
-    return logged.points, {key: value for key, value in logged.end.items() if key != "seconds"}
 
 
 def test_a_run_is_the_loop_that_one_would_write(text, tmp_path):
@@ -259,7 +246,7 @@ def finished(tmp_path_factory):
 
 
 def test_an_experiment_from_the_command_to_the_report(finished):
-    results = load_results(finished)
+    results = open_results(finished)
     assert [method.name for method in results.methods][-1] == "streaming-l1,window=500"
     cell = results.cells["streaming-l1", results.settings[0]]
     assert cell.rate == min(cell.tuning, key=lambda rate: cell.tuning[rate])
@@ -290,17 +277,9 @@ def test_a_second_time_nothing_is_run_again_and_another_text_is_refused(finished
 
 def test_the_lower_loss_is_ahead(finished, tmp_path):
     """The verdict, with losses that are known."""
-    losses = {"layer": (2.0, 2.1, 2.2), "streaming-l1": (1.9, 2.0, 2.11)}
-    folder = tmp_path / "copy"
-    for path in finished.rglob("*.json*"):
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else []
-        if records and records[0]["run"]["stage"] == "final" and records[0]["run"]["method"] in losses:
-            run = records[0]["run"]
-            records[-1]["scores"][run["method"]]["loss"] = losses[run["method"]][run["seed"]]
-        copy = folder / path.relative_to(finished)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text("".join(json.dumps(record) + "\n" for record in records) if records else path.read_text())
-    said = sentences(load_results(folder))
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    set_scores(folder, {"layer": (2.0, 2.1, 2.2), "streaming-l1": (1.9, 2.0, 2.11)}, "loss")
+    said = sentences(open_results(folder))
     assert "Streaming L1 is ahead of Layer at 2×1 and 1×2 (−0.097 nats)." in said
     assert said[0] == "Streaming L1 reaches between 2.003 nats and 2.003 nats at 2×1 and 1×2."
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import streamnorm as sn
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.experiments.catalogue import find
 from streamnorm_lab.experiments.conv import Conv
@@ -30,7 +30,7 @@ SMALL = [
 )
 def test_a_whole_experiment_at_the_smallest_size(tmp_path, name, methods):
     assert main(["run", name, *SMALL, "--methods", *methods, "--settings", "8x1", "2x4", "--out", str(tmp_path)]) == 0
-    results = load_results(tmp_path)
+    results = open_results(tmp_path)
     assert [method.name for method in results.methods] == methods
     assert [setting.label for setting in results.settings] == ["8×1", "2×4"]
     assert all(cell.scores for cell in results.cells.values())

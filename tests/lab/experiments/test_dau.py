@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.analysis.verdict import sentences
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.setting import Setting
@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
 
 
 def test_each_method_is_compared_with_itself_at_the_other_setting(finished):
-    results = load_results(finished)
+    results = open_results(finished)
     pairs = [(f"{left}", f"{right}") for left, right in results.setting_pairs]
     assert pairs == [("4x8", "4x1"), ("2x16", "2x1")]
     left, right = Setting(2, 16), Setting(2, 1)
@@ -38,7 +38,7 @@ def test_each_method_is_compared_with_itself_at_the_other_setting(finished):
     assert change == paired(results.cells["batch", left].scores, results.cells["batch", right].scores)
     said = [sentence for sentence in sentences(results) if "4×8 against 4×1" in sentence]
     assert [sentence.split(" is ")[0] for sentence in said] == ["Batch", "Recalibrated Batch", "Streaming L1"]
-    assert re.search(r"(better|worse|not told apart) at (4×8 against 4×1 and )?2×16 against 2×1", said[0])
+    assert re.search(r"(better|worse|not clearly different) at (4×8 against 4×1 and )?2×16 against 2×1", said[0])
     tuned = [results.cells["batch", setting].tuning[0.01] for setting in (left, right)]
     expected = f"{100 * (tuned[0] - tuned[1]):+.1f} at 0.01 (points, validation).".replace("-", "−")
     assert f"At equal learning rates Batch at 2×16 less 2×1 is {expected}" in sentences(results)
@@ -66,6 +66,6 @@ def test_coefficients_from_the_command_to_the_report(tmp_path):
     folder = tmp_path / "out"
     methods = ["streaming-l1", "streaming-l1,alpha=0.7+0.3,beta=0+0+0,kappa=0.7", "streaming-l2", "streaming-sigma"]
     assert main(["run", "coefficients", "--methods", *methods, "--settings", "1x4", *SMALL, "--out", str(folder)]) == 0
-    said = " ".join(sentences(load_results(folder)))
+    said = " ".join(sentences(open_results(folder)))
     assert "Streaming L2 is" in said
     assert "Streaming sigma, L2" in said

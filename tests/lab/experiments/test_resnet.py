@@ -6,20 +6,19 @@ import math
 
 import pytest
 import torch
+from support.lab import finish, timeless
 from torch import nn
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.data.augment import Shifts
 from streamnorm_lab.experiments.resnet import ResNet
 from streamnorm_lab.logs.records import Run
-from streamnorm_lab.logs.runlog import RunLog, read_log
 from streamnorm_lab.methods.layers import METHODS
 from streamnorm_lab.networks.images import ResidualBlock, resnet
 from streamnorm_lab.running import train as train_module
-from streamnorm_lab.running.sweep import log_header
-from streamnorm_lab.running.train import Training, train
+from streamnorm_lab.running.train import Training
 
 
 def test_resnet_20_is_that_of_he_et_al():
@@ -77,11 +76,11 @@ def test_shifts_are_drawn_evenly():
 @pytest.mark.parametrize("update", [0, 3])
 def test_the_images_of_an_update_follow_from_seed_pass_and_update_alone(data, update):
     experiment, setting = ResNet(), Setting(4, 3)
-    whole = list(experiment.batches(data, setting, 1, 2, 0))[3 * update :]
-    rest = list(experiment.batches(data, setting, 1, 2, update))
+    whole = list(experiment.task.batches(data, setting, 1, 2, 0))[3 * update :]
+    rest = list(experiment.task.batches(data, setting, 1, 2, update))
     assert len(rest) == len(whole)
     assert all(torch.equal(a, b) for x, y in zip(rest, whole, strict=True) for a, b in zip(x, y, strict=True))
-    other_pass, other_seed = (next(experiment.batches(data, setting, *key, update))[0] for key in ((1, 3), (2, 2)))
+    other_pass, other_seed = (next(experiment.task.batches(data, setting, *key, update))[0] for key in ((1, 3), (2, 2)))
     assert not torch.equal(other_pass, rest[0][0])
     assert not torch.equal(other_seed, rest[0][0])
 
@@ -92,7 +91,7 @@ def test_augmented_images_are_shifted_training_images(data):
     places = [(down, right) for down in range(3) for right in range(3)]
     all_shifts = [shifts([down] * 96, [right] * 96, [False] * 96).apply(pixels, 0) for down, right in places]
     seen = set()
-    for image, label in zip(*next(ResNet().batches(data, Setting(96, 1), 0, 0, 0)), strict=True):
+    for image, label in zip(*next(ResNet().task.batches(data, Setting(96, 1), 0, 0, 0)), strict=True):
         found = [
             (n, place)
             for place, made in zip(places, all_shifts, strict=True)
@@ -124,7 +123,7 @@ def test_a_whole_experiment_at_the_smallest_size(tmp_path):
     words += ["--methods", "batch", "streaming-l1", "--settings", "16x1", "4x4", "--rates", "0.03", "--seeds", "1"]
     words += ["--epochs", "2", "--tune-limit", "32", "--out", str(tmp_path)]
     assert main(["run", "resnet", *words]) == 0
-    ends = {(log.run["stage"], log.end["images"]) for log in load_results(tmp_path).logs if log.end}
+    ends = {(log.run["stage"], log.end["images"]) for log in open_results(tmp_path).logs if log.end}
     assert ends == {("tune", 2 * 32), ("final", 2 * 64)}
     page = (tmp_path / "report.html").read_text()
     assert "shifted at random" in page
@@ -138,14 +137,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(data, tmp_path, monkeypat
     experiment = ResNet(width=2, depth=1, epochs=2, points=4, checkpoint_every=0.0)
     run = Run("final", method, "8x3", 0.1, 0)
 
-    def finish(path):
-        train(experiment, run, data, RunLog(path, log_header(experiment, run)), lambda *news: None)
-        logged = read_log(path)
-        assert logged is not None
-        assert logged.end is not None
-        return logged.points, {key: value for key, value in logged.end.items() if key != "seconds"}
-
-    whole = finish(tmp_path / "whole.jsonl")
+    whole = timeless(finish(experiment, run, data, tmp_path / "whole.jsonl"))
     follow = train_module._point
 
     def interrupted(training, experiment):
@@ -155,10 +147,10 @@ def test_an_interrupted_run_ends_with_the_same_numbers(data, tmp_path, monkeypat
 
     monkeypatch.setattr(train_module, "_point", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        finish(tmp_path / "torn.jsonl")
+        finish(experiment, run, data, tmp_path / "torn.jsonl")
     monkeypatch.undo()
     assert (tmp_path / "torn.ckpt").exists()
-    assert finish(tmp_path / "torn.jsonl") == whole
+    assert timeless(finish(experiment, run, data, tmp_path / "torn.jsonl")) == whole
 
 
 @pytest.mark.parametrize(

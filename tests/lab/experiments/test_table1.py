@@ -9,11 +9,11 @@ import shutil
 
 import pytest
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
+from streamnorm_lab.analysis.table1 import CRITERION, gain, judge, verdict
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.experiments import table1
-from streamnorm_lab.experiments.table1 import PARTS, SCENARIOS, TECHNIQUES, Table1, gain, judge, verdict
+from streamnorm_lab.experiments.table1 import PARTS, SCENARIOS, TECHNIQUES, Table1
 from streamnorm_lab.reports.table1 import agrees, claimed
 
 
@@ -56,7 +56,7 @@ def test_every_cell_is_judged_from_its_runs(finished):
 
 def test_gain_is_the_distance_from_guessing(finished):
     for name, sign in (("conv", 1), ("char-rnn", -1)):
-        results = load_results(finished / name)
+        results = open_results(finished / name)
         cell = results.cells["layer", Setting(32, 1)]
         classes = results.config["data"]["classes"]
         assert cell.mean is not None
@@ -80,7 +80,7 @@ def test_the_page_and_the_csv_tell_the_same(finished, capsys):
     assert page.count("<td") == 28
     for kind in ("works", "suboptimal", "fails"):
         assert page.count(f">{kind}</b>") == sum(row["verdict"] == kind for row in rows)
-    assert table1.CRITERION in page
+    assert CRITERION in page
     for part in ("online-fc", "conv", "recurrent-conv", "char-rnn"):
         assert (finished / part / "report.html").exists()
         assert f'href="{part}/report.html"' in page

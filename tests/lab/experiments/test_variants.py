@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.analysis.verdict import sentences
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.experiments.variants import Variants
@@ -54,6 +54,6 @@ def test_from_the_command_to_the_report(tmp_path):
     words = ["run", "variants", "--methods", *methods, "--settings", "4x1", "1x4", "--rates", "0.01", "--width", "4"]
     words += ["--seeds", "2", "--limit", "32", "--validation", "16", "--points", "2", "--jobs", "1"]
     assert main([*words, "--out", str(folder)]) == 0
-    results = load_results(folder)
+    results = open_results(folder)
     assert "Streaming, channel is" in " ".join(sentences(results))
     assert all(cell.mean is not None for cell in results.cells.values())

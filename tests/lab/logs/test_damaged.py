@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.lab import change_logs
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.experiments.adapt import Adapt
@@ -94,7 +95,7 @@ def replacements(value: Any) -> Iterator[Any]:
 def report_or_refuse(folder: Path, named: str) -> bool:
     """Whether there is a report; otherwise a refusal that names the file."""
     try:
-        results = load_results(folder)
+        results = open_results(folder)
         page(results, DRAWINGS)
         save_tables(results, folder)
     except UserError as error:
@@ -136,14 +137,15 @@ def test_logs_of_another_form(folder, tmp_path, stage):
 @pytest.mark.parametrize("value", [1e299, 1e150, 0])
 def test_figures_of_numbers_without_measure(finished, value):
     """What passes as a number can be drawn."""
-    for log in (finished / "logs").rglob("*.jsonl"):
-        records = [json.loads(line) for line in log.read_text().splitlines()]
+
+    def change(run, records):
         for record in records:
             for scores in (record.get("train"), record.get("test"), *record.get("scores", {}).values()):
                 if scores:
                     scores["loss"] = value
-        log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    results = load_results(finished)
+
+    change_logs(finished, change)
+    results = open_results(finished)
     for draw in (summary, curves, rates):
         draw(results)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.logs.packed import PACKED, pack, read_packed, read_runs
@@ -140,7 +140,7 @@ def test_lines_of_another_form_are_named(finished, change, message):
     lines = content(finished).splitlines(keepends=True)
     (finished / PACKED).write_bytes(gzip.compress(b"".join(line.rstrip() + b"\n" for line in change(lines))))
     with pytest.raises(UserError, match=message) as error:
-        load_results(finished)
+        open_results(finished)
     assert str(finished / PACKED) in str(error.value)
 
 
@@ -197,7 +197,7 @@ def test_a_committed_page_is_rebuilt_from_its_packed_logs(tmp_path):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(RESULTS).as_posix())
 def test_every_committed_table_is_that_of_its_logs(folder):
-    assert_same_numbers(as_csv(result_rows(load_results(folder))), (folder / "results.csv").read_text())
+    assert_same_numbers(as_csv(result_rows(open_results(folder))), (folder / "results.csv").read_text())
 
 
 def test_the_committed_claims_are_those_of_all_logs():

@@ -6,7 +6,8 @@ from torch import nn
 
 import streamnorm as sn
 from streamnorm_lab.common.errors import UserError
-from streamnorm_lab.methods.layers import METHODS, rows, trainable
+from streamnorm_lab.methods.layers import METHODS
+from streamnorm_lab.methods.method import rows, trainable
 from streamnorm_lab.networks.images import fully_connected
 
 
@@ -54,7 +55,7 @@ def test_a_variant_has_the_options_that_its_name_says():
 )
 def test_a_variant_that_cannot_be_is_one_clear_line(name, message):
     with pytest.raises(UserError, match=r"^(unknown )?method '") as caught:
-        trainable([name])
+        trainable([name], METHODS)
     assert message in str(caught.value)
 
 
@@ -64,9 +65,9 @@ def test_colours_and_markers_are_distinct():
 
 
 def test_recalibration_comes_with_batch_normalization():
-    assert [method.name for method in rows("batch")] == ["batch", "batch-recalibrated"]
+    assert [method.name for method in rows("batch", METHODS)] == ["batch", "batch-recalibrated"]
     with pytest.raises(UserError, match="comes by itself with 'batch'"):
-        trainable(["batch-recalibrated"])
+        trainable(["batch-recalibrated"], METHODS)
 
 
 def test_architecture_a():

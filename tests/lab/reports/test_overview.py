@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from html.parser import HTMLParser
 
 import pytest
+from support.lab import Page, set_scores
 
 from streamnorm_lab.analysis.claims import CLAIMS, FALSE, HOLDS, OPEN, Claim, Contrast, between, everywhere, verdict
-from streamnorm_lab.analysis.results import Cell, Results, load_results
+from streamnorm_lab.analysis.folders import open_results
+from streamnorm_lab.analysis.results import Cell, Results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.catalogue import EXPERIMENTS
@@ -25,14 +25,6 @@ def root(finished, tmp_path):
     return tmp_path / "all"
 
 
-def set_accuracy(folder, method, setting, values):
-    """Give the final runs of a method at a setting these accuracies, one for each seed."""
-    for path in (folder / "logs" / "final").glob(f"{method}_{setting}_*.jsonl"):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        records[-1]["scores"][method]["accuracy"] = values[records[0]["run"]["seed"]]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
 @pytest.mark.parametrize(
     ("ours", "expected"),
     [
@@ -44,9 +36,9 @@ def set_accuracy(folder, method, setting, values):
 )
 def test_a_contrast_is_judged_by_the_interval_of_the_paired_difference(root, ours, expected):
     folder = root / "online-fc-digits"
-    set_accuracy(folder, "layer", "4x1", (0.50, 0.51, 0.52))
-    set_accuracy(folder, "streaming-l1", "4x1", ours)
-    results = load_results(folder)
+    set_scores(folder, {"layer": (0.50, 0.51, 0.52)}, setting="4x1")
+    set_scores(folder, {"streaming-l1": ours}, setting="4x1")
+    results = open_results(folder)
     contrast = Contrast(results, results.cells["streaming-l1", BATCH], results.cells["layer", BATCH], -0.01)
     assert contrast.verdict == expected
     assert contrast.ahead is not None
@@ -54,7 +46,7 @@ def test_a_contrast_is_judged_by_the_interval_of_the_paired_difference(root, our
 
 
 def test_what_cannot_train_is_behind_what_can(root):
-    results = load_results(root / "online-fc-digits")
+    results = open_results(root / "online-fc-digits")
     batch, streaming = results.cells["batch", ONLINE], results.cells["streaming-l1", ONLINE]
     assert Contrast(results, streaming, batch, 0.5).verdict == HOLDS
     assert Contrast(results, batch, streaming, -0.5).verdict == FALSE
@@ -62,7 +54,7 @@ def test_what_cannot_train_is_behind_what_can(root):
 
 
 def test_a_loss_is_ahead_when_it_is_lower(root, monkeypatch):
-    results = load_results(root / "online-fc-digits")
+    results = open_results(root / "online-fc-digits")
     left, right = results.cells["streaming-l1", BATCH], results.cells["layer", BATCH]
     plain = Contrast(results, left, right, 0).ahead
     monkeypatch.setattr(results.experiment, "score", EXPERIMENTS["char-gru"].score)
@@ -77,14 +69,14 @@ def test_one_seed_decides_nothing(root):
     for seed in (1, 2):
         for path in (folder / "logs" / "final").glob(f"*seed{seed}.jsonl"):
             path.unlink()
-    results = load_results(folder)
+    results = open_results(folder)
     contrast = Contrast(results, results.cells["streaming-l1", BATCH], results.cells["layer", BATCH], -1)
     assert contrast.verdict == OPEN
     assert "(one seed)" in describe(contrast)
 
 
 def test_a_claim_falls_with_one_contrast_and_stays_open_with_one(root):
-    results = load_results(root / "online-fc-digits")
+    results = open_results(root / "online-fc-digits")
     batch, streaming = results.cells["batch", ONLINE], results.cells["streaming-l1", ONLINE]
     holds, false = Contrast(results, streaming, batch, 0), Contrast(results, batch, streaming, 0)
     assert verdict([holds, holds]) == HOLDS
@@ -94,7 +86,7 @@ def test_a_claim_falls_with_one_contrast_and_stays_open_with_one(root):
 
 
 def test_contrasts_are_taken_where_both_were_run(root):
-    results = load_results(root / "online-fc-digits")
+    results = open_results(root / "online-fc-digits")
     found = list(everywhere("streaming-l1", "layer", "online", above=0)(results))
     assert [(c.ours.setting, c.theirs.method.name) for c in found] == [(BATCH, "layer"), (ONLINE, "layer")]
     assert [c.ours.setting for c in everywhere("streaming-l1", "layer", above=0, most=1)(results)] == [ONLINE]
@@ -118,30 +110,16 @@ def test_every_claim_asks_for_methods_and_settings_that_there_are():
             assert {contrast.verdict for contrast in found} <= {HOLDS, FALSE, OPEN}
 
 
-class Text(HTMLParser):
-    def __init__(self, page):
-        super().__init__()
-        self.words: list[str] = []
-        self.sources: list[str] = []
-        self.feed(page)
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def handle_starttag(self, tag, attrs):
-        self.sources += [value or "" for name, value in attrs if name == "src"]
-
-
 def test_the_page_over_all_results(root, capsys):
     folder = root / "online-fc-digits"
     for method, values in (("layer", (0.9, 0.91, 0.92)), ("streaming-l1", (0.5, 0.51, 0.52))):
         for setting in ("4x1", "1x4"):
-            set_accuracy(folder, method, setting, values)
+            set_scores(folder, {method: values}, setting=setting)
     before = (folder / "report.html").read_bytes()
     assert main(["report", str(root)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "does not hold" in said
-    page = Text((root / "report.html").read_text())
+    page = Page((root / "report.html").read_text())
     text = " ".join(" ".join(page.words).split())
     assert "Streaming L1 − Layer at 4×1: −40.0 [−40.0, −40.0] points, bound −0.5" in text
     count = len(load_overview(root).not_measured) + 1  # and table 1

@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 from PIL import Image
+from support.lab import Page, change_logs, set_scores
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.analysis.verdict import sentences, warnings
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.stats import paired
 from streamnorm_lab.reports.figures import _apart
-
-
-def rewrite(folder, change):
-    """Pass each finished run's lines through ``change``."""
-    for path in (folder / "logs").rglob("*.jsonl"):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        change(records[0]["run"], records[-1])
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def set_accuracy(folder, table):
-    """Give final runs the accuracies of ``table``: method → one for each seed."""
-
-    def change(run, end):
-        if run["stage"] == "final" and run["method"] in table and "scores" in end:
-            end["scores"][run["method"]]["accuracy"] = table[run["method"]][run["seed"]]
-
-    rewrite(folder, change)
 
 
 def test_report_is_the_same_made_from_the_logs_anew(finished):
@@ -56,35 +37,13 @@ def test_figures_can_be_read_as_images(finished):
         assert ET.parse(finished / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
 
 
-class Page(HTMLParser):
-    """Checks that tags nest, and collects what the page would fetch."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
 def test_page_is_self_contained_and_says_what_was_run(finished, small_command):
     text = (finished / "report.html").read_text()
     page = Page(text)
     words = " ".join(page.words)
-    assert len(page.links) == 3
-    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert len(page.sources) == 3
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not page.links
     assert "http" not in re.sub('base64,[^"]*', "", text)
     assert "streamnorm run online-fc --methods batch layer streaming-l1" in words
     assert "Recalibrated Batch" in words
@@ -96,7 +55,7 @@ def test_page_is_self_contained_and_says_what_was_run(finished, small_command):
 
 
 def test_csv_files_hold_the_numbers_of_the_logs(finished):
-    results = load_results(finished)
+    results = open_results(finished)
     with open(finished / "results.csv", newline="") as file:
         rows = {(row["method"], row["setting"]): row for row in csv.DictReader(file)}
     assert len(rows) == len(results.methods) * len(results.settings) == 8
@@ -117,35 +76,35 @@ def test_csv_files_hold_the_numbers_of_the_logs(finished):
     assert len(runs) == sum(len(end.get("scores", [None])) for end in ends) > len(ends)
 
 
-def test_verdict_says_ahead_behind_or_not_told_apart(finished):
-    set_accuracy(finished, {"layer": (0.5, 0.6, 0.7), "streaming-l1": (0.55, 0.66, 0.75), "batch": (0.9, 0.1, 0.5)})
-    said = sentences(load_results(finished))
+def test_verdict_says_ahead_behind_or_not_clearly_different(finished):
+    set_scores(finished, {"layer": (0.5, 0.6, 0.7), "streaming-l1": (0.55, 0.66, 0.75), "batch": (0.9, 0.1, 0.5)})
+    said = sentences(open_results(finished))
     assert said[0] == "Streaming L1 reaches between 65.3% and 65.3% at 4×1 and 1×4."
     assert "Streaming L1 is ahead of Layer at 4×1 and 1×4 (+5.3 points)." in said
-    assert "Streaming L1 is not told apart from Batch at 4×1 (+15.3 points)." in said
+    assert "Streaming L1 is not clearly different from Batch at 4×1 (+15.3 points)." in said
     assert any(re.fullmatch(r"Batch cannot train at 1×4: “Expected .*”\.", sentence) for sentence in said)
-    set_accuracy(finished, {"layer": (0.8, 0.8, 0.9)})
-    assert "Streaming L1 is behind Layer at 4×1 and 1×4 (−18.0 points)." in sentences(load_results(finished))
+    set_scores(finished, {"layer": (0.8, 0.8, 0.9)})
+    assert "Streaming L1 is behind Layer at 4×1 and 1×4 (−18.0 points)." in sentences(open_results(finished))
 
 
 def test_verdict_counts_divergence(finished):
-    def change(run, end):
+    def change(run, records):
         if (run["stage"], run["method"], run["setting"]) == ("final", "streaming-l1", "4x1") and run["seed"] < 2:
-            end["status"] = "diverged"
+            records[-1]["status"] = "diverged"
 
-    rewrite(finished, change)
-    said = sentences(load_results(finished))
+    change_logs(finished, change)
+    said = sentences(open_results(finished))
     assert any("Streaming L1 at 4×1 (2 of 3 runs)" in sentence for sentence in said)
 
 
 def test_best_rate_at_the_edge_of_the_grid_is_warned_of(finished):
     """Two rates only: whichever is best is at an edge."""
-    said = " ".join(warnings(load_results(finished)))
+    said = " ".join(warnings(open_results(finished)))
     assert "a better one may lie beyond" in said
 
 
 def test_the_largest_rate_that_trains_is_nearer_to_the_best_score_than_to_guessing(finished):
-    results = load_results(finished)
+    results = open_results(finished)
     cell = results.cells["layer", results.settings[0]]
     # Ten classes: 0.1 is guessing, and half-way to the best lies 0.5.
     tuned = replace(cell, rate=0.01, tuning={0.001: 0.3, 0.01: 0.9, 0.1: 0.51, 1.0: 0.49, 10.0: 0.1})
@@ -158,7 +117,7 @@ def test_missing_runs_and_seeds_are_warned_of(finished):
     paths[0].unlink()
     content = paths[1].read_bytes().splitlines(keepends=True)
     paths[1].write_bytes(b"".join(content[:-1]))
-    said = " ".join(warnings(load_results(finished)))
+    said = " ".join(warnings(open_results(finished)))
     assert "1 of " in said
     assert "not finished" in said
     assert "Fewer than three seeds" in said
@@ -168,7 +127,7 @@ def test_missing_runs_and_seeds_are_warned_of(finished):
 def test_one_seed_gives_no_interval_and_no_claim(finished):
     for path in (finished / "logs" / "final").glob("*seed[12].jsonl"):
         path.unlink()
-    results = load_results(finished)
+    results = open_results(finished)
     assert all("ahead" not in sentence and "behind" not in sentence for sentence in sentences(results))
     assert main(["report", str(finished)]) == 0
     assert "nan" not in (finished / "results.csv").read_text()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.files import waited_for
 from streamnorm_lab.experiments.online_fc import OnlineFC
@@ -48,7 +48,7 @@ def test_one_failed_run_is_reported_and_stops_no_other(tmp_path, capsys):
     assert "1 runs failed; run the same command to try them again" in said.err
     (reason,) = folder.rglob("*.error.txt")
     assert "KeyError" in reason.read_text()
-    results = load_results(folder)
+    results = open_results(folder)
     assert results.cells["layer", results.settings[0]].mean is not None
     assert results.cells["batch", results.settings[0]].mean is None
     assert (folder / "report.html").exists()
@@ -78,7 +78,7 @@ def test_a_failed_job_is_reported_and_what_submitit_wrote_is_kept(tmp_path):
     assert run(folder, "--methods", "batch", "layer", "--launcher", "slurm") == 1
     (reason,) = folder.rglob("*.error.txt")
     assert "KeyError" in reason.read_text()
-    assert load_results(folder).cells["layer", load_results(folder).settings[0]].mean is not None
+    assert open_results(folder).cells["layer", open_results(folder).settings[0]].mean is not None
     assert any((folder / "slurm").rglob("*_log.err"))
 
 

@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from support.lab import timeless
 
-from streamnorm_lab.analysis.results import load_results
+from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.logs.packed import read_runs
-from streamnorm_lab.logs.runlog import LoggedRun, read_log
+from streamnorm_lab.logs.runlog import read_log
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and devices of POSIX")
 
@@ -27,7 +28,7 @@ def logs_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_rates_are_chosen_on_validation_images_then_seeds_run_at_the_best(finished):
-    results = load_results(finished)
+    results = open_results(finished)
     cell = results.cells["streaming-l1", results.settings[0]]
     assert set(cell.tuning) == {0.003, 0.03}
     assert cell.rate == max(cell.tuning, key=lambda rate: cell.tuning[rate])
@@ -43,14 +44,14 @@ def test_rates_are_chosen_on_validation_images_then_seeds_run_at_the_best(finish
 
 def test_rates_may_be_chosen_with_short_runs(tmp_path, small_command):
     assert main([*small_command, "--tune-limit", "32", "--out", str(tmp_path)]) == 0
-    results = load_results(tmp_path)
+    results = open_results(tmp_path)
     ends = [(run.run["stage"], run.end["images"]) for run in results.logs if run.end and run.end["status"] == "done"]
     assert set(ends) == {("tune", 32), ("final", 64)}
     assert "runs on the first 32 of them, judged on the 32 after those" in (tmp_path / "report.html").read_text()
 
 
 def test_what_cannot_run_is_a_result_with_its_reason(finished):
-    results = load_results(finished)
+    results = open_results(finished)
     cell = results.cells["batch", results.settings[1]]
     assert cell.setting.samples == 1
     assert cell.mean is None
@@ -88,12 +89,6 @@ def test_an_unfinished_and_a_missing_run_are_made_up_with_the_same_numbers(finis
     assert main([*small_command, "--out", str(finished)]) == 0
     after = {path: read_log(finished / path) for path in logs_of(finished)}
     assert {path: timeless(log) for path, log in after.items()} == {path: timeless(log) for path, log in before.items()}
-
-
-def timeless(logged: LoggedRun | None) -> object:
-    assert logged is not None
-    assert logged.end is not None
-    return logged.points, {key: value for key, value in logged.end.items() if key != "seconds"}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +203,7 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(tmp_path):
     subprocess.run(command(torn), check=True, capture_output=True)
     found = {path: timeless(read_log(torn / path)) for path in logs_of(torn)}
     assert found == {path: timeless(read_log(whole / path)) for path in logs_of(whole)}
-    assert log.read_bytes().splitlines()[0] == first_line, "the run began anew; it did not continue"
+    assert log.read_bytes().splitlines()[0] == first_line, "the run started again; it did not continue"
 
 
 def command(folder: Path, epochs: int = 3) -> list[str]:

@@ -7,31 +7,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from support.lab import finish, timeless
 from torch import nn
 
 import streamnorm as sn
 from streamnorm_lab.logs.records import Run
-from streamnorm_lab.logs.runlog import RunLog, read_log
 from streamnorm_lab.methods.peers.batch_renorm import BatchRenorm
 from streamnorm_lab.running import train as train_module
-from streamnorm_lab.running.sweep import log_header
-from streamnorm_lab.running.train import Training, train
-
-
-def ignore(*news):
-    """For runs that nobody watches."""
-
-
-def finish(experiment, run, data, path):
-    train(experiment, run, data, RunLog(path, log_header(experiment, run)), ignore)
-    logged = read_log(path)
-    assert logged is not None
-    assert logged.end is not None
-    return logged
-
-
-def timeless(logged):
-    return logged.points, {key: value for key, value in logged.end.items() if key != "seconds"}
+from streamnorm_lab.running.train import Training
 
 
 def test_a_run_is_the_loop_that_one_would_write(make_experiment, data, tmp_path):
