@@ -67,7 +67,7 @@ sanitize: install
 	for library in build/sanitize/streamnorm/ops/*.so; do nm -D $$library | grep -q __asan_report || exit 1; done
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONMALLOC=malloc STREAMNORM_KEEP_MIB=0 PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -q -p no:xdist tests/ops tests/recurrent/test_engines.py tests/recurrent/test_native.py
+	  $(BIN)/python -m pytest -q -p no:xdist tests/ops tests/recurrent/engines
 
 test-integrations: $(INTEGRATIONS)/installed
 	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n $(JOBS) $(INTEGRATION_TESTS) --require-libraries

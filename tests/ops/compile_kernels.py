@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 import streamnorm as sn
 from streamnorm import ops
 from streamnorm.ops import gpu
-from streamnorm.recurrent import gpu as recurrent_gpu
+from streamnorm.recurrent.engines import gpu as recurrent_gpu
 
 done: set[str] = set()
 
@@ -51,7 +51,7 @@ def compile_layer_kernel(
 def compile_recurrent_kernel(
     name: str, cut: recurrent_gpu.Cut, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
-    """In the place of ``recurrent.gpu._launch``."""
+    """In the place of ``recurrent.engines.gpu._launch``."""
     kernel = getattr(recurrent_gpu._kernels(), name)
     compile_instead(kernel, (cut.programs,), arguments, constants, cut.warps)
 

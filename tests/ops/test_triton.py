@@ -639,7 +639,7 @@ def _last_channel(x: Tensor, dy: Tensor, stream: str) -> list[Tensor]:
 
 
 def test_recurrent_layers_take_these_kernels(launched: list[str]) -> None:
-    """Those that the engine for whole sequences leaves alone (``tests/recurrent/test_gpu.py``)."""
+    """Those that the engine for whole sequences leaves alone (``tests/recurrent/engines/test_gpu.py``)."""
     results = []
     for engine in ("triton", "torch"):
         torch.manual_seed(0)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import streamnorm as sn
-from streamnorm.recurrent import fused, norms
+from streamnorm.recurrent import norms
+from streamnorm.recurrent.engines import by_hand
 
 
 def test_a_norm_for_each_path_layer_and_direction() -> None:
@@ -140,5 +141,5 @@ def test_an_empty_batch() -> None:
 def test_what_is_left_to_the_loop(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = sn.GRU(3, 5)
     change(model)
-    monkeypatch.setattr(fused, "run", lambda *args: pytest.fail("this ran on the whole-sequence engine"))
+    monkeypatch.setattr(by_hand, "run", lambda *args: pytest.fail("this ran with a backward pass by hand"))
     model(torch.randn(4, 2, 3))[0].sum().backward()

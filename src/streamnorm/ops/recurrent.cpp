@@ -1,6 +1,6 @@
 // The C++ engine of recurrent networks: time steps on CPU memory.
 //
-// It knows nothing of PyTorch. recurrent/native.py describes a layer's memory once in a Plan, and asks for one time step a
+// It knows nothing of PyTorch. recurrent/engines/cpu.py describes a layer's memory once in a Plan, and asks for one time step a
 // call; between the calls PyTorch multiplies matrices. The formulas are in recurrent_kernels.h.
 
 #define PY_SSIZE_T_CLEAN

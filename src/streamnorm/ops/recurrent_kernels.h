@@ -3,7 +3,7 @@
 //
 // A step walks over the hidden units in blocks of one register. For the units of a block it normalizes both paths of
 // every gate and then computes the gates, while all of that is in the cache. The formulas of the normalization are
-// explained in plain.py, those of the networks in recurrent/steps.py, their derivatives in recurrent/traced.py.
+// explained in plain.py, those of the networks in recurrent/steps.py, their derivatives in recurrent/engines/by_hand.py.
 
 namespace ISA {
 

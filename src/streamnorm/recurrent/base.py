@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import fixed
+from .engines import folded
 from .norms import NormChoice
 from .steps import GATES, Norms, Weights
 
@@ -47,10 +47,10 @@ class Normalized(nn.Module):
         return Weights(*(getattr(self, f"{name}{suffix}", None) for name in _WEIGHTS))  # type: ignore[arg-type]
 
     def _is_fixed(self) -> bool:
-        return all(fixed.supports(self.kind, self._norms(suffix)) for suffix in self.suffixes)
+        return all(folded.supports(self.kind, self._norms(suffix)) for suffix in self.suffixes)
 
     def _folded(self) -> list[Weights]:
-        return [fixed.fold(self._weights(suffix), self._norms(suffix)) for suffix in self.suffixes]
+        return [folded.fold(self._weights(suffix), self._norms(suffix)) for suffix in self.suffixes]
 
     @torch.no_grad()
     def to_torch(self) -> Any:

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from .. import ops
 from ..core import arguments
 from ..core.compiler import as_constant, as_leaf, is_symbolic
-from . import engines, fixed
 from .base import Normalized
+from .engines import choice, folded
 from .norms import Factory, NormChoice
 from .steps import Hidden
 
@@ -141,7 +141,7 @@ class _Layer(Normalized, nn.RNNBase):
         if steps == 0:
             raise RuntimeError("expected sequences of at least one time step, got none")
         if self._runs_in_torch():
-            output, finals = fixed.run(self.kind, steps_first, None, hidden, self._folded(), self)
+            output, finals = folded.run(self.kind, steps_first, None, hidden, self._folded(), self)
         else:
             data, finals = self._run(steps_first.reshape(steps * rows, self.input_size), [rows] * steps, hidden)
             output = data.view(steps, rows, data.shape[1])
@@ -157,7 +157,7 @@ class _Layer(Normalized, nn.RNNBase):
             )
         hidden = self._start(data, batch_sizes, hx, order)
         if self._runs_in_torch():
-            data, finals = fixed.run(self.kind, data, batch_sizes, hidden, self._folded(), self)
+            data, finals = folded.run(self.kind, data, batch_sizes, hidden, self._folded(), self)
         else:
             data, finals = self._run(data, sizes, hidden)
         if back is not None:
@@ -190,11 +190,11 @@ class _Layer(Normalized, nn.RNNBase):
         return hidden if self.kind == "LSTM" else hidden[0]
 
     def _runs_in_torch(self) -> bool:
-        """Whether the layer is torch.nn's with other weights now, see ``fixed``."""
+        """Whether the layer is torch.nn's with other weights now, see ``engines.folded``."""
         return ops._active[0] is not ops.plain and self._is_fixed()
 
     def _run(self, data: Tensor, sizes: list[int], hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """All layers and directions over packed data, see ``loop.run``."""
+        """All layers and directions over packed data, see ``engines.loop.run``."""
         backwards = _Backwards(sizes, data.device) if self.bidirectional else None
         finals: list[Hidden] = []
         for layer in range(self.num_layers):
@@ -203,7 +203,7 @@ class _Layer(Normalized, nn.RNNBase):
                 suffix = self.suffixes[len(finals)]
                 start = tuple(h[len(finals)] for h in hidden)
                 read = data if turn is None else turn(data)
-                output, final = engines.run(self.kind, read, sizes, start, self._weights(suffix), self._norms(suffix))
+                output, final = choice.run(self.kind, read, sizes, start, self._weights(suffix), self._norms(suffix))
                 outputs.append(output if turn is None else turn(output))
                 finals.append(final)
             data = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

@@ -15,7 +15,7 @@ import torch
 
 from streamnorm import ops
 from streamnorm.ops import gpu
-from streamnorm.recurrent import gpu as recurrent_gpu
+from streamnorm.recurrent.engines import gpu as recurrent_gpu
 from streamnorm_lab.bench import cuda
 from streamnorm_lab.bench import cuda_cases as cuda_cases_module
 from streamnorm_lab.bench.cuda_cases import (

@@ -1,4 +1,4 @@
-"""The whole-sequence engine in C++, which gives what ``fused`` gives in less time.
+"""The engine in C++, which gives what ``by_hand`` gives in less time.
 
 A call does a time step, or with few sequences all of them: matrix products with the hidden state, statistics of both
 paths, gates. This module decides what goes there and makes the tensors; ``ops/recurrent.cpp`` advances the streams.
@@ -9,21 +9,21 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from ..core.reference import NormRef
-from ..core.spec import State
-from ..layers.norm import GeneralBatchNorm, Norm, SampleNorm
-from ..ops.another_pass import AnotherPass, another_pass
-from ..ops.derivatives import any_order
-from ..ops.native import LIBRARY
-from . import fused
-from .norms import PerStepBatchNorm
-from .steps import GATES, Hidden, Norms, Weights
-from .traced import Tensors
+from ...core.reference import NormRef
+from ...core.spec import State
+from ...layers.norm import GeneralBatchNorm, Norm, SampleNorm
+from ...ops.another_pass import AnotherPass, another_pass
+from ...ops.native import LIBRARY
+from ..norms import PerStepBatchNorm
+from ..steps import GATES, Hidden, Norms, Weights
+from . import sequence
+from .sequence import Gradient, Tensors, after_last, states_before
 
 _CELLS = {"RNN_TANH": 0, "RNN_RELU": 1, "GRU": 2, "LSTM": 3}
 _UNNORMALIZED, _FEATURES, _SEQUENCES = range(3)
@@ -44,7 +44,7 @@ _GRAIN = 1 << 19
 def _load() -> tuple[Any, bool]:
     """The extension, or None where it was not built; and whether it multiplies faster than PyTorch on one thread."""
     try:
-        from ..ops import _recurrent  # type: ignore[attr-defined]
+        from ...ops import _recurrent  # type: ignore[attr-defined]
     except ImportError:
         return None, False
     _, outruns = _recurrent.setup(os.environ.get("STREAMNORM_ISA") or None, LIBRARY)
@@ -55,7 +55,7 @@ _recurrent, _outruns_torch = _load()
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
-    """Plain CPU tensors and the usual norms; what ``fused`` supports besides is left to it."""
+    """Plain CPU tensors and the usual norms; ``by_hand`` takes what ``sequence`` supports besides."""
     return (
         _recurrent is not None
         and kind in _CELLS
@@ -65,7 +65,7 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and all(_is_plain(t) for t in (data, *hidden, *weights) if t is not None)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
-        and fused.supports(data, sizes, hidden, weights, norms)
+        and sequence.supports(data, sizes, hidden, weights, norms)
         and _lie_right(data.dtype, weights, norms)
     )
 
@@ -116,14 +116,6 @@ def _kind(norm: nn.Module) -> int:
     if norm.ref != _PER_FEATURE or (isinstance(norm, GeneralBatchNorm) and norm.momentum is None):
         return _UNNORMALIZED
     return _FEATURES
-
-
-def run(
-    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
-) -> tuple[Tensor, Hidden]:
-    """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
-    output, *finals = _Sequence.apply(kind, sizes, norms, *fused.arguments(data, hidden, weights, norms))
-    return output, tuple(finals)
 
 
 class _Path(NamedTuple):
@@ -230,8 +222,8 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-class _Run:
-    """The memory of one pass over a sequence: what forward leaves for backward, inputs and outputs apart.
+class _Pass:
+    """A pass over a sequence: the memory that forward leaves for backward, inputs and outputs apart.
 
     ``x`` and ``h`` hold the products of both paths for all steps, and then their deviations from mu. From these the
     inverse of s can be found again; with few sequences only ``marks`` of the streams are kept for that.
@@ -294,7 +286,7 @@ class _Run:
         # However few the rows, the whole weight is read.
         return plan._replace(threads=_threads(max(self.sizes[0], _FEW_ROWS) * self.width * self.features))
 
-    def forward(self, w_hh: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, t: Tensors) -> tuple[Tensor, ...]:
         """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
         output = self.x.new_empty(len(self.x), self.width)
         inverses, panels = self._inverses(), self._panels(forward=True)
@@ -307,32 +299,31 @@ class _Run:
         if self.weight is not None:
             _recurrent.forward_all(plan, len(self.sizes))
         else:
-            step, w_t = _recurrent.forward, w_hh.t()
-            for number, (before, into) in enumerate(zip(self._before(output), self.h.split(self.sizes))):
+            step, w_t = _recurrent.forward, t.w_hh.t()
+            befores = states_before(self.h0, output, self.sizes)
+            for number, (before, into) in enumerate(zip(befores, self.h.split(self.sizes))):
                 torch.mm(before, w_t, out=into)
                 step(plan, number)
         for norm in self.norms:
             if isinstance(norm, GeneralBatchNorm):
                 _count(norm, len(self.sizes))
-        return output, *(_after_last(h, self.sizes) for h in (output, self.cells) if h is not None)
-
-    def _before(self, output: Tensor) -> list[Tensor]:
-        """The hidden states before each step."""
-        return [self.h0, *(state[:rows] for state, rows in zip(output.split(self.sizes), self.sizes[1:]))]
+        return output, *(after_last(h, self.sizes) for h in (output, self.cells) if h is not None)
 
     def _all_before(self, output: Tensor) -> Tensor:
         """The hidden states before all steps, one after the other."""
         if self.sizes[0] == self.sizes[-1]:
             return torch.cat((self.h0, output[: -self.sizes[0]]))
-        return torch.cat(self._before(output))
+        return torch.cat(states_before(self.h0, output, self.sizes))
 
     def backward(
-        self, t: Tensors, needs: Tensors, output: Tensor, d_output: Tensor | None, d_finals: tuple[Tensor | None, ...]
-    ) -> dict[str, Tensor]:
-        """All steps in reverse: the gradients by the names of what they belong to."""
+        self, t: Tensors, needs: Tensors, output: Tensor, d_output: Gradient, d_finals: tuple[Gradient, ...]
+    ) -> dict[str, Gradient]:
+        """All steps in reverse."""
+        if d_output is not None:
+            d_output = d_output.resolve_neg().contiguous()
         inverses = self._inverses() if self.inverses is None else self.inverses
         # If no later backward goes through this graph, gradients may lie where the deviations were.
-        d_x, d_h = (torch.empty_like(values) if fused.keeps_graph() else values for values in (self.x, self.h))
+        d_x, d_h = (torch.empty_like(values) if sequence.keeps_graph() else values for values in (self.x, self.h))
         d_hidden = [
             torch.zeros_like(start) if d is None else d.clone(memory_format=torch.contiguous_format)
             for d, start in zip(d_finals, (self.h0, self.c0))
@@ -374,7 +365,7 @@ class _Run:
             if other is not None:
                 other.finish()
 
-        found = {"gain_ih": d_gain_x, "b_ih": d_bias_x, "gain_hh": d_gain_h, "b_hh": d_bias_h}
+        found: dict[str, Gradient] = {"gain_ih": d_gain_x, "b_ih": d_bias_x, "gain_hh": d_gain_h, "b_hh": d_bias_h}
         found.update(zip(("h", "c"), d_hidden))
         if needs.data:
             found["data"] = product(d_x, t.w_ih)
@@ -395,28 +386,8 @@ class _Run:
                 d_hidden[: self.sizes[number]].addmm_(d_products[number], w_hh)
 
 
-class _Sequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, kind: str, sizes: list[int], norms: Norms, *tensors: Any) -> Any:
-        t = Tensors(*tensors)
-        run = _Run(kind, sizes, norms, t)
-        output, *finals = run.forward(t.w_hh)
-        ctx.save_for_backward(output, *tensors)
-        ctx.set_materialize_grads(False)
-        ctx.run, ctx.use = run, (kind, sizes, norms)
-        return output, *finals
-
-    @staticmethod
-    @any_order(fused.again)
-    def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
-        output, *saved = ctx.saved_tensors
-        needs = Tensors(*ctx.needs_input_grad[3:])
-        if d_output is not None:
-            d_output = d_output.resolve_neg().contiguous()
-        found = ctx.run.backward(Tensors(*saved), needs, output, d_output, d_finals)
-        if not fused.keeps_graph():
-            ctx.run = None  # what it holds is as large as all steps, and the graph may live on
-        return None, None, None, *(found[name] if need else None for name, need in zip(Tensors._fields, needs))
+run = partial(sequence.run, _Pass)
+"""Run one layer in one direction; ``loop.run`` explains the arguments."""
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -448,15 +419,6 @@ def _starts(sizes: list[int]) -> Tensor:
     if sizes[0] == sizes[-1]:
         return torch.arange(0, sizes[0] * len(sizes) + 1, sizes[0])
     return torch.tensor([0, *sizes]).cumsum(0)
-
-
-def _after_last(states: Tensor, sizes: list[int]) -> Tensor:
-    """Of the hidden tensors of all steps those after each sequence's own last step."""
-    if sizes[0] == sizes[-1]:
-        return states[-sizes[0] :].clone()
-    following = [*sizes[1:], 0]
-    ended = [state[rows:] for state, rows in zip(states.split(sizes), following) if len(state) > rows]
-    return torch.cat(ended[::-1])
 
 
 def _count(norm: GeneralBatchNorm, steps: int) -> None:

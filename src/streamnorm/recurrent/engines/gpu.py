@@ -1,4 +1,4 @@
-"""The whole-sequence engine on NVIDIA GPUs, which gives what ``fused`` gives in fewer launches.
+"""The engine on NVIDIA GPUs, which gives what ``by_hand`` gives in fewer launches.
 
 Each time step is one matrix product with the hidden state and one Triton kernel: statistics of both paths and their
 streams, gates, the new state; backward likewise, from the last step to the first. The input's products of all steps
@@ -9,24 +9,23 @@ window rule asks for is a counter on the device, to which a kernel adds how far 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial, wraps
 from itertools import accumulate
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..core.reference import NormRef
-from ..core.spec import Formula, State
-from ..layers.norm import Norm
-from ..ops import gpu
-from ..ops.another_pass import another_pass
-from ..ops.derivatives import any_order
-from . import fused
-from .steps import GATES, Hidden, Norms, Weights
-from .traced import Tensors
+from ...core.reference import NormRef
+from ...core.spec import Formula, State
+from ...layers.norm import Norm
+from ...ops import gpu
+from ...ops.another_pass import another_pass
+from ..steps import GATES, Hidden, Norms, Weights
+from . import sequence
+from .sequence import Gradient, Tensors, after_last, states_before
 
 KINDS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
 _PER_FEATURE = NormRef.batch("channel")
@@ -42,7 +41,7 @@ ELEMENTS_PER_WARP = 256
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
-    """Plain tensors on the device and streaming norms of each feature; ``fused`` takes what it supports besides."""
+    """Plain tensors on the device and streaming norms of each feature; ``by_hand`` takes what else is supported."""
     return (
         kind in KINDS
         and weights.hr is None
@@ -53,7 +52,7 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and not torch._C._len_torch_dispatch_stack()
         and not gpu.is_watched()
         and torch._C._get_tracing_state() is None
-        and fused.supports(data, sizes, hidden, weights, norms)
+        and sequence.supports(data, sizes, hidden, weights, norms)
     )
 
 
@@ -63,14 +62,6 @@ def _is_plain(t: Tensor) -> bool:
 
 def _is_known(norm: nn.Module) -> bool:
     return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and gpu._on_device(norm.long)
-
-
-def run(
-    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
-) -> tuple[Tensor, Hidden]:
-    """Run one layer in one direction; :func:`streamnorm.recurrent.loop.run` explains the arguments."""
-    output, *finals = _Sequence.apply(kind, sizes, norms, *fused.arguments(data, hidden, weights, norms))
-    return output, tuple(finals)
 
 
 class _Path(NamedTuple):
@@ -136,7 +127,21 @@ def _cut(rows: int, hidden: int, gates: int) -> Cut:
     return Cut(units, tile, gpu._ceil(rows, tile), gpu._ceil(hidden, units), warps, columns)
 
 
-class _Run:
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _at_device(method: _Method) -> _Method:
+    """Launch on the device of the tensors that come first."""
+
+    @wraps(method)
+    def launched(self: Any, t: Tensors, *rest: Any) -> Any:
+        with gpu._device(t.data):
+            return method(self, t, *rest)
+
+    return cast(_Method, launched)
+
+
+class _Pass:
     """A pass over a sequence: what forward leaves for backward, inputs and outputs apart."""
 
     def __init__(self, kind: str, sizes: list[int], norms: Norms, t: Tensors) -> None:
@@ -156,20 +161,21 @@ class _Run:
         saved = None if norm is None else products.new_empty(len(self.sizes), 4, self.features)
         return _Path(products, gpu._flat(gain), gpu._flat(bias), saved)
 
-    def forward(self, w_hh: Tensor) -> tuple[Tensor, ...]:
-        """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
+    @_at_device
+    def forward(self, t: Tensors) -> tuple[Tensor, ...]:
+        """All steps."""
         output = self.h.products.new_empty(self.starts[-1], self.hidden)
         x, h = (_forward_stream(path, norm) for path, norm in zip((self.x, self.h), self.norms))
         constants = self._constants("alpha")
-        w_t, products = w_hh.t(), self.h.products.split(self.sizes)
-        for number, before in enumerate(self._before(output)):
+        w_t, products = t.w_hh.t(), self.h.products.split(self.sizes)
+        for number, before in enumerate(states_before(self.h0, output, self.sizes)):
             torch.mm(before, w_t, out=products[number])
             states = self._states_before(number, output)
             numbers = self._numbers(number, after=self.starts[number + 1])
             _launch("forward_step", self.cut, (x, h, output, self.cells, *states, *numbers), constants)
         for path in (x, h):
             _count(path, self.starts[-1])
-        return output, *(_after_last(states, self.sizes) for states in (output, self.cells) if states is not None)
+        return output, *(after_last(states, self.sizes) for states in (output, self.cells) if states is not None)
 
     def _constants(self, weights: str) -> dict[str, Any]:
         """What the kernels of one direction must know beforehand."""
@@ -187,10 +193,6 @@ class _Run:
             "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         }
 
-    def _before(self, output: Tensor) -> list[Tensor]:
-        """The hidden states before each step."""
-        return [self.h0, *(state[:rows] for state, rows in zip(output.split(self.sizes), self.sizes[1:]))]
-
     def _states_before(self, number: int, output: Tensor) -> tuple[Tensor | None, ...]:
         """The tensors in which the hidden states before a step lie, and the cells."""
         return (self.h0, self.c0) if number == 0 else (output, self.cells)
@@ -200,17 +202,22 @@ class _Run:
         before = self.starts[number - 1] if number else 0
         return number, self.starts[number], before, self.sizes[number], after, self.hidden
 
+    @_at_device
     def backward(
-        self, t: Tensors, needs: Tensors, output: Tensor, d_output: Tensor | None, d_finals: tuple[Tensor | None, ...]
-    ) -> dict[str, Tensor]:
-        """All steps in reverse: the gradients by the names of what they belong to."""
+        self, t: Tensors, needs: Tensors, output: Tensor, d_output: Gradient, d_finals: tuple[Gradient, ...]
+    ) -> dict[str, Gradient]:
+        """All steps in reverse."""
+        if d_output is not None:
+            d_output = d_output.resolve_neg().contiguous()
         d_hidden, d_cells = (
             None if start is None else torch.zeros_like(start) if d is None else _copy(d)
             for d, start in zip((*d_finals, None), (self.h0, self.c0))
         )
         assert d_hidden is not None
         flows_into_x, first_flows = needs.data or needs.w_ih, needs.w_hh or needs.h
-        d_x, d_h = torch.empty_like(self.x.products), torch.empty_like(self.h.products)
+        # If no later backward goes through this graph, gradients may lie where the products were.
+        keeps = sequence.keeps_graph()
+        d_x, d_h = (torch.empty_like(path.products) if keeps else path.products for path in (self.x, self.h))
         into_x, into_h = self._into(d_x if flows_into_x else None, d_h)
         constants, total, d_products = self._constants("beta"), self.starts[-1], d_h.split(self.sizes)
         uses = total if flows_into_x else 0, total if first_flows else total - self.sizes[0]
@@ -232,7 +239,12 @@ class _Run:
             if other is not None:
                 other.finish()
 
-        found = {"gain_ih": into_x.d_gain, "b_ih": into_x.d_bias, "gain_hh": into_h.d_gain, "b_hh": into_h.d_bias}
+        found: dict[str, Gradient] = {
+            "gain_ih": into_x.d_gain,
+            "b_ih": into_x.d_bias,
+            "gain_hh": into_h.d_gain,
+            "b_hh": into_h.d_bias,
+        }
         found["h"] = d_hidden
         if d_cells is not None:
             found["c"] = d_cells
@@ -241,7 +253,7 @@ class _Run:
         if needs.w_ih:
             found["w_ih"] = d_x.t() @ t.data
         if needs.w_hh:
-            found["w_hh"] = d_h.t() @ torch.cat(self._before(output))
+            found["w_hh"] = d_h.t() @ torch.cat(states_before(self.h0, output, self.sizes))
         return found
 
     def _into(self, d_x: Tensor | None, d_h: Tensor) -> tuple[_Into, _Into]:
@@ -281,35 +293,8 @@ def _grad_scale(norm: nn.Module | None, like: Tensor) -> Tensor | None:
     return None if scale is None else scale.to(like.device)
 
 
-class _Sequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, kind: str, sizes: list[int], norms: Norms, *tensors: Any) -> Any:
-        t = Tensors(*tensors)
-        with gpu._device(t.data):
-            run = _Run(kind, sizes, norms, t)
-            output, *finals = run.forward(t.w_hh)
-        ctx.save_for_backward(output, *tensors)
-        ctx.set_materialize_grads(False)
-        ctx.run, ctx.use = run, (kind, sizes, norms)
-        return output, *finals
-
-    @staticmethod
-    @any_order(fused.again)
-    def backward(ctx: Any, d_output: Tensor | None, *d_finals: Tensor | None) -> Any:
-        output, *saved = ctx.saved_tensors
-        needs = Tensors(*ctx.needs_input_grad[3:])
-        if d_output is not None:
-            d_output = d_output.resolve_neg().contiguous()
-        with gpu._device(output):
-            found = ctx.run.backward(Tensors(*saved), needs, output, d_output, d_finals)
-        return None, None, None, *(found[name] if need else None for name, need in zip(Tensors._fields, needs))
-
-
-def _after_last(states: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Of the hidden tensors of all steps those after each sequence's own last step."""
-    following = [*sizes[1:], 0]
-    ended = [state[rows:] for state, rows in zip(states.split(sizes), following) if len(state) > rows]
-    return torch.cat(ended[::-1])
+run = partial(sequence.run, _Pass)
+"""Run one layer in one direction; ``loop.run`` explains the arguments."""
 
 
 @lru_cache(maxsize=1)

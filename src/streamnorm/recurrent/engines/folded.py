@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.compiler import HOOKS
-from ..layers.norm import GeneralBatchNorm, Norm
-from .fused import KNOWN
-from .norms import PerStepBatchNorm
-from .steps import Hidden, Norms, Weights
+from ...core.compiler import HOOKS
+from ...layers.norm import GeneralBatchNorm, Norm
+from ..norms import PerStepBatchNorm
+from ..steps import Hidden, Norms, Weights
+from .sequence import KNOWN
 
 _NETWORKS: dict[str, Any] = {
     "RNN_TANH": torch.rnn_tanh,

@@ -9,7 +9,7 @@ What one part of a kernel finds and the next one reads goes through memory, wher
 every feature (which backward reads too), and backward the gradients of the gates.
 
 The formulas of the normalization are explained in ``ops/plain.py`` and computed by the functions of the other layers'
-kernels; those of the networks are explained in ``steps.py``, their derivatives in ``traced.py``.
+kernels; those of the networks are explained in ``steps.py``, their derivatives in ``by_hand.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ops.gpu_kernels import (
+from ...ops.gpu_kernels import (
     _advance,
     _derivative_of_power,
     _gain_and_bias,
@@ -385,6 +385,7 @@ def _path_backward(
                 dx = _input_gradient_tile(
                     dx, x, mu, gain * inverse, location_path, moment_path, cut, use.p, use.centered
                 )
+            _wait_for_readers()  # dx may lie where the products do
             tl.store(into.dx + at, dx, mask=inside)
 
 

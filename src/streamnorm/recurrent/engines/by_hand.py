@@ -1,46 +1,26 @@
-"""Time steps that can be retraced: each network forward and, by hand, backward, in PyTorch operations.
+"""The engine in PyTorch operations: each network's time steps forward and, by hand, backward.
 
 The equations are those of ``steps``; a backward pass takes their derivatives from the last line to the first. The
-normalizations go through the PyTorch or the GPU engine of ``streamnorm.ops``, call by call.
+normalizations go through the PyTorch or the GPU engine of ``streamnorm.ops``, call by call. The input's products of all
+steps are one matrix product, and so are the weights' gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..layers.norm import GeneralBatchNorm, Norm
-from .norms import PerStepBatchNorm
-from .steps import Hidden, Norms
+from ... import ops
+from ...layers.norm import GeneralBatchNorm, Norm
+from ..norms import PerStepBatchNorm
+from ..steps import Hidden, Norms
+from . import sequence
+from .sequence import Gradient, Tensors, states_before
 
-Gradient = Tensor | None
 Gradients = tuple[Gradient, ...]
-
-
-class Tensors(NamedTuple):
-    """All that has a gradient: inputs, weights, gains, the cell norm's bias, and where the sequences start."""
-
-    data: Any
-    w_ih: Any
-    w_hh: Any
-    b_ih: Any
-    b_hh: Any
-    w_hr: Any
-    gain_ih: Any
-    gain_hh: Any
-    gain_hn: Any
-    gain_cell: Any
-    bias_cell: Any
-    h: Any
-    c: Any
-
-    @property
-    def hidden(self) -> Hidden:
-        """(h,) or, for the LSTM, (h, c)."""
-        return (self.h,) if self.c is None else (self.h, self.c)
 
 
 class _Use:
@@ -129,7 +109,7 @@ class Product:
         return torch.cat(self.d_products[::-1]).t() @ inputs if self.wants_weight else None
 
 
-class Traced:
+class Steps:
     """The time steps of one layer in one direction.
 
     Args:
@@ -178,7 +158,7 @@ class Traced:
             self.d_wx.append(d_wx)
 
 
-class _RNN(Traced):
+class _RNN(Steps):
     def forward(self, number: int, wx: Tensor, hidden: Hidden) -> Hidden:
         return (self._activation(self.input.forward(wx, number) + self.product.forward(hidden[0], number)),)
 
@@ -213,7 +193,7 @@ class _RNNRelu(_RNN):
         return (h > 0).to(h.dtype)
 
 
-class _GRU(Traced):
+class _GRU(Steps):
     def forward(self, number: int, wx: Tensor, hidden: Hidden) -> Hidden:
         (h,) = hidden
         reset_x, update_x, new_x = self.input.forward(wx, number).chunk(3, 1)
@@ -237,7 +217,7 @@ class _GRU(Traced):
         return (plus(d_previous, d_h * update) if flows else None,)
 
 
-class _GRUResetBefore(Traced):
+class _GRUResetBefore(Steps):
     def __init__(self, tensors: Tensors, norms: Norms) -> None:
         super().__init__(tensors, norms)
         gates = 2 * tensors.w_hh.shape[1]
@@ -284,7 +264,7 @@ class _GRUResetBefore(Traced):
         return gradients
 
 
-class _LSTM(Traced):
+class _LSTM(Steps):
     def __init__(self, tensors: Tensors, norms: Norms) -> None:
         super().__init__(tensors, norms)
         self.w_hr = tensors.w_hr
@@ -347,13 +327,79 @@ class _LSTM(Traced):
         return gradients
 
 
-TRACED: dict[str, type[Traced]] = {
+_NETWORKS: dict[str, type[Steps]] = {
     "RNN_TANH": _RNNTanh,
     "RNN_RELU": _RNNRelu,
     "GRU": _GRU,
     "GRU_RESET_BEFORE": _GRUResetBefore,
     "LSTM": _LSTM,
 }
+
+
+class ByHand:
+    """A pass over a sequence, step by step."""
+
+    def __init__(self, kind: str, sizes: list[int], norms: Norms, t: Tensors) -> None:
+        self.sizes, self.steps = sizes, _NETWORKS[kind](t, norms)
+
+    def forward(self, t: Tensors) -> tuple[Tensor, ...]:
+        """All steps."""
+        hidden = t.hidden
+        outputs: list[Tensor] = []
+        ended: list[Hidden] = []
+        for number, wx in enumerate((t.data @ t.w_ih.t()).split(self.sizes)):
+            rows = len(wx)
+            if rows < len(hidden[0]):
+                ended.append(tuple(h[rows:] for h in hidden))
+                hidden = tuple(h[:rows] for h in hidden)
+            hidden = self.steps.forward(number, wx, hidden)
+            outputs.append(hidden[0])
+        return torch.cat(outputs), *(torch.cat(parts) for parts in zip(hidden, *reversed(ended)))
+
+    def backward(
+        self, t: Tensors, needs: Tensors, output: Tensor, d_output: Gradient, d_finals: Gradients
+    ) -> dict[str, Gradient]:
+        """All steps in reverse."""
+        steps, sizes = self.steps, self.sizes
+        states, before = output.split(sizes), states_before(t.h, output, sizes)
+        d_states = [None] * len(sizes) if d_output is None else d_output.split(sizes)
+
+        steps.start_backward(needs)
+        d_hidden: Gradients = (None,) * len(d_finals)
+        reached = 0
+        for number in reversed(range(len(sizes))):
+            d_hidden = tuple(_grown(d, d_final, reached, sizes[number]) for d, d_final in zip(d_hidden, d_finals))
+            d_hidden = (plus(d_hidden[0], d_states[number]), *d_hidden[1:])
+            d_hidden = steps.backward(number, states[number], before[number], d_hidden)
+            reached = sizes[number]
+
+        gradients = steps.finish_backward(torch.cat(before))
+        if steps.d_wx:
+            d_wx = torch.cat(steps.d_wx[::-1])
+            gradients["data"] = d_wx @ t.w_ih if needs.data else None
+            gradients["w_ih"] = d_wx.t() @ t.data if needs.w_ih else None
+        gradients.update(zip(("h", "c"), d_hidden))
+        return gradients
+
+
+run = partial(sequence.run, ByHand)
+"""Run one layer in one direction; ``loop.run`` explains the arguments."""
+
+
+def _grown(d: Gradient, d_final: Gradient, reached: int, rows: int) -> Gradient:
+    """The gradient of a hidden tensor after a step, of which the first ``reached`` rows went on to the next one."""
+    if reached == rows or (d is None and d_final is None):
+        return d
+    ended = d_final[reached:rows] if d_final is not None else None
+    if reached == 0:
+        return ended
+    like = d if d is not None else d_final
+    assert like is not None
+    parts = (
+        like.new_zeros(reached, like.shape[1]) if d is None else d,
+        like.new_zeros(rows - reached, like.shape[1]) if ended is None else ended,
+    )
+    return torch.cat(parts)
 
 
 def plus(a: Gradient, b: Gradient) -> Gradient:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .norms import When
-from .steps import STEPS, Hidden, Norms, Weights
+from ..norms import When
+from ..steps import STEPS, Hidden, Norms, Weights
 
 
 def run(

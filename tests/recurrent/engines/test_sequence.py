@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.recurrent import loop, native
+from streamnorm.recurrent.engines import cpu, loop
 
 RNN: Callable[..., Any] = sn.RNN
 GRU: Callable[..., Any] = sn.GRU
@@ -210,8 +210,8 @@ def test_the_same_bits_on_any_number_of_threads(
 
     PyTorch's own products are left out: their last bits do depend on it.
     """
-    monkeypatch.setattr(native, "_GRAIN", 1)
-    monkeypatch.setattr(native, "_outruns_torch", True)
+    monkeypatch.setattr(cpu, "_GRAIN", 1)
+    monkeypatch.setattr(cpu, "_outruns_torch", True)
     model = NETWORKS[network](40, hidden, **NORMS[norm])
     batches = [[torch.randn(7, 50, 40), torch.randn(40, 3, 40)] for _ in range(3)]
     runs = []

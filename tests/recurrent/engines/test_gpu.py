@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import streamnorm as sn
 from streamnorm import ops
 from streamnorm.ops import gpu as engine
-from streamnorm.recurrent import gpu
+from streamnorm.recurrent.engines import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -220,6 +220,36 @@ def test_what_wants_a_gradient(wanted: str) -> None:
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_memory_of_the_last_backward(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It puts gradients where the products were; with ``retain_graph`` they get room, and another one can follow."""
+    places: list[bool] = []
+    launch = gpu._launch
+
+    def seen(name: str, cut: gpu.Cut, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        if name == "backward_step":
+            paths, into = arguments[:2], arguments[2:4]
+            places.extend(i.dx.data_ptr() == p.products.data_ptr() for p, i in zip(paths, into))
+        launch(name, cut, arguments, constants)
+
+    monkeypatch.setattr(gpu, "_launch", seen)
+    model = sn.GRU(3, 4, dtype=WIDE).to(DEVICE)
+    twin = copy.deepcopy(model)
+    x = torch.randn(3, 2, 3, dtype=WIDE, device=DEVICE)
+    with ops.force("triton"):
+        loss = model(x)[0].square().sum()
+        for again in [True] * kept + [False]:
+            loss.backward(retain_graph=again)
+            assert places == [not again] * 6
+            places.clear()
+    with ops.force("plain"):
+        loss = twin(x)[0].square().sum()
+        for again in [True] * kept + [False]:
+            loss.backward(retain_graph=again)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), twin.named_parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("wanted", ["final", "cell"])
