@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -236,3 +237,20 @@ def test_layers_that_nothing_counts() -> None:
     assert (used.idle, unused.idle) == (0, 1)
     assert (unused.location, unused.scale, unused.replaced, unused.nonfinite) == (0, 1, 0, 0)
     assert math.isnan(unused.drift)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_on_a_gpu_and_on_both_devices() -> None:
+    here = [sn.StreamingNorm1d(6), sn.StreamingNorm1d(6), sn.StreamingNorm1d(3)]
+    for layer in here:
+        layer(torch.randn(5, layer.num_features, requires_grad=True)).square().sum().backward()
+    there = [copy.deepcopy(layer).cuda() for layer in here]
+    found = []
+    for layers in (here, there, [*here[:2], there[2]]):
+        reader = Reader(layers)
+        reader.take(range(3), 1, [0] * 3, commits_now=True)
+        found.append(reader.read()[0][1])
+    for each in found[1:]:
+        for i, reading in each.items():
+            assert reading == pytest.approx(found[0][i], rel=1e-5, nan_ok=True)

@@ -13,10 +13,10 @@ from .record import Event, Record, Sample, line
 
 LOG, PAGE = "monitor.jsonl", "monitor.html"
 
-PAGE_SHARE = 200
+PAGE_SHARE = 400
 """Between two writings of the page passes at least this many times as long as one takes."""
 
-PAGE_PAUSE = 1.0
+PAGE_PAUSE = 2.0
 """And at least this many seconds."""
 
 

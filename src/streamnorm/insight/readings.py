@@ -93,7 +93,7 @@ class Reader:
     @property
     def waiting(self) -> int:
         """How many numbers the snapshots hold that are not evaluated yet."""
-        return sum(snapshot.numbers.numel() for snapshot in self._taken)
+        return sum(snapshot.averages.numel() for snapshot in self._taken)
 
     def take(self, which: Sequence[int], update: int, commits: Sequence[int], commits_now: bool) -> None:
         """Take a snapshot of some layers.
@@ -104,33 +104,38 @@ class Reader:
             commits: of every layer, how often it committed since its last snapshot, the coming commit left out.
             commits_now: whether these layers are about to commit; otherwise they are between two commits.
         """
-        members = [[i for i in everyone if i in which] for everyone in self._kinds.values()]
-        parts = []
-        for some in members:
-            states = [self._layers[i].state for i in some]
-            parts.append([tensor.flatten() for field in zip(*states) for tensor in field])
-        if len({tensors[0].device for tensors in parts if tensors}) == 1:
-            parts = [list(chain.from_iterable(parts))]
-        numbers = torch.cat([torch.cat(tensors).cpu() for tensors in parts if tensors])
-        self._taken.append(_Snapshot(update, members, list(commits), commits_now, numbers))
+        members = list(self._kinds.values())
+        if len(which) < len(self._layers):
+            members = [[i for i in everyone if i in which] for everyone in members]
+        averages: list[Tensor] = []
+        counts: list[Tensor] = []
+        samples: list[Tensor] = []
+        for some in filter(None, members):
+            *rows, count, grad_count, seen, grad_seen = zip(*(self._layers[i].state for i in some))
+            averages += chain.from_iterable(rows)
+            counts += (*count, *grad_count)
+            samples += (*seen, *grad_seen)
+        numbers = _fetched(averages, counts, samples)
+        self._taken.append(_Snapshot(update, members, list(commits), commits_now, *numbers))
 
     def read(self) -> list[tuple[int, dict[int, Reading]]]:
         """Evaluate all snapshots: for each the number of its update, and the readings of its layers."""
         taken, self._taken = self._taken, []
         readings: list[dict[int, Reading]] = [{} for _ in taken]
-        rest = [snapshot.numbers for snapshot in taken]
+        rest = [_Block(snapshot.averages, snapshot.counts, snapshot.samples) for snapshot in taken]
         for number, kind in enumerate(self._kinds):
             rows: list[_Row] = []
-            blocks = []
+            blocks: list[_Block] = []
             for when, snapshot in enumerate(taken):
                 members = snapshot.members[number]
-                own, rest[when] = rest[when].tensor_split([kind.size * len(members)])
-                blocks.append(kind.split(own, len(members)))
-                for i, *samples in zip(members, *blocks[-1][2].tolist()):
-                    rows.append(self._row(when, i, snapshot, *samples))
+                block, rest[when] = rest[when].split(len(members), kind.channels)
+                blocks.append(block)
+                for i, samples, grad_samples in zip(members, *block.samples.tolist()):
+                    rows.append(self._row(when, i, snapshot, samples, grad_samples))
             if rows:
-                averages, counts = (torch.cat(parts, 1).double() for parts in list(zip(*blocks))[:2])
-                for row, numbers in zip(rows, self._evaluate(kind, rows, averages.movedim(2, 1), counts)):
+                averages = torch.cat([block.averages for block in blocks], 2).double().transpose(0, 1)
+                counts = torch.cat([block.counts for block in blocks], 1)
+                for row, numbers in zip(rows, self._evaluate(kind, rows, averages, counts)):
                     readings[row.when][row.layer] = Reading._make((*numbers, row.samples, row.idle))
         return [(snapshot.update, reading) for snapshot, reading in zip(taken, readings)]
 
@@ -243,21 +248,6 @@ class _Kind(NamedTuple):
         even = all(view.axes[axis] == 1 for axis in view.kept)
         return cls(layer.ref.num_stats(layer.num_features), formula.p, formula.k, formula.eps, even)
 
-    @property
-    def size(self) -> int:
-        """How many numbers the state of a layer holds."""
-        return 10 * self.channels + 2
-
-    def split(self, numbers: Tensor, layers: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The averages ``(4, L, 2, G)``, counts ``(2, L, G)`` and samples ``(2, L)`` of L layers in a snapshot."""
-        size = layers * self.channels
-        averages, counts, samples = numbers.split([8 * size, 2 * size, 2 * layers])
-        return (
-            averages.view(4, layers, 2, self.channels),
-            counts.view(2, layers, self.channels),
-            samples.view(2, layers),
-        )
-
     def sigma(self, m: Tensor) -> Tensor:
         """The scale of a moment; what is estimated may be a little below 0."""
         root = m.clamp(min=0) if self.p == 1 else m.clamp(min=0) ** (1 / self.p)
@@ -269,12 +259,52 @@ class _Kind(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
+    """The state of layers at one weight update, on the host; tensors as in a :class:`_Block`, kind after kind."""
+
     update: int
     members: list[list[int]]
-    """For each kind the layers, in the order in which ``numbers`` has them."""
+    """For each kind the layers, in their order."""
     commits: list[int]
     commits_now: bool
-    numbers: Tensor
+    averages: Tensor
+    counts: Tensor
+    samples: Tensor
+
+
+class _Block(NamedTuple):
+    """The state of L layers with G statistics each.
+
+    Before they are split off, other layers follow, and all is flat but the first axis of ``averages``.
+    """
+
+    averages: Tensor
+    """``(2, 4, L, G)``: mu and the moment; long, short, long_grad, short_grad."""
+    counts: Tensor
+    """``(2, L, G)``: count, grad_count."""
+    samples: Tensor
+    """``(2, L)``: samples, grad_samples."""
+
+    def split(self, layers: int, channels: int) -> tuple[_Block, _Block]:
+        """Those of the first layers, which are of one kind, and the rest."""
+        size = layers * channels
+        own = _Block(
+            self.averages[:, : 4 * size].reshape(2, 4, layers, channels),
+            self.counts[: 2 * size].view(2, layers, channels),
+            self.samples[: 2 * layers].view(2, layers),
+        )
+        return own, _Block(self.averages[:, 4 * size :], self.counts[2 * size :], self.samples[2 * layers :])
+
+
+def _fetched(averages: list[Tensor], counts: list[Tensor], samples: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Joined, and copied to the host: at once, where all are on one device."""
+    if len({tensor.device for tensor in counts}) > 1:
+        averages, counts, samples = ([tensor.cpu() for tensor in each] for each in (averages, counts, samples))
+    joined = torch.cat(averages, 1), torch.cat(counts), torch.stack(samples)
+    if joined[0].is_cpu:
+        return joined
+    numbers = torch.cat([tensor.flatten() for tensor in joined]).cpu()
+    flat, counted, seen = numbers.split([tensor.numel() for tensor in joined])
+    return flat.view(2, -1), counted, seen
 
 
 class _Last(NamedTuple):
