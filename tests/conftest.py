@@ -16,6 +16,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
 from streamnorm import ops
 
+if (os.environ.get("TRITON_INTERPRET") == "1") != ops.gpu.INTERPRETED:
+    raise RuntimeError("streamnorm was imported before it was said whether Triton interprets its kernels")
+
 # Test processes share the cores between them (make test).
 torch.set_num_threads(1)
 
