@@ -1,9 +1,9 @@
-"""What tests of the laboratory share: runs from start to end, logs that are changed, pages that are read."""
+"""What tests of the laboratory share: runs from start to end, logs that are changed or spoilt, pages that are read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,40 @@ def set_scores(
             records[-1]["scores"][run["method"]][key] = table[run["method"]][run["seed"]]
 
     change_logs(folder, change)
+
+
+OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    5,
+    -1,
+    0,
+    0.5,
+    10**400,
+    float("nan"),
+    "",
+    "text",
+    [],
+    [1, 2],
+    {},
+    {"a": None},
+    [[]],
+    ["32x1"],
+)
+"""Values that JSON can hold in place of another one."""
+
+
+def replacements(value: Any) -> Iterator[Any]:
+    """The value with one of its parts replaced, at every place, or left out."""
+    yield from OTHERS
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for part in replacements(value[key]):
+            changed = value.copy()
+            changed[key] = part
+            yield changed
+        left = value.copy()
+        del left[key]
+        yield left
 
 
 class Page(HTMLParser):

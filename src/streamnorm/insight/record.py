@@ -160,27 +160,43 @@ class Record:
         if not entries or entries[0].get("type") != "monitor":
             raise ValueError(f"{path} is no record of streamnorm.monitor: its first line is not one of a monitor's")
         head = entries[0]
+        version = head.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise ValueError(f"{path} has version {version} and this streamnorm reads {VERSION}: update it")
         try:
-            if head["version"] > VERSION:
-                raise ValueError(f"{path} has version {head['version']} and this streamnorm reads {VERSION}: update it")
             layers = [LayerFacts(**facts) for facts in head["layers"]]
-            record = cls(head["name"], head["every"], layers, head["started"])
+            if not layers:
+                raise ValueError("it names no layer")
+            record = cls(head["name"], _every(head["every"]), layers, _seconds(head["started"]))
             for entry in entries[1:]:
                 record._take(entry)
-        except (KeyError, TypeError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no record of streamnorm.monitor: {error!r}") from error
         return record
 
     def _take(self, entry: dict[str, Any]) -> None:
-        self.updates, self.seconds = entry["update"], entry["seconds"]
+        self.updates, self.seconds = int(entry["update"]), _seconds(entry["seconds"])
         if entry["type"] == "sample":
             names = (facts.name for facts in self.layers)
-            readings = {name: Reading(*map(_number, row)) for name, row in zip(names, entry["layers"])}
-            self.add(Sample(entry["update"], entry["seconds"], _number(entry["rate"]), readings))
+            readings = {name: Reading(*map(_number, row)) for name, row in zip(names, entry["layers"], strict=True)}
+            self.add(Sample(self.updates, self.seconds, _number(entry["rate"]), readings))
         elif entry["type"] == "event":
-            self.note(Event(entry["update"], entry["seconds"], entry["kind"], entry["text"]))
+            self.note(Event(self.updates, self.seconds, entry["kind"], entry["text"]))
         elif entry["type"] == "end":
             self.status = entry["status"]
+
+
+def _every(updates: Any) -> int:
+    """So many weight updates between two samples."""
+    if not isinstance(updates, int) or updates < 1:
+        raise ValueError(f"every must be a whole number of at least 1, got {updates!r}")
+    return updates
+
+
+def _seconds(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"seconds must be a finite number, got {value!r}")
+    return number
 
 
 def line(entry: Sample | Event) -> str:

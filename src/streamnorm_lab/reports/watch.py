@@ -37,7 +37,8 @@ def rebuild(folder: Path) -> Path:
         try:
             sn.insight.write_page(sn.insight.Record.read(log), log.with_name(PAGE))
         except ValueError as error:
-            raise UserError(f"{error}. Remove the file, or take it from where it came") from None
+            place = "" if str(log) in str(error) else f"{log}: "
+            raise UserError(f"{place}{error}. Remove the file, or take it from where it came") from None
     return logs[0].with_name(PAGE) if logs[0].parent == folder and len(logs) == 1 else write_index(folder)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import change_logs
+from support.lab import change_logs, replacements
 
 from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
@@ -22,24 +21,6 @@ from streamnorm_lab.reports.report import page
 from streamnorm_lab.reports.tables import save_tables
 from streamnorm_lab.running.sweep import run_sweep
 
-OTHERS: tuple[Any, ...] = (
-    None,
-    True,
-    5,
-    -1,
-    0,
-    0.5,
-    10**400,
-    float("nan"),
-    "",
-    "text",
-    [],
-    [1, 2],
-    {},
-    {"a": None},
-    [[]],
-    ["32x1"],
-)
 DRAWINGS = dict.fromkeys(("summary", "curves", "rates"), "<svg/>")
 KINDS: dict[str, Experiment[Any]] = {
     "images": Adapt(
@@ -77,19 +58,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     experiment = type(KINDS[request.param])(**{**vars(KINDS[request.param]), "out": str(out)})
     assert run_sweep(experiment, "streamnorm run small") == (out, 0)
     return out
-
-
-def replacements(value: Any) -> Iterator[Any]:
-    """The value with one of its parts replaced, at every place, or left out."""
-    yield from OTHERS
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        for part in replacements(value[key]):
-            changed = value.copy()
-            changed[key] = part
-            yield changed
-        left = value.copy()
-        del left[key]
-        yield left
 
 
 def report_or_refuse(folder: Path, named: str) -> bool:
