@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("same")
 
 
 # The suites by engine that take the Triton engine too where it is interpreted: it is slow there, and has its own tests.
-INTERPRETED_SUITES = {"test_stream.py", "test_accumulate.py", "test_another_pass.py"}
+INTERPRETED_SUITES = {"test_stream.py", "test_accumulate.py", "test_another_pass.py", "test_checks.py"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

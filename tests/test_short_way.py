@@ -26,7 +26,8 @@ def _parametrize(layer: Norm) -> None:
 
 
 def _load_other_precision(layer: Norm) -> None:
-    layer.load_state_dict({name: value.double() for name, value in layer.state_dict().items()}, assign=True)
+    state = {name: t.double() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
 
 
 def _new_gain(layer: Norm) -> None:

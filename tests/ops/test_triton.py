@@ -6,6 +6,7 @@ refuses; ``test_every_kernel_compiles`` does.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
@@ -256,14 +257,16 @@ def test_second_moments_survive_a_first_tile_that_is_not_like_the_rest() -> None
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("p", [1, 3])
-def test_what_is_not_finite_stays_out_of_the_stream(p: float) -> None:
+@pytest.mark.parametrize("center", ["mean", "zero"])
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_what_is_not_finite_stays_out_of_the_stream(p: float, center: str) -> None:
     inputs = [torch.randn(6, 3) for _ in range(2)]
     grads = [torch.randn(6, 3) for _ in range(2)]
     inputs[0][2, 0] = math.inf
-    inputs[0][4, 1] = 1e20 if p == 3 else math.nan
+    inputs[0][4, 1] = math.nan if p == 1 else 1e20
     grads[1][0, 2] = math.nan
-    ours, theirs = (run(engine, sn.StreamingNorm1d(3, p=p), inputs, grads) for engine in ("triton", "plain"))
+    layer = sn.StreamingNorm1d(3, p=p, center=center)
+    ours, theirs = (run(engine, copy.deepcopy(layer), inputs, grads) for engine in ("triton", "plain"))
     for i, (mine, expected) in enumerate(zip(ours, theirs)):
         assert torch.allclose(mine, expected, rtol=1e-5, atol=1e-6, equal_nan=True), f"result {i}: {mine}, {expected}"
     count = ours[2 + sn.StreamingNorm1d(3).state._fields.index("count")]

@@ -62,6 +62,11 @@ class View(NamedTuple):
         return stats.view(self.stats_shape).expand(self.channel_shape).reshape(-1).contiguous()
 
     @property
+    def num_channels(self) -> int:
+        """C, the number of channels."""
+        return math.prod([size for size, axis in zip(self.split, self.axes) if axis == 1])
+
+    @property
     def num_stats(self) -> int:
         """G, the number of statistics."""
         return math.prod([self.split[i] for i in self.kept])

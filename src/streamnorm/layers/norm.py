@@ -22,7 +22,7 @@ from ..core.moment import LpMoment
 from ..core.reference import NormRef, RefName
 from ..core.spec import Formula, State, View
 from ..core.stream import IMAGE_WINDOW, WINDOW, Stream
-from ..ops import joined
+from ..ops import checks, joined
 from ..training import agreement, checkpoint, runaway, updates
 from ..training.agreement import Sync
 from ..training.ties import Ties, is_collecting
@@ -442,6 +442,11 @@ class Norm(nn.Module):
             old = before[name]
             if buffer is not None and old is not None and buffer.dtype in _REDUCED:
                 self._buffers[name] = old.to(buffer.device, torch.float32)
+        if any(self._buffers[name] is not old for name, old in before.items()):
+            # A backward still to come moves the averages that its forward had: the counts that belong to them, too.
+            for name, old in before.items():
+                if old is not None and self._buffers[name] is old:
+                    self._buffers[name] = old.clone()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -680,7 +685,17 @@ class GeneralBatchNorm(Norm):
         partitions = next(p for p in range(min(self.ghosts, len(x)), 0, -1) if len(x) % p == 0)
         return self.ref.ghosts(partitions).view(x.shape)
 
+    @property
+    def _steps(self) -> tuple[int, ...]:
+        """(T,), where each of T time steps has running statistics of its own."""
+        return ()
+
+    def _check_running(self, num_stats: int) -> None:
+        checks.check_running(self.running_mean, self.running_var, self.num_batches_tracked, self._steps, num_stats)
+
     def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
+        if not is_compiling():
+            self._check_running(self.ref.view(x.shape).num_stats)
         stats = self.running_mean.new_empty(2, view.num_stats)
         n: int | Tensor
         if self._joins_batches:
@@ -842,7 +857,8 @@ def _affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Norm, mask: Tens
         x = x.masked_fill(~mask.unsqueeze(1), 0)
     if all(view.axes[i] == 1 for i in view.kept):
         mu, variance = view.per_channel(mu), view.per_channel(variance)
-        weight, bias = (None if t is None else t.to(mu.dtype) for t in (layer.weight, layer.bias))
+        # Contiguous: the backward of batch_norm reads a gain with gaps as if it had none.
+        weight, bias = (None if t is None else t.to(mu.dtype).contiguous() for t in (layer.weight, layer.bias))
         y = F.batch_norm(x, mu, variance, weight, bias, training=False, eps=layer.eps)
     else:
         shape = view.stats_shape

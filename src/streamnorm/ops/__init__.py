@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.compiler import is_compiling, is_exporting
 
 from ..core.spec import Formula, Sign, State, View
 from . import eager, gpu, native, plain, traced
+from .checks import check_before_backward, check_call
 from .derivatives import is_recorded, refuse
 
 ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
@@ -70,9 +72,12 @@ def normalize(
         if state is None:
             return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
         refuse(x, weight, bias)
+    check_call(x, weight, bias, view, state, stats)
     for engine in _active:
         if engine.supports(x, mask, view, formula, state):
             y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+            if engine is plain and y.requires_grad:  # the others look for themselves
+                y.grad_fn.register_prehook(partial(check_before_backward, x, weight, view, state))  # type: ignore[union-attr]
             return y
     raise AssertionError("the reference takes every input")
 

@@ -62,8 +62,8 @@ def counting_once(ctx: Any) -> Iterator[None]:
     if ctx.state is None or not ctx.needs_input_grad[0]:
         yield
     elif not getattr(ctx, "was_passed", False):
-        ctx.was_passed = True
         yield
+        ctx.was_passed = True  # not where it was refused
     else:
         state = ctx.state
         another = AnotherPass(state, ctx.n if isinstance(ctx.n, int) else ctx.n.flatten(), ctx.samples)

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from ..core.spec import Formula, Mix, State, View
 from . import plain
 from .another_pass import counting_once
+from .checks import check_backward
 from .derivatives import Again, any_order
 from .plain import Scalar, at_least_one, elements, hide, mix, num_samples, running_average, wide
 
@@ -135,6 +136,8 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     """
     x, weight, mask, saved = ctx.saved_tensors
     view, formula = ctx.view, ctx.formula
+    if not (is_compiling() or getattr(ctx, "checked", False)):
+        check_backward(x, dy, weight, saved, view, ctx.state)
     keep = None if mask is None else mask.view(view.mask_shape)
     mu, inverse, slope = saved
     inverse_wide = inverse.view(view.stats_shape)
@@ -174,7 +177,10 @@ def _input_gradient(
     per_index = ctx.n.flatten() if isinstance(ctx.n, Tensor) else ctx.n
     cut = slope.isnan()
     u = _derivative_of_power(d, p)
-    if p > 2:  # where the moment overflowed, u may have done so too
+    can_ask = (
+        u.is_cpu and type(u) is Tensor and not is_compiling()
+    )  # a device would be waited for, a graph has no values
+    if not can_ask or cut.any():  # u is not finite either
         u = u.masked_fill(cut.view(view.stats_shape), 0)
 
     g_m = -(sums[0] / divisor).flatten() * slope

@@ -36,6 +36,7 @@ from torch.utils._device import DeviceContext
 from ..core.spec import PRESENT_ONLY, Formula, State, View
 from . import eager
 from .another_pass import counting_once
+from .checks import check_backward
 from .derivatives import any_order
 from .plain import wide
 
@@ -120,8 +121,20 @@ def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state
         and not is_watched()
         and torch._C._get_tracing_state() is None
         and _channels_per_statistic(view) > 0
-        and (state is None or _on_device(state.long))
+        and (state is None or fits(state))
         and (state is not None or formula.alpha == formula.beta == PRESENT_ONLY)
+    )
+
+
+def fits(state: State) -> bool:
+    """Whether kernels find the buffers of a stream where they look for them."""
+    averages, counts = state[:4], state[4:]
+    size = state.count.numel()
+    return (
+        _on_device(state.long)
+        and [t.numel() for t in state] == [2 * size] * 4 + [size] * 2 + [1] * 2
+        and all(t.is_contiguous() and t.dtype == state.long.dtype for t in averages)
+        and all(t.is_contiguous() and t.dtype == torch.int64 for t in counts)
     )
 
 
@@ -391,6 +404,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | No
     """As ``eager.gradients``."""
     x, weight, _, saved = ctx.saved_tensors
     state = ctx.state
+    if not getattr(ctx, "checked", False):
+        check_backward(x, dy, weight, saved, ctx.view, state)
     x, layout = _dense(x)
     plan: _Plan = ctx.plan
     if layout != plan.layout:  # hooks on saved tensors bring x back as they like, such as torch's save_on_cpu
@@ -621,7 +636,7 @@ def commit(uses: Sequence[tuple[State, Formula]]) -> None:
     others = []
     for use in uses:
         long = use[0].long
-        if _on_device(long):
+        if fits(use[0]):
             groups.setdefault((long.device, long.dtype), []).append(use)
         else:
             others.append(use)

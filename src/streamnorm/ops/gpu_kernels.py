@@ -256,7 +256,6 @@ def _advance(
 ):
     """m, and whether both statistics of this call are finite; where they are, short takes them in."""
     finite = _finite(b_mu) & _finite(b_m)
-    b_m = tl.where(_finite(b_m), b_m, INF)
     if long_ptr is None:
         m = b_m
         _wait_for_readers()
@@ -550,7 +549,8 @@ def combine_statistics(
             total += powers
         b_m = _sum_all(total) / n
         if ABOUT_SHIFT:
-            b_m = tl.where(b_m < 0, 0, b_m)  # by rounding alone; NaN stays
+            b_m = tl.where(b_m < 0, 0, b_m)  # by rounding alone
+            b_m = tl.where((b_m != b_m) & _finite(b_mu), INF, b_m)  # NaN by an overflow, inf − inf, and not from x
         m, finite = _advance(b_mu, b_m, g, live, n, G, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
         _save(saved_ptr, g, live, G, mu, m, finite, P, K_P, EPS, TINY)
 

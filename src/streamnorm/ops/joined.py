@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.spec import Formula, State, View
 from .another_pass import counting_once
+from .checks import check_backward, check_call
 from .derivatives import first_order_only, is_recorded, refuse
 from .eager import _derivative_of_power, _keep_finite, mix_weights, slope_of
 from .plain import elements, hide, mix, num_samples, running_average, wide
@@ -40,6 +41,7 @@ def normalize(
     """
     if is_recorded():
         refuse(x, weight, bias)
+    check_call(x, weight, bias, view, state, stats)
     y, n = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale, stats, group)
     return y, n
 
@@ -109,8 +111,10 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mask, (mu, inverse, slope) = ctx.saved_tensors
+        x, weight, mask, saved = ctx.saved_tensors
         view, formula = ctx.view, ctx.formula
+        check_backward(x, dy, weight, saved, view, ctx.state)
+        mu, inverse, slope = saved
         keep = None if mask is None else mask.view(view.mask_shape)
         v = hide(x.view(view.split).to(mu.dtype), keep)
         from_mu = hide(v - mu.view(view.stats_shape), keep)

@@ -1041,6 +1041,9 @@ struct Plan {
   PyObject* spare[spares] = {};  // see make_saved
   int last = 0;
   Description like_input, like_parameter;
+  // The tensors that were found whole last, see is_whole.
+  enum { whole_x, whole_dy, whole_weight, whole_bias, whole_state, whole_grad_state = whole_state + 4, whole_end = whole_grad_state + 4 };
+  const void* whole[whole_end] = {};
 };
 
 struct Axis {
@@ -1172,6 +1175,7 @@ PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *empty_strided = nullptr, *dtypes = nullptr, *copy_like = nullptr, *get_num_threads = nullptr;
 PyObject *dispatch_modes = nullptr, *function_modes = nullptr, *tracing = nullptr, *is_grad_enabled = nullptr, *is_neg = nullptr;
 PyObject* forward_mode = nullptr;  // the dictionary of torch.autograd.forward_ad
+PyObject *untyped_storage = nullptr, *storage_offset = nullptr;
 PyObject* names[8] = {};  // of the state's buffers
 PyObject *unsupported = nullptr, *backward_in_python = nullptr;
 PyObject *name_kept, *name_to_save, *name_saved_tensors, *name_needs, *name_level;
@@ -1215,6 +1219,31 @@ bool is_contiguous(const DLTensor& t) {
 }
 // A contiguous tensor of `count` elements, such as a gain or a buffer of the state.
 bool borrow_flat(PyObject* object, int64_t count, DLTensor& t) { return borrow(object, t) && size_of(t) == count && is_contiguous(t); }
+
+// Whether the storage behind a tensor is as long as the tensor says: it may have been freed or shrunk. False where it is not,
+// without a Python error.
+bool fills_storage(PyObject* tensor, const DLTensor& t) {
+  int64_t last = 0;
+  for (int i = 0; i < t.ndim; i++) {
+    if (t.shape[i] == 0) return true;
+    last += (t.shape[i] - 1) * t.strides[i];
+  }
+  PyObject* storage = PyObject_CallFunctionObjArgs(untyped_storage, tensor, nullptr);
+  PyObject* offset = storage ? PyObject_CallFunctionObjArgs(storage_offset, tensor, nullptr) : nullptr;
+  const int64_t first = offset ? PyLong_AsLongLong(offset) : -1, length = storage ? PyObject_Size(storage) : -1;
+  Py_XDECREF(storage);
+  Py_XDECREF(offset);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return first >= 0 && (first + last + 1) * (t.dtype.bits / 8) <= length;
+}
+// The same for a tensor that a plan meets again and again in the same place: who shrinks a storage moves it, so that memory which
+// is where it was when it was looked at last is not looked at again.
+bool is_whole(PyObject* tensor, const DLTensor& t, const void*& seen) {
+  if (t.data == seen) return true;
+  if (!fills_storage(tensor, t)) return false;
+  seen = t.data;
+  return true;
+}
 
 // Whether memory holds the values with the other sign, as it does for the imaginary part of a conjugate.
 bool negated(PyObject* tensor) {
@@ -1277,9 +1306,14 @@ PyObject* make_plan(PyObject*, PyObject* args) {
   plan.axes = axes;
   plan.formula = f;
   plan.numel = plan.samples = plan.channels = plan.G = 1;
+  bool in_order = axes > 0;
   for (int i = 0; i < axes; i++) {
     plan.size[i] = PyLong_AsLongLong(PyTuple_GetItem(split, i));
     plan.origin[i] = (int)PyLong_AsLong(PyTuple_GetItem(origin, i));
+    if (PyErr_Occurred()) return nullptr;
+    if (plan.size[i] < 1) return refuse("an empty view");
+    if (plan.numel > INT64_MAX / 16 / plan.size[i]) return refuse("a view of so many elements");
+    in_order = in_order && plan.origin[i] >= 0 && plan.origin[i] >= plan.dims - 1 && plan.origin[i] <= plan.dims;
     plan.dims = plan.origin[i] + 1;
     plan.numel *= plan.size[i];
     if (plan.origin[i] == 0) plan.samples *= plan.size[i];
@@ -1287,12 +1321,12 @@ PyObject* make_plan(PyObject*, PyObject* args) {
   }
   for (Py_ssize_t i = 0; i < PyTuple_Size(kept); i++) {
     long k = PyLong_AsLong(PyTuple_GetItem(kept, i));
-    if (k < 0 || k >= axes) return refuse("a view that keeps an axis it does not have");
+    if (k < 0 || k >= axes || plan.kept[k]) return refuse("a view that keeps an axis it does not have, or keeps it twice");
     plan.kept[k] = true;
     plan.G *= plan.size[k];
   }
   if (PyErr_Occurred()) return nullptr;
-  if (plan.numel < 1 || plan.dims > max_axes) return refuse("an empty view");
+  if (!in_order) plan.dims = -1;  // no tensor has so many
   plan.n = plan.numel / plan.G;
   return PyCapsule_New(new Plan(plan), plan_name, free_plan);
 }
@@ -1337,19 +1371,26 @@ PyObject* accepts(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(make_layout(*plan, strides, layout) ? 2 : 0);
 }
 
-bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type) {
+bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type, const void*& seen) {
   if (object == Py_None) return true;
   DLTensor t;
-  if (!borrow_flat(object, channels, t) || negated(object)) return false;
+  if (!borrow_flat(object, channels, t) || t.ndim != 1 || negated(object) || !is_whole(object, t, seen)) return false;
   data = t.data;
   type = type_of(t);
   return type != Type::other;
 }
 
-// The forward or the gradient half of a state, in the order (long, short, count, samples).
+// The forward or the gradient half of a state, in the order (long, short, count, samples). It owns references: while the GIL is
+// released, another thread may put other tensors in the place of these.
 struct Half {
-  PyObject* tensors[4];  // borrowed
+  PyObject* tensors[4] = {};
   DLTensor part[4];
+
+  Half() = default;
+  Half(const Half&) = delete;
+  ~Half() {
+    for (PyObject* tensor : tensors) Py_XDECREF(tensor);
+  }
 
   // state: a tuple in the order of spec.State, or a module's dict of buffers
   bool find(PyObject* state, bool grad) {
@@ -1357,15 +1398,22 @@ struct Half {
     bool tuple = PyTuple_Check(state);
     if (tuple ? PyTuple_Size(state) != 8 : !PyDict_Check(state)) return false;
     for (int i = 0; i < 4; i++) {
-      tensors[i] = tuple ? PyTuple_GetItem(state, places[i]) : PyDict_GetItemWithError(state, names[places[i]]);
-      if (!tensors[i]) return false;
+      if (!hold(i, tuple ? PyTuple_GetItem(state, places[i]) : PyDict_GetItemWithError(state, names[places[i]]))) return false;
     }
     return true;
   }
-  bool read(const Plan& plan, Type wide) {
+  bool hold(int i, PyObject* tensor) {
+    Py_XDECREF(tensors[i]);
+    Py_XINCREF(tensor);
+    tensors[i] = tensor;
+    return tensor;
+  }
+  // seen: four places of is_whole
+  bool read(int64_t G, Type wide, const void** seen) {
     for (int i = 0; i < 4; i++) {
-      if (!borrow_flat(tensors[i], i < 2 ? 2 * plan.G : i == 2 ? plan.G : 1, part[i])) return false;
-      if (i < 2 ? type_of(part[i]) != wide : !is_int64(part[i])) return false;
+      DLTensor& t = part[i];
+      if (!borrow_flat(tensors[i], i < 2 ? 2 * G : i == 2 ? G : 1, t) || !is_whole(tensors[i], t, seen[i])) return false;
+      if (i < 2 ? type_of(t) != wide || t.ndim != 2 || t.shape[0] != 2 : !is_int64(t) || t.ndim != 3 - i) return false;
     }
     return true;
   }
@@ -1497,12 +1545,8 @@ PyObject* new_like_input(Plan& plan, const DLTensor& x, DLTensor& out) {
 // And for the gradient of a gain or bias.
 PyObject* new_like_parameter(Plan& plan, PyObject* parameter, DLTensor& out) {
   DLTensor t;
-  if (!borrow_flat(parameter, plan.channels, t) || type_of(t) == Type::other || t.ndim > max_axes) return refuse("this gain or bias");
-  if (t.ndim == 1) return new_tensor(t, plan.like_parameter, out);
-  Description description;
-  PyObject* tensor = new_tensor(t, description, out);
-  Py_XDECREF(description.arguments);
-  return tensor;
+  if (!borrow_flat(parameter, plan.channels, t) || type_of(t) == Type::other || t.ndim != 1) return refuse("this gain or bias");
+  return new_tensor(t, plan.like_parameter, out);
 }
 
 // What forward leaves for backward, besides x: (plan, saved, grad_scale, weight, bias), and with a stream the gradient half
@@ -1523,23 +1567,33 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   DLTensor x, y, stats = {};
   Call call = {};
   Layout layout;
-  if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
+  if (!read_input(*plan, x_object, x, call, layout) || !fills_storage(x_object, x)) return refuse("this input");
+  plan->whole[Plan::whole_x] = x.data;
   Type wide = wide_of(call.type);
-  Type weight_type;
-  if (!read_parameter(weight, plan->channels, call.weight, weight_type)) return refuse("this gain");
-  if (!read_parameter(bias, plan->channels, call.bias, call.bias_type)) return refuse("this bias");
-  const bool streams = state != Py_None;
-  Half half, grad_half;
-  if (streams && !(half.find(state, false) && half.read(*plan, wide) && grad_half.find(state, true))) return refuse("this state");
-  Buffer moments;
-  if (stats_object != Py_None) {
-    if (!borrow_flat(stats_object, 2 * plan->G, stats) || type_of(stats) == Type::other) return refuse("this tensor for statistics");
-    call.moments = (double*)moments.zeroed(plan->G * sizeof(double));
-  }
   Reference output(new_like_input(*plan, x, y));
   if (!output) return nullptr;
   Reference saved(make_saved(*plan, wide));
   if (!saved) return nullptr;
+
+  // No Python code runs from here on, which could move what is looked at.
+  Type weight_type;
+  if (!read_parameter(weight, plan->channels, call.weight, weight_type, plan->whole[Plan::whole_weight])) return refuse("this gain");
+  if (!read_parameter(bias, plan->channels, call.bias, call.bias_type, plan->whole[Plan::whole_bias])) return refuse("this bias");
+  const bool streams = state != Py_None;
+  Half half, grad_half;
+  if (streams && !(half.find(state, false) && half.read(plan->G, wide, plan->whole + Plan::whole_state) && grad_half.find(state, true) &&
+                   grad_half.read(plan->G, wide, plan->whole + Plan::whole_grad_state)))
+    return refuse("this state");
+  Buffer moments, own_bias;
+  if (stats_object != Py_None) {
+    if (!borrow_flat(stats_object, 2 * plan->G, stats) || type_of(stats) == Type::other || !fills_storage(stats_object, stats))
+      return refuse("this tensor for statistics");
+    call.moments = (double*)moments.zeroed(plan->G * sizeof(double));
+  }
+  if (call.bias && plan->numel >= alone) {  // as with the gain below: another thread may give a parameter other memory
+    const size_t size = plan->channels * bytes(call.bias_type);
+    call.bias = memcpy(own_bias.allocate(size), call.bias, size);
+  }
 
   call.y = y.data;
   call.saved = PyBytes_AsString(saved);
@@ -1587,26 +1641,22 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object, bool first_only) {
   DLTensor x, dy, t;
   Call call = {};
   Layout layout;
-  if (!read_input(*plan, x_object, x, call, layout)) return refuse("this input");
+  if (!read_input(*plan, x_object, x, call, layout) || !is_whole(x_object, x, plan->whole[Plan::whole_x])) return refuse("this input");
   Type wide = wide_of(call.type);
   call.saved = PyBytes_AsString(saved);
   if (!call.saved) return nullptr;
+  if (PyBytes_Size(saved) != saved_size(*plan, wide)) return refuse("an input of another type than before");
   if (!borrow(dy_object, dy) || type_of(dy) != call.type || size_of(dy) != plan->numel) return refuse("this output gradient");
   Reference copy;
   if (!same_strides(x, dy) || negated(dy_object)) {
     copy.object = PyObject_CallFunctionObjArgs(copy_like, x_object, dy_object, nullptr);
     if (!copy) return nullptr;
     if (!borrow(copy, dy) || type_of(dy) != call.type || !same_strides(x, dy)) return refuse("this output gradient");
+  } else if (!is_whole(dy_object, dy, plan->whole[Plan::whole_dy])) {
+    return refuse("this output gradient");
   }
   call.dy = dy.data;
   if (weight != Py_None) call.weight = saved_gain(*plan, wide, call.saved);
-  if (grad_scale != Py_None) {
-    if (!borrow_flat(grad_scale, 1, t) || type_of(t) == Type::other) return refuse("this gradient scale");
-    call.grad_scale = number(t.data, type_of(t), 0);
-  }
-  Half half;
-  for (int i = 0; streams && i < 4; i++) half.tensors[i] = PyTuple_GetItem(kept, kept_half + i);
-  if (streams && !half.read(*plan, wide)) return refuse("this state");
 
   PyObject* of[3] = {x_object, weight, bias};
   void** data[3] = {&call.dx, &call.dw, &call.db};
@@ -1625,6 +1675,14 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object, bool first_only) {
     }
     PyTuple_SetItem(result, i, grad);
   }
+  // No Python code runs from here on, which could move what is looked at.
+  if (grad_scale != Py_None) {
+    if (!borrow_flat(grad_scale, 1, t) || type_of(t) == Type::other || !fills_storage(grad_scale, t)) return refuse("this gradient scale");
+    call.grad_scale = number(t.data, type_of(t), 0);
+  }
+  Half half;
+  for (int i = 0; streams && i < 4; i++) half.hold(i, PyTuple_GetItem(kept, kept_half + i));
+  if (streams && !half.read(plan->G, wide, plan->whole + Plan::whole_grad_state)) return refuse("this state");
   if (call.dx) {
     memcpy(call.mix, plan->formula.beta, sizeof call.mix);
     if (streams) {
@@ -1717,15 +1775,17 @@ bool commit_state(PyObject* state, const double* kappa, double window, Seen& see
   if (!halves[0].find(state, false) || !halves[1].find(state, true)) return false;
   if (!borrow(halves[0].tensors[0], lasting) || !borrow(halves[0].tensors[2], count)) return false;
   Type type = type_of(lasting);
-  Plan plan = {};
-  plan.G = size_of(count);
-  if ((type != Type::f32 && type != Type::f64) || !halves[0].read(plan, type) || !halves[1].read(plan, type)) return false;
+  const int64_t G = size_of(count);
+  static const void* known[256][8];  // see is_whole; a layer has its place by where its memory is
+  const void** whole = known[(uintptr_t)lasting.data / 64 % 256];
+  if (type != Type::f32 && type != Type::f64) return false;
+  if (!halves[0].read(G, type, whole) || !halves[1].read(G, type, whole + 4)) return false;
   for (int grad = 0; grad < 2; grad++) {
     const DLTensor* part = halves[grad].part;
     double ratio = window > 0 ? (double)*(int64_t*)part[3].data / window : 0;
     double keep = window > 0 ? exp(-ratio) : kappa[2 * grad], take = window > 0 ? -expm1(-ratio) : kappa[2 * grad + 1];
-    if (type == Type::f64) commit_stream<double>(part, plan.G, keep, take, grad, seen);
-    else commit_stream<float>(part, plan.G, keep, take, grad, seen);
+    if (type == Type::f64) commit_stream<double>(part, G, keep, take, grad, seen);
+    else commit_stream<float>(part, G, keep, take, grad, seen);
   }
   return true;
 }
@@ -1756,12 +1816,14 @@ PyObject* commit(PyObject*, PyObject* uses) {
 }
 
 // setup(Tensor, Parameter, exchange, (empty_strided, dtypes, copy_like, get_num_threads, dispatch_modes, function_modes, tracing,
-//       is_grad_enabled, is_neg, variables of forward_ad), names, library, instructions or None) -> (instructions, whether there are threads)
+//       is_grad_enabled, is_neg, variables of forward_ad, untyped_storage, storage_offset), names, library, instructions or None)
+//   -> (instructions, whether there are threads)
 PyObject* setup(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *capsule, *functions[10], *buffers;
+  PyObject *tensor, *parameter, *capsule, *functions[12], *buffers;
   const char *library, *wanted;
-  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
-                        &functions[4], &functions[5], &functions[6], &functions[7], &functions[8], &functions[9], &PyTuple_Type, &buffers, &library, &wanted))
+  if (!PyArg_ParseTuple(args, "OOO(OOOOOOOOOOOO)O!sz", &tensor, &parameter, &capsule, &functions[0], &functions[1], &functions[2], &functions[3],
+                        &functions[4], &functions[5], &functions[6], &functions[7], &functions[8], &functions[9], &functions[10], &functions[11],
+                        &PyTuple_Type, &buffers, &library, &wanted))
     return nullptr;
   auto* api = (const DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!api) return nullptr;
@@ -1780,9 +1842,11 @@ PyObject* setup(PyObject*, PyObject* args) {
     return nullptr;
   }
   const bool threads = find_threads(library);
-  PyObject** places[] = {&tensor_type, &parameter_type, &empty_strided, &dtypes, &copy_like, &get_num_threads, &dispatch_modes, &function_modes, &tracing, &is_grad_enabled, &is_neg, &forward_mode};
-  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6], functions[7], functions[8], functions[9]};
-  for (int i = 0; i < 12; i++) {
+  PyObject** places[] = {&tensor_type, &parameter_type, &empty_strided, &dtypes, &copy_like, &get_num_threads, &dispatch_modes, &function_modes,
+                         &tracing, &is_grad_enabled, &is_neg, &forward_mode, &untyped_storage, &storage_offset};
+  PyObject* values[] = {tensor, parameter, functions[0], functions[1], functions[2], functions[3], functions[4], functions[5], functions[6],
+                        functions[7], functions[8], functions[9], functions[10], functions[11]};
+  for (int i = 0; i < 14; i++) {
     Py_IncRef(values[i]);
     Py_XDECREF(*places[i]);
     *places[i] = values[i];
@@ -1798,6 +1862,41 @@ PyObject* setup(PyObject*, PyObject* args) {
   variant = usual_variant = chosen;
   if (!wanted && !strcmp(chosen->name, "avx512") && slowed_by_wide_registers()) usual_variant = chosen + 1;
   return Py_BuildValue("sO", chosen->name, threads ? Py_True : Py_False);
+}
+
+// lend(double?, tensors, shapes, counts) -> where tensors lie, 0 for None, if each is a contiguous one in plain CPU memory, has its
+// shape, and is float or double, the last `counts` of them int64; else None
+PyObject* lend(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) return refuse("these arguments");
+  const Type wide = PyObject_IsTrue(args[0]) == 1 ? Type::f64 : Type::f32;
+  const Py_ssize_t tensors = PyTuple_Size(args[1]), floats = tensors - PyLong_AsLong(args[3]);
+  if (PyErr_Occurred() || PyTuple_Size(args[2]) != tensors) return PyErr_Occurred() ? nullptr : refuse("as many shapes as these");
+  Reference addresses(PyTuple_New(tensors));
+  for (Py_ssize_t i = 0; addresses && i < tensors; i++) {
+    PyObject *tensor = PyTuple_GetItem(args[1], i), *shape = PyTuple_GetItem(args[2], i);
+    DLTensor t = {};
+    if (tensor != Py_None) {
+      bool fits = borrow(tensor, t) && PyTuple_Check(shape) && t.ndim == PyTuple_Size(shape) && is_contiguous(t) && fills_storage(tensor, t);
+      for (int k = 0; fits && k < t.ndim; k++) fits = t.shape[k] == PyLong_AsLongLong(PyTuple_GetItem(shape, k));
+      if (PyErr_Occurred()) return nullptr;
+      if (!fits || !(i < floats ? type_of(t) == wide && !negated(tensor) : is_int64(t))) {
+        Py_IncRef(Py_None);
+        return Py_None;
+      }
+    }
+    PyObject* address = PyLong_FromVoidPtr(t.data);
+    if (!address) return nullptr;
+    PyTuple_SetItem(addresses, i, address);
+  }
+  return addresses.release();
+}
+// are_whole(tensors…): whether each is None, or a tensor in plain CPU memory whose storage holds all of it
+PyObject* are_whole(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count; i++) {
+    DLTensor t;
+    if (args[i] != Py_None && !(borrow(args[i], t) && fills_storage(args[i], t))) return PyBool_FromLong(0);
+  }
+  return PyBool_FromLong(1);
 }
 
 // keep_memory(bytes) -> the setting before: at most so many bytes wait for the next outputs
@@ -1818,6 +1917,8 @@ PyMethodDef methods[] = {
     {"backward", function(backward), METH_FASTCALL, nullptr},
     {"attach", function(attach), METH_FASTCALL, nullptr},
     {"commit", commit, METH_O, nullptr},
+    {"lend", function(lend), METH_FASTCALL, nullptr},
+    {"are_whole", function(are_whole), METH_FASTCALL, nullptr},
     {"keep_memory", keep_memory, METH_O, nullptr},
     {"waiting_memory", waiting_memory, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

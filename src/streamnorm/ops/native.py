@@ -79,6 +79,8 @@ def _load() -> tuple[Any, str]:
         torch.is_grad_enabled,
         Tensor.is_neg,
         vars(forward_ad),
+        Tensor.untyped_storage,
+        Tensor.storage_offset,
     )
     isa = os.environ.get("STREAMNORM_ISA") or None
     try:
@@ -92,6 +94,7 @@ def _load() -> tuple[Any, str]:
 
 
 _native, _status = _load()
+extension = _native
 
 
 def status() -> str:
@@ -257,8 +260,9 @@ def _gradient_state(kept: tuple[Any, ...]) -> State | None:
 
 def _saved_values(ctx: Any) -> Tensor:
     """mu, 1/s and slope of all statistics, and then the gain."""
-    saved, (x,) = ctx.kept[1], ctx.saved_tensors
-    return torch.frombuffer(bytearray(saved), dtype=wide(x.dtype))
+    (_, view, _), saved = ctx.kept[:2]
+    double = len(saved) == 8 * (3 * view.num_stats + view.num_channels) + 64  # x may have become another type
+    return torch.frombuffer(bytearray(saved), dtype=torch.float64 if double else torch.float32)
 
 
 def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:

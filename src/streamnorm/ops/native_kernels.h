@@ -337,15 +337,15 @@ template <int P, class F> INLINE Pack<F> power(const Pack<F>& d, F p) {
 template <int P, class F> INLINE Pack<F> slope(const Pack<F>& d, F p) {
   return P == 1 ? signed_as(all((F)1), d) : P == 2 ? d : signed_as(raised(absolute(d), p - 1), d);
 }
-// k·u. Where k is 0 it is 0, even if u overflowed.
-template <int P, class F> INLINE Pack<F> times_slope(const Pack<F>& k, const Pack<F>& u) {
+// k·u. Where k is 0 it is 0, even if u is not finite.
+template <class F> INLINE Pack<F> times_slope(const Pack<F>& k, const Pack<F>& u) {
   Pack<F> r = k * u;
   typedef typename Pack<F>::I I;
-  if (P == 0) EACH_PART(r.v[i] = (typename Pack<F>::V)((I)r.v[i] & (I)(k.v[i] != typename Pack<F>::V{})));
+  EACH_PART(r.v[i] = (typename Pack<F>::V)((I)r.v[i] & (I)(k.v[i] != typename Pack<F>::V{})));
   return r;
 }
 template <int P, class F> INLINE Pack<F> slope_times(const Pack<F>& k, const Pack<F>& d, F p) {
-  return P == 1 ? signed_as(k, d) : times_slope<P>(k, slope<P>(d, p));
+  return P == 1 ? signed_as(k, d) : times_slope(k, slope<P>(d, p));
 }
 
 // --- loops over a block: `rows` stretches of `length` contiguous elements -------------------------------------------------
@@ -926,11 +926,13 @@ void merge_moments(int64_t columns, double before, double rows, const void* cent
   const F* centre = (const F*)centre_;
   each_statistic(0, columns, [=](int64_t i, auto kind) INLINE_LAMBDA {
     typedef decltype(kind) D;
-    D rest = get<D>(sums + i) / rows, old = get<D>(mean + i), apart = get<D>(centre + i) + rest - old;
+    D rest = get<D>(sums + i) / rows, old = get<D>(mean + i), apart = get<D>(centre + i) + rest - old, all = get<D>(squares + i);
     put(mean + i, old + apart * (rows / (before + rows)));
-    D within = get<D>(squares + i) - rest * rest * rows;
-    within = choose(below(within, D{}), D{}, within);  // rounding may take it below 0
-    put(deviations + i, get<D>(deviations + i) + within + apart * apart * (before * rows / (before + rows)));
+    D within = all - rest * rest * rows;
+    within = choose(below(within, D{}), D{}, within);                    // rounding may take it below 0
+    within = choose(below(all, D{} + __builtin_inf()), within, all);     // inf − inf is NaN
+    D between = before == 0 ? D{} : apart * apart * (before * rows / (before + rows));  // and so is 0·inf
+    put(deviations + i, get<D>(deviations + i) + within + between);
   });
 }
 // sums += rows·mean

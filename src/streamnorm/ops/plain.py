@@ -46,7 +46,9 @@ def normalize(
     """Normalize ``x`` over a reference, apply gain and bias, and advance the stream.
 
     An index whose statistic b_mu or b_m is not finite leaves its stream untouched, forward and backward, and passes
-    no gradient through its moment: a moment that overflowed (say |d|^7 in float32) has no useful derivative.
+    no gradient through its moment, which has no useful derivative. What remains is what the formula gives: where x is
+    finite and its moment overflowed (say |d|^7 in float32), 1/s is 0, the output is 0 and dx is ĝ_mu; where an x makes
+    m NaN, output and dx are NaN.
 
     Args:
         x: ``(N, C, ...)``, N > 0.
@@ -73,9 +75,10 @@ def normalize(
     mu = b_mu if use is None else _Streamed.apply(b_mu, 0, use)
 
     d = hide(v - mu, keep) if formula.centered else v
-    overflow = ~magnitude(d.detach(), p).sum(view.reduced, keepdim=True).isfinite()
-    b_m = magnitude(d.masked_fill(overflow, 0), p).sum(view.reduced, keepdim=True) / at_least_one(n)
-    b_m = b_m.masked_fill(overflow, math.inf)
+    total = magnitude(d.detach(), p).sum(view.reduced, keepdim=True)
+    bad = ~total.isfinite()
+    b_m = magnitude(d.masked_fill(bad, 0), p).sum(view.reduced, keepdim=True)
+    b_m = torch.where(bad, total, b_m) / at_least_one(n)
     m = b_m if use is None else _Streamed.apply(b_m, 1, use)
 
     s = (k**2 * power(m, 2 / p) + eps).sqrt()
@@ -228,7 +231,7 @@ def power(m: Tensor, exponent: float) -> Tensor:
     """m^exponent, whose derivative at m = 0 is 0 where the formula has no limit (exponent < 1)."""
     if exponent >= 1:
         return m**exponent
-    return torch.where(m > 0, m, 1) ** exponent * (m > 0)
+    return torch.where(m != 0, m, 1) ** exponent * (m != 0)
 
 
 def elements(view: View, keep: Tensor | None) -> int | Tensor:

@@ -473,7 +473,7 @@ OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t
   }
   Vector<F> fresh_m = old_m + (g_m - old_m) * share, moment = use.see(long_m, fresh_m, g_m);
   moment = cut ? Vector<F>{} : moment * (F)P;
-  g_mu -= moment * (u * use.per_n);
+  g_mu -= cut ? Vector<F>{} : moment * (u * use.per_n);
   Vector<F> fresh_mu = old_mu + (g_mu - old_mu) * share, location = use.see(long_mu, fresh_mu, g_mu);
   if (use.lasting) use.keep(g, fresh_mu, fresh_m, finite<F>(g_m) & finite<F>(g_mu) & ~cut, part);
   location *= (F)path.grad_scale;
@@ -481,7 +481,7 @@ OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t
   Vector<F> direct = gain * scale;
   for (int64_t b = 0; b < use.rows; b++) {
     Vector<F> x = part.load(deviations + b * use.G), d = Whole<F>::load(dy + b * stride);
-    part.store(dx + b * use.G, d * direct + location + moment * (P == 1 ? sign<F>(x) : x));
+    part.store(dx + b * use.G, d * direct + location + (cut ? Vector<F>{} : moment * (P == 1 ? sign<F>(x) : x)));
   }
 }
 
@@ -656,7 +656,7 @@ template <class F> INLINE void forward_step(const Plan& plan, int64_t number) {
     } else {
       for (int64_t b = 0; b < s.rows; b++) {
         V value = gates.sum(0, s.x + b * G, s.h + b * G);
-        part.store(s.output + b * H + j, plan.cell == rnn_tanh ? hyperbolic_tangent<F>(value) : value > 0 ? value : V{});
+        part.store(s.output + b * H + j, plan.cell == rnn_tanh ? hyperbolic_tangent<F>(value) : value <= 0 ? V{} : value);
       }
     }
   });
@@ -719,7 +719,7 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
       for (int64_t b = 0; b < s.rows; b++) {
         V d = part.load(d_hidden + b * H + j), h = part.load(s.output + b * H + j);
         if (d_output) d += part.load(d_output + b * H + j);
-        V derivative = plan.cell == rnn_tanh ? 1 - h * h : h > 0 ? all<F>(1) : V{};
+        V derivative = plan.cell == rnn_tanh ? 1 - h * h : h <= 0 ? V{} : all<F>(1);
         Whole<F>::store(at + b * stride, d * derivative);
         part.store(d_hidden + b * H + j, V{});
       }

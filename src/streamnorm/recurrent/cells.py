@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core import arguments
 from ..core.compiler import as_leaf, is_symbolic
 from .base import Normalized
+from .checks import check_gains, check_weights
 from .norms import Factory, NormChoice, When
 from .steps import STEPS, Hidden, Weights
 
@@ -105,8 +106,10 @@ class _Cell(Normalized, nn.RNNCellBase):
 
     def _step(self, x: Tensor, hidden: Hidden, step: int | None) -> Hidden:
         cell: Any = self  # and not _weights, which looks for what a cell never has: this runs at every step
-        weights = Weights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-        return STEPS[self.kind](F.linear(x, weights.ih), hidden, weights, self._norms(""), When(step))
+        weights, norms = Weights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh), self._norms("")
+        check_weights(self.kind, x.shape[1], weights)
+        check_gains(self.kind, weights, norms)
+        return STEPS[self.kind](F.linear(x, weights.ih), hidden, weights, norms, When(step))
 
     def _masked_step(self, x: Tensor, hidden: Hidden, step: int | None, mask: Tensor) -> Hidden:
         """The step of the rows that count, put back among the others, which stay as they are."""

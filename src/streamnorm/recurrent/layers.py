@@ -14,6 +14,7 @@ from .. import ops
 from ..core import arguments
 from ..core.compiler import as_constant, as_leaf, is_symbolic
 from .base import Normalized
+from .checks import check_gains, check_weights
 from .engines import choice, folded
 from .norms import Factory, NormChoice
 from .steps import Hidden
@@ -195,6 +196,8 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _run(self, data: Tensor, sizes: list[int], hidden: Hidden) -> tuple[Tensor, Hidden]:
         """All layers and directions over packed data, see ``engines.loop.run``."""
+        if len(self.suffixes) > 1:  # before the first of them changes anything
+            self._check_weights(data.shape[1])
         backwards = _Backwards(sizes, data.device) if self.bidirectional else None
         finals: list[Hidden] = []
         for layer in range(self.num_layers):
@@ -212,6 +215,15 @@ class _Layer(Normalized, nn.RNNBase):
         if len(finals) == 1:
             return data, tuple(h.unsqueeze(0) for h in finals[0])
         return data, tuple(torch.stack(parts) for parts in zip(*finals))
+
+    def _check_weights(self, features: int) -> None:
+        """Check the weights and gains of all layers and directions."""
+        directions = 2 if self.bidirectional else 1
+        width = (self.proj_size or self.hidden_size) * directions
+        for number, suffix in enumerate(self.suffixes):
+            weights, norms = self._weights(suffix), self._norms(suffix)
+            check_weights(self.kind, features if number < directions else width, weights)
+            check_gains(self.kind, weights, norms)
 
 
 _outside_the_graph: Any = None

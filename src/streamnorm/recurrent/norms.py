@@ -246,6 +246,10 @@ class PerStepBatchNorm(RecurrentBatchNorm):
         self.register_buffer("running_var", torch.ones_like(like).repeat(steps))
         self.register_buffer("num_batches_tracked", torch.zeros(max_steps, device=like.device, dtype=torch.int64))
 
+    @property
+    def _steps(self) -> tuple[int, ...]:
+        return (self.max_steps,)
+
     def at(self, x: Tensor, when: When) -> Tensor:
         """Normalize x, the values of time step ``when.step``."""
         meaning = "norm='batch-per-step' has to know the time step: write cell(x, h, step=t), from 0 on"

@@ -248,12 +248,14 @@ def test_layers_that_share_weights_and_norms() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["all", "final", "first output", "cell"])
-@pytest.mark.parametrize("network", ["RNN", "GRU", "LSTM, cell"])
-def test_where_the_gradient_comes_from(network: str, wanted: str, engine: str) -> None:
+@pytest.mark.parametrize("norm", ["streaming", "batch", "layer"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_where_the_gradient_comes_from(network: str, steps: int, norm: str, wanted: str, engine: str) -> None:
     """Uses whose gradient is zero count, and those that no gradient reaches do not."""
     results = []
-    model = NETWORKS[network](3, 5, dtype=torch.float64)
-    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    model = NETWORKS[network](3, 5, norm=norm, gain=0.2, dtype=torch.float64)
+    x = torch.randn(steps, 5, 3, dtype=torch.float64)
     for name in (engine, "plain"):
         twin = copy.deepcopy(model)
         with ops.force(name):
@@ -268,11 +270,12 @@ def test_where_the_gradient_comes_from(network: str, wanted: str, engine: str) -
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("network", ["RNN", "GRU", "GRU, reset before", "LSTM, projected"])
-def test_what_wants_a_gradient(network: str, engine: str) -> None:
+def test_what_wants_a_gradient(network: str, steps: int, engine: str) -> None:
     """With one tensor that wants a gradient: it gets its own, and streams advance where gradients pass."""
     model = NETWORKS[network](3, 5, dtype=torch.float64)
-    x = torch.randn(3, 2, 3, dtype=torch.float64)
+    x = torch.randn(steps, 2, 3, dtype=torch.float64)
     for wanted in [*dict(model.named_parameters()), "x", "h"]:
         results = []
         for name in (engine, "plain"):

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...core.spec import State
 from ...layers.norm import GeneralBatchNorm, Norm
+from ...ops.checks import check_state
+from ...ops.plain import wide
 from ..norms import PerStepBatchNorm
 from ..steps import Hidden, Norms
 from . import sequence
@@ -26,7 +29,10 @@ Gradients = tuple[Gradient, ...]
 class _Use:
     """What one use of a norm keeps for its backward; it stands where the engine expects autograd's context."""
 
+    checked = True  # by those who go through all steps, before the first one
     function: Any
+    view: Any
+    state: State | None
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor | None, ...]
 
@@ -63,6 +69,11 @@ class Path:
 
     def start_backward(self, wants_gain: bool, wants_bias: bool) -> None:
         """Begin to sum."""
+        for use in self.uses[-1:]:
+            if use.state is not None:
+                x = use.saved_tensors[0]
+                assert x is not None
+                check_state(use.state, use.view.num_stats, wide(x.dtype), x.get_device())
         self.wants_gain, self.wants_bias = wants_gain, wants_bias
         self.d_gain: Gradient = None
         self.d_bias: Gradient = None
@@ -190,7 +201,7 @@ class _RNNRelu(_RNN):
         return x.relu()
 
     def _derivative(self, h: Tensor) -> Tensor:
-        return (h > 0).to(h.dtype)
+        return (~(h <= 0)).to(h.dtype)  # NaN lets its gradient through, as torch.relu does
 
 
 class _GRU(Steps):
@@ -320,7 +331,9 @@ class _LSTM(Steps):
     def finish_backward(self, previous: Tensor) -> dict[str, Gradient]:
         gradients = super().finish_backward(previous)
         gradients.update(gain_cell=self.cell.d_gain, bias_cell=self.cell.d_bias)
-        if self.needs.w_hr:
+        if (
+            self.needs.w_hr and self.d_projected
+        ):  # a gradient through the cell alone reaches no projection at the last step
             steps = self.saved[: len(self.d_projected)]
             squeezed = torch.cat([gates.chunk(4, 1)[3] * squashed for gates, _, squashed in steps])
             gradients["w_hr"] = torch.cat(self.d_projected[::-1]).t() @ squeezed

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -20,9 +19,11 @@ from ...core.spec import State
 from ...layers.norm import GeneralBatchNorm, Norm, SampleNorm
 from ...ops.another_pass import AnotherPass, another_pass
 from ...ops.native import LIBRARY
+from ...ops.native import extension as _tensors
+from ..checks import check_forward
 from ..norms import PerStepBatchNorm
 from ..steps import GATES, Hidden, Norms, Weights
-from . import sequence
+from . import by_hand, sequence
 from .sequence import Gradient, Tensors, after_last, states_before
 
 _CELLS = {"RNN_TANH": 0, "RNN_RELU": 1, "GRU": 2, "LSTM": 3}
@@ -55,18 +56,19 @@ _recurrent, _outruns_torch = _load()
 
 
 def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms) -> bool:
-    """Plain CPU tensors and the usual norms; ``by_hand`` takes what ``sequence`` supports besides."""
+    """Plain CPU tensors that fit each other, and the usual norms; ``by_hand`` takes what else ``sequence`` supports."""
     return (
         _recurrent is not None
+        and _tensors is not None
         and kind in _CELLS
         and weights.hr is None
         and norms.cell is None
         and all(norm is None or _kind(norm) != _UNNORMALIZED for norm in norms)
+        and _fit(kind, data, sizes[0], hidden, weights)
         and all(_is_plain(t) for t in (data, *hidden, *weights) if t is not None)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and sequence.supports(data, sizes, hidden, weights, norms)
-        and _lie_right(data.dtype, weights, norms)
     )
 
 
@@ -75,36 +77,66 @@ def _is_plain(t: Tensor) -> bool:
     return type(t) in (Tensor, nn.Parameter) and t.is_cpu and not t.is_neg()
 
 
-def _is_array(t: Tensor, dtype: torch.dtype, size: int) -> bool:
-    """Whether the kernel can take it for an array of so many numbers."""
-    return t.numel() == size and t.dtype == dtype and t.is_contiguous() and _is_plain(t)
-
-
-def _lie_right(dtype: torch.dtype, weights: Weights, norms: Norms) -> bool:
-    """Whether biases, gains and statistics are what the layer made them; users may put anything in their place."""
-    features = weights.hh.shape[0]
-    return all(t is None or _is_array(t, dtype, features) for t in weights[2:4]) and all(
-        norm is None or _fits(norm, dtype, features) for norm in norms
+def _fit(kind: str, data: Tensor, rows: int, hidden: Hidden, weights: Weights) -> bool:
+    """Whether the weights, the input and where the sequences start fit each other, and all of their memory is there."""
+    units = weights.hh.shape[1]
+    return (
+        weights.ih.shape == (GATES[kind] * units, data.shape[1])
+        and len(weights.hh) == len(weights.ih)
+        and all(h.shape == (rows, units) for h in hidden)
+        and _tensors.are_whole(data, *weights[:2], *hidden)
     )
 
 
-def _fits(norm: nn.Module, dtype: torch.dtype, features: int) -> bool:
-    assert isinstance(norm, Norm)
-    weight, buffers = norm._parameters["weight"], norm._buffers
-    if norm.num_features != features or weight is None or not _is_array(weight, dtype, features):
-        return False
-    if isinstance(norm, GeneralBatchNorm):
-        rows = norm.running_mean.numel() // features
-        return all(_is_array(t, dtype, rows * features) for t in (norm.running_mean, norm.running_var))
-    for name, rows in _STATE_ROWS.items() if norm.stream is not None else ():
-        t = buffers[name]
-        if t is None or not _is_array(t, dtype if rows == 2 else torch.int64, rows * features or 1):
-            return False
-    return True
+class _Lent(NamedTuple):
+    """What a path has of its layer, to read and to change.
 
+    It is held, and lives on when something else is put in its place: a buffer as it is, and a parameter as a second
+    tensor on the same memory, since ``.data`` gives a parameter other memory.
+    """
 
-# Averages, counts of each feature, and counts of samples.
-_STATE_ROWS = {name: 0 if "samples" in name else 1 if "count" in name else 2 for name in State._fields}
+    gain: Tensor | None
+    bias: Tensor | None
+    long: Tensor | None = None
+    short: Tensor | None = None
+    long_grad: Tensor | None = None
+    short_grad: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]  # a tuple method of that name is of no use here
+    grad_count: Tensor | None = None
+    samples: Tensor | None = None
+    grad_samples: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    steps: int | None = None
+    """How many time steps have running statistics of their own; None where they share one set."""
+
+    @classmethod
+    def of(cls, norm: nn.Module | None, gain: Tensor | None, bias: Tensor | None) -> _Lent:
+        """What this norm has."""
+        if isinstance(norm, GeneralBatchNorm):
+            steps = norm.max_steps if isinstance(norm, PerStepBatchNorm) else None
+            mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            return cls(gain, bias, running_mean=mean, running_var=var, num_batches_tracked=batches, steps=steps)
+        if isinstance(norm, Norm) and norm.stream is not None:
+            s = norm.state
+            averages = (s.long, s.short, s.long_grad, s.short_grad, None, None)
+            return cls(gain, bias, *averages, s.count, s.grad_count, s.samples, s.grad_samples)
+        return cls(gain, bias)
+
+    @property
+    def state(self) -> State | None:
+        """The stream, if there is one."""
+        return None if self.long is None else State._make(getattr(self, name) for name in State._fields)
+
+    def addresses(self, dtype: torch.dtype, features: int) -> tuple[int, ...] | None:
+        """Where all of it lies, in this order; None if something is not what a layer of so many features has."""
+        each, average = (features,), (2, features)
+        steps = () if self.steps is None else (self.steps,)
+        running = (*steps, features)
+        shapes = (each, each, *(average,) * 4, running, running, each, each, (), (), steps)
+        found: tuple[int, ...] | None = _tensors.lend(dtype == torch.float64, self[:-1], shapes, 5)
+        return found
 
 
 def _kind(norm: nn.Module) -> int:
@@ -116,6 +148,10 @@ def _kind(norm: nn.Module) -> int:
     if norm.ref != _PER_FEATURE or (isinstance(norm, GeneralBatchNorm) and norm.momentum is None):
         return _UNNORMALIZED
     return _FEATURES
+
+
+class _Unfit(RuntimeError):
+    """A gain, a bias or a buffer is not as the kernel takes it; nothing has changed."""
 
 
 class _Path(NamedTuple):
@@ -188,25 +224,21 @@ def _format(*kinds: type) -> str:
 _bytes = struct.Struct(_format(_Plan, _Path, _Path)).pack
 
 
-def _path(norm: nn.Module | None, values: Tensor, bias: Tensor | None) -> _Path:
+def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | None) -> _Path:
     """What the kernel is told of a path in both directions."""
-    own: dict[str, Any] = {"values": values.data_ptr(), "bias": _pointer(bias)}
+    own: dict[str, Any] = {"values": values.data_ptr(), "marks": _pointer(marks), **_placed(lent, values)}
     if norm is None:
         return _Path(**own)
     assert isinstance(norm, Norm)
-    assert norm.weight is not None
     formula = norm.formula
-    own.update(kind=_kind(norm), p=int(formula.p), gain=norm.weight.data_ptr(), k=formula.k, eps=formula.eps)
+    own.update(kind=_kind(norm), p=int(formula.p), k=formula.k, eps=formula.eps)
     if isinstance(norm, GeneralBatchNorm):
-        mean, var = norm.running_mean, norm.running_var
-        own.update(running_mean=mean.data_ptr(), running_var=var.data_ptr(), momentum=norm.momentum)
-        own.update(running_rows=len(mean) if mean.dim() == 2 else 1)
-    elif norm.stream is not None:
-        own.update(zip(norm.state._fields, (buffer.data_ptr() for buffer in norm.state)))
-        if formula.alpha is not None and formula.beta is not None:
-            own.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
-        if formula.window is not None:
-            own.update(window=formula.window, samples_before=int(norm.state.samples))
+        own.update(momentum=norm.momentum, running_rows=lent.steps or 1)
+    if formula.alpha is not None and formula.beta is not None:
+        own.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
+    if formula.window is not None:
+        assert lent.samples is not None
+        own.update(window=formula.window, samples_before=int(lent.samples))
     return _Path(**own)
 
 
@@ -216,6 +248,17 @@ def _in_scratch(path: _Path, another: AnotherPass | None) -> _Path:
         return path
     names = ("long_grad", "short_grad", "grad_count", "grad_samples")
     return path._replace(**{name: getattr(another.scratch, name).data_ptr() for name in names})
+
+
+def _placed(lent: _Lent, values: Tensor) -> dict[str, int]:
+    """The addresses of what was lent, as they are now, by the names that they have in ``_Path``."""
+    addresses = lent.addresses(values.dtype, values.shape[1])
+    if addresses is None:
+        raise _Unfit(
+            "a gain, a bias or a buffer of a recurrent layer was changed between forward and backward: it has another "
+            "size or dtype, or its storage was freed or shrunk"
+        )
+    return dict(zip(_Lent._fields[:12], addresses))  # the kernel counts no batches
 
 
 def _pointer(t: Tensor | None) -> int:
@@ -239,17 +282,15 @@ class _Pass:
         self.inverses: list[Tensor] | None = None
         self.marks = [self._marks(new, norm) for norm in norms[:2]]
         self.cells = new(rows, self.width) if kind == "LSTM" else None
-        self.h0, self.c0 = t.h.contiguous(), None if t.c is None else t.c.contiguous()
+        self.h0: Tensor = t.h.detach().contiguous()
+        self.c0: Tensor | None = None if t.c is None else t.c.detach().contiguous()
         self.starts = _starts(sizes)
-        self.weight = t.w_hh.contiguous() if self._multiplies(t.w_hh) else None
-        # What the kernel reads in backward, too, lives on, whatever is put in its place meanwhile: another buffer, or
-        # other memory for a parameter.
-        self.buffers = [list(norm._buffers.values()) for norm in norms[:2] if norm is not None]
-        self.states = [norm.state if isinstance(norm, Norm) and norm.stream is not None else None for norm in norms[:2]]
+        self.weight = t.w_hh.detach().contiguous() if self._multiplies(t.w_hh) else None
+        affine = [None if p is None else p.detach() for p in (t.gain_ih, t.b_ih, t.gain_hh, t.b_hh)]
+        self.lent_x, self.lent_h = _Lent.of(norms.ih, *affine[:2]), _Lent.of(norms.hh, *affine[2:])
         self.was_passed = False
-        self.affine = [p.detach() for p in (t.gain_ih, t.gain_hh, t.b_ih, t.b_hh) if p is not None]
-        self.path_x = _path(norms.ih, self.x, t.b_ih)._replace(marks=_pointer(self.marks[0]))
-        self.path_h = _path(norms.hh, self.h, t.b_hh)._replace(marks=_pointer(self.marks[1]))
+        self.path_x = _path(norms.ih, self.x, self.lent_x, self.marks[0])
+        self.path_h = _path(norms.hh, self.h, self.lent_h, self.marks[1])
 
     def _marks(self, new: Callable[..., Tensor], norm: nn.Module | None) -> Tensor | None:
         """Room for the state of a stream before each block of steps."""
@@ -324,9 +365,10 @@ class _Pass:
         inverses = self._inverses() if self.inverses is None else self.inverses
         # If no later backward goes through this graph, gradients may lie where the deviations were.
         d_x, d_h = (torch.empty_like(values) if sequence.keeps_graph() else values for values in (self.x, self.h))
+        starts = (self.h0,) if self.c0 is None else (self.h0, self.c0)
         d_hidden = [
             torch.zeros_like(start) if d is None else d.clone(memory_format=torch.contiguous_format)
-            for d, start in zip(d_finals, (self.h0, self.c0))
+            for d, start in zip(d_finals, starts)
         ]
         d_affine = output.new_zeros(4, self.features)
         scratch = output.new_empty((GATES[self.kind] + 1) * self.sizes[0] * (self.width + _LANES))
@@ -341,6 +383,7 @@ class _Pass:
         )
         d_gain_x, d_bias_x, d_gain_h, d_bias_h = d_affine.unbind()
         path_x = self.path_x._replace(
+            **_placed(self.lent_x, self.x),
             inverse=inverses[0].data_ptr(),
             dx=d_x.data_ptr() if needs.data or needs.w_ih else 0,
             d_gain=d_gain_x.data_ptr(),
@@ -348,6 +391,7 @@ class _Pass:
             grad_scale=_grad_scale(self.norms.ih),
         )
         path_h = self.path_h._replace(
+            **_placed(self.lent_h, self.h),
             inverse=inverses[1].data_ptr(),
             dx=d_h.data_ptr(),
             d_gain=d_gain_h.data_ptr(),
@@ -357,7 +401,8 @@ class _Pass:
         others: list[AnotherPass | None] = [None, None]
         if self.was_passed:
             uses_of_h = len(self.x) - (0 if plan.first_h_flows else self.sizes[0])
-            others = [another_pass(state, n) for state, n in zip(self.states, (len(self.x), uses_of_h))]
+            uses = (self.lent_x, len(self.x)), (self.lent_h, uses_of_h)
+            others = [another_pass(lent.state, n) for lent, n in uses]
         self.was_passed = True
         path_x, path_h = (_in_scratch(path, other) for path, other in zip((path_x, path_h), others))
         self._steps_backward(_bytes(*plan, *path_x, *path_h), d_hidden[0], d_h, t.w_hh, needs.h)
@@ -386,14 +431,21 @@ class _Pass:
                 d_hidden[: self.sizes[number]].addmm_(d_products[number], w_hh)
 
 
-run = partial(sequence.run, _Pass)
-"""Run one layer in one direction; ``loop.run`` explains the arguments."""
+def run(
+    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
+) -> tuple[Tensor, Hidden]:
+    """Run one layer in one direction; ``loop.run`` explains the arguments."""
+    try:
+        return sequence.run(_Pass, kind, data, sizes, hidden, weights, norms)
+    except _Unfit:  # as where a gain has gaps
+        check_forward(kind, data, sizes, hidden, weights, norms)
+        return by_hand.run(kind, data, sizes, hidden, weights, norms)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a·b, by the kernel where that is likely to be faster than PyTorch."""
     (rows, terms), columns = a.shape, b.shape[1]
-    if not _outruns_torch or min(rows, terms, columns) < 32 or a.is_neg() or b.is_neg():
+    if not _outruns_torch or min(rows, terms, columns) < 32 or a.is_neg() or b.is_neg() or a.dtype != b.dtype:
         return a @ b
     out, panels, is_double = a.new_empty(rows, columns), _panels(b), int(a.dtype == torch.float64)
     sizes = (rows, columns, terms, _threads(rows * columns * terms))

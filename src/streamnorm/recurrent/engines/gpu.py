@@ -23,6 +23,7 @@ from ...core.spec import Formula, State
 from ...layers.norm import Norm
 from ...ops import gpu
 from ...ops.another_pass import another_pass
+from ...ops.checks import check_state
 from ..steps import GATES, Hidden, Norms, Weights
 from . import sequence
 from .sequence import Gradient, Tensors, after_last, states_before
@@ -61,7 +62,7 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def _is_known(norm: nn.Module) -> bool:
-    return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and gpu._on_device(norm.long)
+    return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and gpu.fits(norm.state)
 
 
 class _Path(NamedTuple):
@@ -148,6 +149,8 @@ class _Pass:
         self.kind, self.sizes, self.norms = kind, sizes, norms
         self.was_passed = False
         self.formulas = [norm.formula if isinstance(norm, Norm) else None for norm in norms[:2]]
+        # Backward moves the streams that forward had, whatever is in their place by then.
+        self.states = [norm.state if isinstance(norm, Norm) else None for norm in norms[:2]]
         self.starts = [0, *accumulate(sizes)]
         self.hidden, self.features = t.w_hh.shape[1], GATES[kind] * t.w_hh.shape[1]
         self.cut = _cut(sizes[0], self.hidden, GATES[kind])
@@ -159,13 +162,14 @@ class _Pass:
 
     def _path(self, norm: nn.Module | None, products: Tensor, gain: Tensor | None, bias: Tensor | None) -> _Path:
         saved = None if norm is None else products.new_empty(len(self.sizes), 4, self.features)
-        return _Path(products, gpu._flat(gain), gpu._flat(bias), saved)
+        gain, bias = (None if t is None else gpu._flat(t.detach()) for t in (gain, bias))
+        return _Path(products, gain, bias, saved)
 
     @_at_device
     def forward(self, t: Tensors) -> tuple[Tensor, ...]:
         """All steps."""
         output = self.h.products.new_empty(self.starts[-1], self.hidden)
-        x, h = (_forward_stream(path, norm) for path, norm in zip((self.x, self.h), self.norms))
+        x, h = (_forward_stream(path, state) for path, state in zip((self.x, self.h), self.states))
         constants = self._constants("alpha")
         w_t, products = t.w_hh.t(), self.h.products.split(self.sizes)
         for number, before in enumerate(states_before(self.h0, output, self.sizes)):
@@ -219,12 +223,14 @@ class _Pass:
         keeps = sequence.keeps_graph()
         d_x, d_h = (torch.empty_like(path.products) if keeps else path.products for path in (self.x, self.h))
         into_x, into_h = self._into(d_x if flows_into_x else None, d_h)
+        for state in self.states:
+            if state is not None:
+                check_state(state, self.features, output.dtype, output.get_device())
         constants, total, d_products = self._constants("beta"), self.starts[-1], d_h.split(self.sizes)
         uses = total if flows_into_x else 0, total if first_flows else total - self.sizes[0]
-        streams = [norm.state if isinstance(norm, Norm) else None for norm in self.norms[:2]]
-        others = [another_pass(state, n) if self.was_passed else None for state, n in zip(streams, uses)]
+        others = [another_pass(state, n) if self.was_passed else None for state, n in zip(self.states, uses)]
         self.was_passed = True
-        now = (state if other is None else other.scratch for state, other in zip(streams, others))
+        now = (state if other is None else other.scratch for state, other in zip(self.states, others))
         x, h = (_backward_stream(path, state) for path, state in zip((self.x, self.h), now))
         for number in reversed(range(len(self.sizes))):
             into = (into_x, into_h if number > 0 or first_flows else into_h._replace(dx=None))
@@ -269,10 +275,9 @@ def _copy(t: Tensor) -> Tensor:
     return t.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
-def _forward_stream(path: _Path, norm: nn.Module | None) -> _Path:
-    if not isinstance(norm, Norm):
+def _forward_stream(path: _Path, state: State | None) -> _Path:
+    if state is None:
         return path
-    state = norm.state
     return path._replace(long=state.long, short=state.short, count=state.count, samples=state.samples)
 
 

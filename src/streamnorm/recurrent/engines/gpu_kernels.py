@@ -281,7 +281,7 @@ def backward_step(
             tl.store(d_cells_ptr + at_gradient, d_cell * forget, mask=inside)
         else:
             state = _load(output_ptr, at, inside, WIDE)
-            d_sum = d * (1 - state * state) if KIND == "RNN_TANH" else tl.where(state > 0, d, 0)
+            d_sum = d * (1 - state * state) if KIND == "RNN_TANH" else tl.where(state <= 0, 0, d)
             tl.store(d_x, d_sum, mask=inside)
             into_past = tl.zeros_like(d)
         _wait_for_readers()

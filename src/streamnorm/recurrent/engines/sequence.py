@@ -17,6 +17,7 @@ from ...layers.norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 from ...ops import plain
 from ...ops.derivatives import Again, any_order
 from ...training import agreement, updates
+from ..checks import check_backward, shapes_of
 from ..norms import PerStepBatchNorm, RecurrentBatchNorm
 from ..steps import Hidden, Norms, Weights
 from . import loop
@@ -185,6 +186,7 @@ class Sequence(torch.autograd.Function):
         output, *finals = ctx.steps.forward(t)
         ctx.save_for_backward(output, *tensors)
         ctx.set_materialize_grads(False)
+        ctx.shapes = shapes_of((output, *tensors))
         return output, *finals
 
     @staticmethod
@@ -192,6 +194,7 @@ class Sequence(torch.autograd.Function):
     def backward(ctx: Any, d_output: Gradient, *d_finals: Gradient) -> Any:
         """The gradients of all tensors."""
         output, *saved = ctx.saved_tensors
+        check_backward(ctx.shapes, (output, *saved), (d_output, *d_finals))
         needs = Tensors(*ctx.needs_input_grad[len(_NO_TENSORS) :])
         found = ctx.steps.backward(Tensors(*saved), needs, output, d_output, d_finals)
         if not keeps_graph():
