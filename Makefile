@@ -19,7 +19,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/ops
 help:
 	@echo "make demo    train one sample at a time on scikit-learn's digits; writes demo/"
 	@echo "make test    lint, types and tests"
-	@echo "make search  tests of properties with new random examples"
+	@echo "make search  tests of properties, and sequences of operations, with new random examples"
 	@echo "make sanitize  tests of the C++ engine under AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Linux)"
 	@echo "make test-integrations  tests beside other libraries (timm, Lightning, …), in .venv-integrations"
 	@echo "make compatibility      the same, and rebuild the table in docs/compatibility.md"
@@ -56,7 +56,7 @@ pytest: install
 
 # Tests draw new examples, where `make test` always takes the same.
 search: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile search tests/test_properties.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile search tests/test_properties.py tests/test_fuzz.py
 
 # A build of its own in build/sanitize. Python itself leaks by design, and its allocator would hide bytes objects from view, as kept
 # memory would hide outputs.
