@@ -62,9 +62,10 @@ def write_index(folder: Path, live: bool = False) -> Path:
     head = '<thead><tr><th>run</th><th class="number">layers</th><th class="number">updates</th><th></th></tr></thead>'
     table = f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
     nothing = "<p>Nothing yet. Runs come here once they train, as far as they have streaming layers.</p>"
+    style = "<style>tbody th { white-space: normal; font-weight: 400; } td.number { width: 5rem; }</style>"
     reload = "<script>setTimeout(() => location.reload(), 3000)</script>" if live else ""
     path = folder / INDEX
-    write_text(path, document("Watched runs", ["<h1>Watched runs</h1>", table if rows else nothing, reload]))
+    write_text(path, document("Watched runs", [style, "<h1>Watched runs</h1>", table if rows else nothing, reload]))
     return path
 
 
