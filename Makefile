@@ -117,5 +117,5 @@ wheel: install
 
 clean:
 	rm -rf .venv $(INTEGRATIONS) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf src/streamnorm.egg-info src/streamnorm/ops/_native*.so
+	rm -rf src/streamnorm.egg-info src/streamnorm/ops/*.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,7 @@
 """The streaming recursion in NumPy float64, slow and obvious: what every layer and engine is held against.
 
-Written from the formulas alone (sections "one view", "forward", "backward", "at a weight update" and
-"evaluation" of the design), one statistic at a time, and independent of the package: nothing of it is imported
-here. The tests of this file against finite differences are in ``test_oracle.py``.
+Written from the formulas of ``docs/mathematics.md`` alone, one statistic at a time, and independent of the package:
+nothing of it is imported here. The tests of this file against finite differences are in ``test_oracle.py``.
 """
 
 from __future__ import annotations

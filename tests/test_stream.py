@@ -92,7 +92,7 @@ def test_the_constants_can_change_while_the_state_stays() -> None:
     assert layer.long.equal(before)
 
 
-# Evaluation (design, section 2.5)
+# Evaluation
 
 
 def state(samples: int, count: list[int]) -> State:
@@ -147,7 +147,7 @@ def test_evaluation_is_a_fixed_affine_map(p: float, scale: str, ref: Any) -> Non
     torch.testing.assert_close(layer.eval()(x), x_hat * layer.weight + layer.bias)
 
 
-# Commit (design, section 2.4)
+# Commit
 
 
 def filled(counts: list[int], grad_counts: list[int], dtype: torch.dtype = torch.float64) -> sn.Norm:

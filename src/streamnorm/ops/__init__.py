@@ -95,7 +95,8 @@ def tells_signs(state: State) -> bool:
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> Sequence[Sign]:
-    """Move the short-term averages of these streams into their long-term ones (design, section 2.4).
+    """Move the short-term averages of these streams into their long-term ones (docs/mathematics.md,
+    "At a weight update").
 
     A step that is taken on fake tensors changes no weight, and so commits no stream but fake ones.
 

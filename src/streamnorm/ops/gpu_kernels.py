@@ -982,7 +982,7 @@ def input_gradient(
 
 @triton.jit
 def commit_streams(pointers_ptr, rates_ptr, G_MAX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Section 2.4 of the design for many streams at once: one program per stream and direction.
+    """A weight update (docs/mathematics.md) for many streams at once: one program per stream and direction.
 
     ``pointers`` is (programs, 5): where long, short, count and samples lie, and G. ``rates`` is (programs, 3): what a
     weight update keeps and takes, and the window, which stands in their place where it is above zero.

@@ -759,7 +759,7 @@ template <class Fn> INLINE void each_statistic(int64_t from, int64_t to, const F
   for (; i < to; i++) fn(i, 0.0);
 }
 
-// What a use does to the stream of an index, and what it then sees (design, sections 2.2 to 2.4). Usual: it sees both averages
+// What a use does to the stream of an index, and what it then sees (docs/mathematics.md). Usual: it sees both averages
 // and not the present, and all indices have counted as much (until a value is not finite). To know so saves half the time.
 template <class F, bool usual> struct Stream {
   const F* lasting;

@@ -215,6 +215,18 @@ def test_a_missing_extra_is_named_in_one_line(package):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("STREAMNORM_ENGINE", "fast", "there is no engine 'fast'"), ("STREAMNORM_KEEP_MIB", "all", "got 'all'")],
+)
+def test_what_the_environment_says_wrongly_is_one_line(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    found = subprocess.run([sys.executable, "-m", "streamnorm_lab", "info"], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
 def test_help_needs_no_extra():
     found = python(
         "import sys; sys.modules['tyro'] = None\n"
