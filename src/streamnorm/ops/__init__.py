@@ -95,8 +95,7 @@ def tells_signs(state: State) -> bool:
 
 
 def commit(uses: Sequence[tuple[State, Formula]]) -> Sequence[Sign]:
-    """Move the short-term averages of these streams into their long-term ones (docs/mathematics.md,
-    "At a weight update").
+    """Move the short-term averages of these streams into their long-term ones (docs/mathematics.md).
 
     A step that is taken on fake tensors changes no weight, and so commits no stream but fake ones.
 
