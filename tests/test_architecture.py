@@ -33,14 +33,7 @@ LABORATORY = (
 )
 """The packages of ``streamnorm_lab``, above all of ``streamnorm``, likewise."""
 
-UPWARDS = {
-    ("training.agreement", "layers.norm"),
-    ("training.checkpoint", "layers.norm"),
-    ("training.runaway", "layers.norm"),
-    ("training.ties", "layers.norm"),
-    ("training.updates", "layers.norm"),
-    ("training.watchdog", "layers.norm"),
-}
+UPWARDS: set[tuple[str, str]] = set()
 """Imports from a room above, in ``streamnorm``, that have yet to go."""
 
 CIRCULAR = {

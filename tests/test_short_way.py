@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.layers.norm import Norm
+from streamnorm.layers import Norm
 
 
 class _Doubled(nn.Module):

@@ -10,8 +10,15 @@ from .core.stream import Stream
 from .distributed import joinable, synchronize
 from .insight.diagnosis import diagnose
 from .insight.monitor import monitor
-from .layers.norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
-from .layers.norm_act import StreamingNormAct2d
+from .layers import (
+    GeneralBatchNorm,
+    Norm,
+    SampleNorm,
+    StreamingNorm1d,
+    StreamingNorm2d,
+    StreamingNorm3d,
+    StreamingNormAct2d,
+)
 from .ops import engines
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .statistics import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
@@ -67,10 +74,9 @@ for _name in __all__:
 
 # Where pickles from before these files moved look for what they hold.
 for _before, _now in {
-    "agreement": "training.agreement",
+    "agreement": "training.ties",
     "moments": "core.moment",
-    "norm": "layers.norm",
-    "norm_act": "layers.norm_act",
+    "norm": "layers",
     "normref": "core.reference",
     "ops.spec": "core.spec",
     "stream": "core.stream",

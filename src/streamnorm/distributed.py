@@ -12,9 +12,9 @@ from torch.distributed.algorithms.join import Joinable, JoinHook, _JoinConfig
 from torch.nn.parallel import DistributedDataParallel
 
 from .core import arguments
-from .layers.norm import GeneralBatchNorm, Norm
+from .layers import GeneralBatchNorm, Norm
 from .training import agreement, updates
-from .training.agreement import Sync
+from .training.ties import Sync
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -62,7 +62,7 @@ def synchronize(model: Module, every: str = "update", process_group: dist.Proces
         _check_batch(model, layers)
     updates.enroll(model)
     for _, layer in layers:
-        layer._sync, layer._per_batch, layer._planned_shape = Sync(every, process_group), every == "batch", None
+        layer._ties.sync, layer._planned_shape = Sync(every, process_group), None
     return model
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .core import arguments
 from .core.spec import Formula
 from .core.stream import Stream
-from .layers.norm import GeneralBatchNorm, Norm, streaming_layers
+from .layers import GeneralBatchNorm, Norm, streaming_layers
 from .training import agreement, updates
+from .training.streaming import Streaming
 
 _AVERAGE_ALL = Stream(alpha=(0, 1), beta=(0, 0), kappa=(0, 1, 1, 0))
 """Normalize by all that was seen since the start, and let that become the long-term statistics."""
@@ -198,7 +199,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     with _kept_on_error(layers) as before, _averaging(model, layers):
         for batch in chain((first,), iterator):
             forward(batch) if forward is not None else _run(model, batch)
-        collected = agreement.merged(lambda: streaming)
+        collected = agreement.merged(lambda: [*streaming])
         _check_collected(model, collected)
         seen = [layer.samples > 0 for layer in streaming] + [layer.num_batches_tracked > 0 for layer in running]
         updates.commit_merged(collected)
@@ -270,7 +271,7 @@ def _run(model: nn.Module, batch: Any) -> None:
         model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _check_collected(model: nn.Module, layers: list[Norm]) -> None:
+def _check_collected(model: nn.Module, layers: list[Streaming]) -> None:
     """Refuse a calibration in which a statistic met no finite value: the layer would fall back to its prior."""
     names = {id(module): name for name, module in model.named_modules()}
     for layer in layers:

@@ -179,7 +179,7 @@ def test_alone_it_changes_nothing() -> None:
 def test_what_is_refused(model: nn.Module, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sn.synchronize(model, **arguments)
-    assert all(layer._sync.every == "update" for layer in model.modules() if isinstance(layer, sn.Norm))
+    assert all(layer._ties.sync.every == "update" for layer in model.modules() if isinstance(layer, sn.Norm))
 
 
 def two_passes(rank: int, joint: bool) -> list[Tensor]:

@@ -214,7 +214,7 @@ def copied(rank: int) -> list[str]:
     layer = sn.synchronize(sn.StreamingNorm1d(3), "batch", group)
     DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), layer))(torch.randn(2, 3))
     copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
-    return [f"{c._sync.every} {c._sync.process_group is group} {c._ddp}" for c in copies]
+    return [f"{c._ties.sync.every} {c._ties.sync.process_group is group} {c._ties.ddp}" for c in copies]
 
 
 def test_copies_keep_the_group_and_pickles_leave_it(processes: Processes) -> None:

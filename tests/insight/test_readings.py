@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import streamnorm as sn
 from streamnorm.insight.readings import Reader, Reading
-from streamnorm.layers.norm import Norm, streaming_layers
+from streamnorm.layers import Norm, streaming_layers
 
 
 def plain_reading(layer: Norm, before: Tensor, share: float) -> dict[str, float]:

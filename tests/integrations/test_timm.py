@@ -139,8 +139,7 @@ def test_synchronized_layers_keep_their_activation() -> None:
 @pytest.mark.shows("FrozenBatchNormAct2d, FrozenBatchNorm2d", "`sn.convert(model, also=(FrozenBatchNormAct2d, …))`")
 @pytest.mark.parametrize("name", ["resnet10t", "efficientnet_b0"])
 def test_frozen_layers_are_converted_when_asked_for(name: str) -> None:
-    from timm.layers import freeze_batch_norm_2d
-    from timm.layers.norm_act import FrozenBatchNormAct2d
+    from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
     from torchvision.ops import FrozenBatchNorm2d
 
     model = freeze_batch_norm_2d(pretrained(name)).double()

@@ -307,7 +307,7 @@ def test_a_loss_scale_changes_nothing_but_the_gradients() -> None:
     for scale in (1.0, 1024.0):
         torch.manual_seed(3)
         layer = sn.StreamingNorm1d(3).double().to(DEVICE)
-        layer._grad_scale = torch.tensor(scale, device=DEVICE)
+        layer._ties.grad_scale = torch.tensor(scale, device=DEVICE)
         with ops.force("triton"):
             for _ in range(2):
                 x = torch.randn(4, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.norm import GeneralBatchNorm, Norm
+from ..layers import GeneralBatchNorm, Norm
 from ..recurrent.base import Normalized
 
 SAMPLES = 4

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ..core import arguments
-from ..layers.norm import GeneralBatchNorm, Norm
+from ..layers import GeneralBatchNorm, Norm
 from ..recurrent.base import Normalized
 from . import comparison
 from .replace import Module, replace, what_follows

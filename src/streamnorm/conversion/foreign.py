@@ -15,8 +15,7 @@ from torch import nn
 from ..core.moment import LpMoment
 from ..core.reference import NormRef, RefName
 from ..core.stream import Stream
-from ..layers.norm import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
-from ..layers.norm_act import StreamingNormAct2d
+from ..layers import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d, StreamingNormAct2d
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 InstanceNorm = nn.modules.instancenorm._InstanceNorm

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..layers.norm_act import StreamingNormAct2d
+from ..layers import StreamingNormAct2d
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core import arguments
-from ..layers.norm import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
+from ..layers import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from ..recurrent.base import Normalized
 from . import comparison, foreign
 from .foreign import BatchNorm, Converter, Foreign, InstanceNorm

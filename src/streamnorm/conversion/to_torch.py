@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..core import arguments
 from ..core.reference import NormRef
 from ..core.spec import View
-from ..layers.norm import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
-from ..layers.norm_act import StreamingNormAct2d
+from ..layers import GeneralBatchNorm, Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d, StreamingNormAct2d
 from ..recurrent.base import Normalized
 from . import comparison, foreign
 from .replace import move_hooks, move_parameters, replace

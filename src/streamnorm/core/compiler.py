@@ -57,3 +57,12 @@ def as_leaf(module: nn.Module, forward: Callable[..., Any], *arguments: Any, **o
 def _first_symbol(values: Any) -> Any:
     found = next(value for value in values if is_symbolic(value))
     return found if isinstance(found, Proxy) else _first_symbol(found)
+
+
+def guard_on(value: Any) -> None:
+    """Make the graph that is being made depend on a value, which is true: the next one is made for another.
+
+    ``torch.compile`` guards on what a branch depends on, and on nothing that :func:`as_constant` reads.
+    """
+    if not value:
+        raise AssertionError("a value to guard on is true")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..core.spec import State
 from ..core.stream import WINDOW
-from ..layers.norm import Norm
+from ..layers import Norm
 from ..recurrent.base import Normalized
 from ..training import updates
+from ..training.ties import Sync
 from .readings import Reader, Reading
 
 FEWEST_SAMPLES = 8
@@ -191,18 +192,18 @@ def _as_in_training(model: nn.Module, layers: Sequence[Norm]) -> Iterator[None]:
     """Training mode, and layers that have seen nothing since their last commit, each in this process alone."""
     if not model.training:
         model.train()
-    jointly = [layer for layer in layers if layer._per_batch]
+    syncs = [layer._ties.sync for layer in layers]
     try:
         for layer in layers:
             for tensor in layer.state[1:]:
                 if tensor is not layer.state.long_grad:
                     tensor.zero_()
-        for layer in jointly:
-            layer._per_batch = False
+        for layer in layers:
+            layer._ties.sync = Sync("never")
         yield
     finally:
-        for layer in jointly:
-            layer._per_batch = True
+        for layer, sync in zip(layers, syncs):
+            layer._ties.sync = sync
 
 
 @contextmanager

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ..layers.norm import Norm
+from ..layers import Norm
 from ..training import updates
+from ..training.streaming import Streaming
 from . import page
 from .output import Output
 from .readings import Reader, Reading
@@ -219,7 +220,7 @@ class _Run:
         self._record.seconds = time.perf_counter() - self._began
         return self._record.seconds
 
-    def _notice(self, layers: Sequence[Norm], optimizer: Optimizer | None) -> None:
+    def _notice(self, layers: Sequence[Streaming], optimizer: Optimizer | None) -> None:
         """Listen to a weight update. This is called in every step of training; most calls only count."""
         key = (id(optimizer), *map(id, layers))
         group = self._groups.get(key) or self._meet(key, optimizer)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.norm import Norm
+from ..layers import Norm
 
 QUANTILES = (0.05, 0.5, 0.95)
 

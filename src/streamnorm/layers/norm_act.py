@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core import arguments
 from ..core.compiler import as_leaf, is_symbolic
-from .norm import StreamingNorm2d
+from .streaming import StreamingNorm2d
 
 
 @arguments.explained

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..layers.norm import GeneralBatchNorm, Norm
+from ..layers import GeneralBatchNorm, Norm
 from ..ops import native
 from ..ops.checks import check_layer, check_memory
 from ..ops.plain import wide

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import arguments
-from ..layers.norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
+from ..layers import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict

@@ -14,11 +14,10 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,48 +27,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import saved_state
 from ..core.spec import State
-
-if TYPE_CHECKING:
-    from ..layers.norm import Norm
-
+from .streaming import Streaming
 
 FIRST_WORD = timedelta(seconds=30)
 """How long a process waits for the others at a weight update before it says so."""
 
 
-@dataclass(frozen=True)
-class Sync:
-    """When a layer joins its statistics with those of other processes, and which ones; None finds them out.
-
-    A process group lives in one process. A copy of a layer keeps it, a pickled layer starts without one.
-    """
-
-    every: str = "update"
-    process_group: dist.ProcessGroup | None = None
-
-    def __deepcopy__(self, memo: Any) -> Sync:
-        return self
-
-    def __reduce__(self) -> tuple[type[Sync], tuple[str]]:
-        return Sync, (self.every,)
-
-
-def group_of(layer: Norm) -> dist.ProcessGroup | None:
+def group_of(layer: Streaming) -> dist.ProcessGroup | None:
     """The processes that a layer shares its statistics with, or None where it is alone.
 
     The group that :func:`streamnorm.synchronize` named, else that of the DistributedDataParallel or the device mesh
     that the layer is trained in, else all processes.
     """
-    if not (dist.is_available() and dist.is_initialized()) or layer._sync.every == "never":
+    if not (dist.is_available() and dist.is_initialized()) or layer._ties.sync.every == "never":
         return None
-    group = layer._sync.process_group or _found_group(layer)
+    group = layer._ties.sync.process_group or _found_group(layer)
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _found_group(layer: Norm) -> dist.ProcessGroup:
+def _found_group(layer: Streaming) -> dist.ProcessGroup:
     everyone = dist.group.WORLD
     assert everyone is not None
-    ddp = None if layer._ddp is None else layer._ddp()
+    ddp = None if layer._ties.ddp is None else layer._ties.ddp()
     if ddp is not None:
         return ddp.process_group
     mesh: Any = getattr(layer.weight, "device_mesh", None)  # of a DTensor: fully_shard
@@ -90,11 +69,9 @@ def adopt(ddp: DistributedDataParallel) -> None:
     It would broadcast their buffers from the first process before a forward pass, over what the others collected.
     Called at the first training forward: the broadcast when DDP was made, which gives all the same start, is over.
     """
-    from ..layers.norm import Norm
-
-    found = [(n, m) for n, m in ddp.module.named_modules() if isinstance(m, Norm) and m.stream is not None]
+    found = [(n, m) for n, m in ddp.module.named_modules() if isinstance(m, Streaming) and m.stream is not None]
     for _, layer in found:
-        layer._ddp = weakref.ref(ddp)
+        layer._ties.ddp = weakref.ref(ddp)
     buffers = (*State._fields, saved_state.MOMENT)
     ddp.parameters_to_ignore.update(f"{name}.{buffer}".lstrip(".") for name, _ in found for buffer in buffers)
     ddp._assign_modules_buffers()  # or it tries to broadcast a list that has become empty
@@ -106,13 +83,13 @@ def is_adopted(ddp: DistributedDataParallel) -> bool:
     return ddp in _adopted
 
 
-def is_new(layer: Norm) -> bool:
+def is_new(layer: Streaming) -> bool:
     """Whether the DistributedDataParallel that runs right now does not know this layer yet."""
     active = DistributedDataParallel._active_ddp_module
-    return active is not None and (layer._ddp is None or layer._ddp() is not active)
+    return active is not None and (layer._ties.ddp is None or layer._ties.ddp() is not active)
 
 
-def merged(select: Callable[[], list[Norm]]) -> list[Norm]:
+def merged(select: Callable[[], list[Streaming]]) -> list[Streaming]:
     """The layers to commit, their short-term statistics joined with those of the other processes.
 
     Args:
@@ -136,11 +113,11 @@ def merged(select: Callable[[], list[Norm]]) -> list[Norm]:
     return layers
 
 
-def _teams(layers: Sequence[Norm]) -> list[tuple[_Agreement, list[Norm]]]:
+def _teams(layers: Sequence[Streaming]) -> list[tuple[_Agreement, list[Streaming]]]:
     """The layers that are joined at a weight update, by process group and by device."""
-    teams: dict[tuple[dist.ProcessGroup, torch.device], list[Norm]] = {}
+    teams: dict[tuple[dist.ProcessGroup, torch.device], list[Streaming]] = {}
     for layer in layers:
-        group = group_of(layer) if layer._sync.every == "update" else None
+        group = group_of(layer) if layer._ties.sync.every == "update" else None
         if group is not None:
             _check_join(layer)
             teams.setdefault((group, layer.state.long.device), []).append(layer)
@@ -154,8 +131,8 @@ def _agreement(group: dist.ProcessGroup, device: torch.device) -> _Agreement:
     return on_devices[device]
 
 
-def _check_join(layer: Norm) -> None:
-    ddp = None if layer._ddp is None else layer._ddp()
+def _check_join(layer: Streaming) -> None:
+    ddp = None if layer._ties.ddp is None else layer._ties.ddp()
     if ddp is None or not ddp._join_config.enable:
         return
     ours = joinables.get(ddp)
@@ -184,7 +161,7 @@ class _Agreement:
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
         self.store = PrefixStore(f"streamnorm {device.type}", group.get_group_store())
         self._beside = weakref.ref(group)
-        self.numbers: dict[tuple[weakref.ref[Norm], ...], int] = {}
+        self.numbers: dict[tuple[weakref.ref[Streaming], ...], int] = {}
         self.room = self.updates = 0
         self.unread: tuple[Tensor, torch.Event] | None = None
 
@@ -199,7 +176,7 @@ class _Agreement:
         timeout = getattr(options, "_timeout", dist.default_pg_timeout)
         return dist.ProcessGroupGloo(self.store, self.rank, self.processes, timeout)
 
-    def merge(self, layers: Sequence[Norm]) -> None:
+    def merge(self, layers: Sequence[Streaming]) -> None:
         """Replace the short-term statistics of these layers by those of all processes together."""
         states = [layer.state for layer in layers]
         self.updates += 1
@@ -212,7 +189,7 @@ class _Agreement:
         own = _pack(states)
         _unpack(self._all_reduce(own, self.numbers[_key(layers)], layers)[: len(own)], states)
 
-    def _all_reduce(self, own: Tensor, number: int, layers: Sequence[Norm]) -> Tensor:
+    def _all_reduce(self, own: Tensor, number: int, layers: Sequence[Streaming]) -> Tensor:
         """The sum over all processes, once it is known that all of them mean the set of this number."""
         header = own.new_tensor([1.0, number, number**2])
         buffer = torch.cat((header, own, own.new_zeros(self.room - len(own))))
@@ -248,7 +225,7 @@ class _Agreement:
         time.sleep(FIRST_WORD.total_seconds() / 10)  # the others may have come a little later
         return "process " + ", ".join(str(rank) for rank, note in enumerate(notes) if not self.store.check([note]))
 
-    def _check(self, header: list[float], layers: Sequence[Norm] | None) -> None:
+    def _check(self, header: list[float], layers: Sequence[Streaming] | None) -> None:
         """Numbers are all the same where the square of their sum is n times the sum of their squares."""
         processes, total, squares = header
         if processes != self.processes:
@@ -269,9 +246,9 @@ class _Agreement:
         ready.record()
         self.unread = host, ready
 
-    def _compare(self, layers: Sequence[Norm]) -> None:
+    def _compare(self, layers: Sequence[Streaming]) -> None:
         """Refuse, in every process, sets of layers that are not the same in all."""
-        ours = [f"{layer._name or 'a layer'} ({_kind(layer)})" for layer in layers]
+        ours = [f"{layer._ties.name or 'a layer'} ({_kind(layer)})" for layer in layers]
         notes = [f"{self.updates}/{rank} layers" for rank in range(self.processes)]
         self.store.set(notes[self.rank], json.dumps(ours))
         theirs = [json.loads(self.store.get(note)) for note in notes]
@@ -304,7 +281,7 @@ class _Agreement:
         )
 
 
-_settled: set[tuple[weakref.ref[Norm], ...]] = set()
+_settled: set[tuple[weakref.ref[Streaming], ...]] = set()
 """The sets of layers that were selected before."""
 
 _adopted: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
@@ -316,11 +293,11 @@ joinables: weakref.WeakKeyDictionary[DistributedDataParallel, Any] = weakref.Wea
 """For a model under torch's Join, what answers our collectives there; :func:`streamnorm.joinable` makes it."""
 
 
-def _key(layers: Sequence[Norm]) -> tuple[weakref.ref[Norm], ...]:
+def _key(layers: Sequence[Streaming]) -> tuple[weakref.ref[Streaming], ...]:
     return tuple(weakref.ref(layer) for layer in layers)
 
 
-def _kind(layer: Norm) -> str:
+def _kind(layer: Streaming) -> str:
     return f"{type(layer).__name__} with {layer.state.count.numel()} statistics, {layer.formula}"
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ from torch.utils.checkpoint import (
 )
 
 from ..ops import traced
-
-if TYPE_CHECKING:
-    from ..layers.norm import Norm
+from .streaming import Streaming
 
 _READ_FORWARD = ("long", "short", "count", "samples")
 """The part of a state that a forward pass reads; the streams of gradients are backward's."""
@@ -62,7 +60,7 @@ class Tape:
     """The uses of layers in one region, in order."""
 
     def __init__(self) -> None:
-        self.starts: list[tuple[Norm, dict[str, Tensor]]] = []
+        self.starts: list[tuple[Streaming, dict[str, Tensor]]] = []
         """In eager mode: the layer, and copies of the buffers that it started from."""
         self.statistics: list[Tensor] = []
         """In compiled graphs."""
@@ -81,12 +79,12 @@ class _Pass:
     def __exit__(self, *_: object) -> None:
         passes.reset(self.token)
 
-    def record(self, layer: Norm) -> None:
+    def record(self, layer: Streaming) -> None:
         """Note what a use starts from."""
         start = {name: layer._buffers[name].clone() for name in _READ_FORWARD}  # type: ignore[union-attr]
         self.tape.starts.append((layer, start))
 
-    def replay(self, layer: Norm) -> dict[str, Tensor]:
+    def replay(self, layer: Streaming) -> dict[str, Tensor]:
         """What the next use starts from."""
         noted, start = next(self.starts, (None, {}))
         if noted is not layer:
@@ -118,7 +116,7 @@ def _roles() -> tuple[_Pass | None, tuple[_Pass, ...]]:
 
 
 @contextmanager
-def use(layers: Iterable[Norm]) -> Iterator[None]:
+def use(layers: Iterable[Streaming]) -> Iterator[None]:
     """Around a training use of layers: note what they start from, or let them start from what was noted.
 
     In a second pass they work on copies of their buffers, which are forgotten.

@@ -20,15 +20,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.spec import Sign
-
-if TYPE_CHECKING:
-    from ..layers.norm import Norm
+from .streaming import Streaming
 
 TIMES = 3
 """How often a sign is seen before it is believed. The first leap may be that from the prior to the data."""
@@ -52,25 +50,25 @@ class _Record:
     told: bool = False
 
 
-_records: weakref.WeakKeyDictionary[Norm, _Record] = weakref.WeakKeyDictionary()
+_records: weakref.WeakKeyDictionary[Streaming, _Record] = weakref.WeakKeyDictionary()
 """Of layers that gave a sign, or were looked at."""
 
-_unread: dict[torch.device, tuple[list[weakref.ref[Norm]], Tensor, Any]] = {}
+_unread: dict[torch.device, tuple[list[weakref.ref[Streaming]], Tensor, Any]] = {}
 """What an accelerator was asked for at the last look."""
 
 _commits = count(1)
 
 
-def forget(layer: Norm) -> None:
+def forget(layer: Streaming) -> None:
     """Start over with a layer whose statistics start over."""
     _records.pop(layer, None)
 
 
-def look(layers: Sequence[Norm]) -> None:
+def look(layers: Sequence[Streaming]) -> None:
     """Look at layers that are about to commit on an engine that tells no signs; at most commits this does nothing."""
     if next(_commits) % EVERY or torch._C._len_torch_dispatch_stack() or _is_capturing():
         return
-    by_device: dict[torch.device, list[Norm]] = {}
+    by_device: dict[torch.device, list[Streaming]] = {}
     for layer in layers:
         by_device.setdefault(layer.long.device, []).append(layer)
     for device, members in by_device.items():
@@ -84,7 +82,7 @@ def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def judge(layers: Sequence[Norm], signs: Sequence[Sign]) -> None:
+def judge(layers: Sequence[Streaming], signs: Sequence[Sign]) -> None:
     """Take in the signs of a commit of these layers, and say once of each layer that it runs away."""
     running = []
     for sign in signs:
@@ -104,13 +102,13 @@ def judge(layers: Sequence[Norm], signs: Sequence[Sign]) -> None:
         warnings.warn(f"{name} runs away: {what}{f'. At the same update: {also}' if also else ''}", stacklevel=2)
 
 
-def _is_missed(layer: Norm, statistics: int) -> bool:
+def _is_missed(layer: Streaming, statistics: int) -> bool:
     """Whether so many statistics without a finite value mean anything: a mask may hide a place from its own."""
     return statistics > 0 if layer.ref.spans_places else statistics == layer.count.numel()
 
 
 @torch.no_grad()
-def _measure(layers: Sequence[Norm]) -> Tensor:
+def _measure(layers: Sequence[Streaming]) -> Tensor:
     """For each layer the sum of its long-term moments, and how many statistics and gradients met nothing finite."""
     levels = torch._foreach_norm([layer.long[1] for layer in layers], 1)
     rows = [
@@ -126,7 +124,7 @@ def _missed(counts: Tensor, samples: Tensor) -> Tensor:
     return ((counts == 0) & (samples > 0)).sum().double()
 
 
-def _judge_levels(layers: Sequence[Norm], measured: Tensor) -> None:
+def _judge_levels(layers: Sequence[Streaming], measured: Tensor) -> None:
     signs = []
     for i, (layer, (level, missed, missed_gradients)) in enumerate(zip(layers, measured.tolist())):
         record = _records.setdefault(layer, _Record())
@@ -135,7 +133,7 @@ def _judge_levels(layers: Sequence[Norm], measured: Tensor) -> None:
     judge(layers, signs)
 
 
-def _judge_later(device: torch.device, layers: Sequence[Norm]) -> None:
+def _judge_later(device: torch.device, layers: Sequence[Streaming]) -> None:
     """Ask an accelerator, and read what it was asked at the last look, if it has answered."""
     earlier = _unread.pop(device, None)
     measured = _measure(layers)
@@ -150,11 +148,11 @@ def _judge_later(device: torch.device, layers: Sequence[Norm]) -> None:
             _judge_levels([layer for layer, _ in known], torch.stack([row for _, row in known]))
 
 
-def _name(layer: Norm) -> str:
-    return f"{layer._name} ({type(layer).__name__})" if layer._name else repr(layer)
+def _name(layer: Streaming) -> str:
+    return f"{layer._ties.name} ({type(layer).__name__})" if layer._ties.name else repr(layer)
 
 
-def _describe(layer: Norm, record: _Record, sign: Sign) -> str:
+def _describe(layer: Streaming, record: _Record, sign: Sign) -> str:
     memory = (
         f"window, now {layer.formula.window:g}" if layer.formula.window else "alpha and kappa, the weights of the past"
     )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-
-if TYPE_CHECKING:
-    from ..layers.norm import Norm
-
 
 Seen = tuple[int, list[int], list[Tensor]]
 """What the watchdog remembers of a layer: samples, and of some parameters their versions and a few values."""
@@ -53,11 +48,30 @@ class Binding:
         return not trained.isdisjoint(self.parameters.ids) and all(other() is not optimizer for other in self.replaced)
 
 
+@dataclass(frozen=True)
+class Sync:
+    """When a layer joins its statistics with those of other processes, and which ones; None finds them out.
+
+    A process group lives in one process. A copy of a layer keeps it, a pickled layer starts without one.
+    """
+
+    every: str = "update"
+    process_group: dist.ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: Any) -> Sync:
+        return self
+
+    def __reduce__(self) -> tuple[type[Sync], tuple[str]]:
+        return Sync, (self.every,)
+
+
 @dataclass(eq=False)
 class Ties:
-    """A layer's ties to the optimizers and modules around it. A copy or a pickle starts with ties of its own.
+    """A layer's ties to optimizers, modules and processes. A copy or a pickle starts with ties of its own.
 
     Args:
+        name: of the layer in its model, or nothing where that is not known.
+        sync: when it joins its statistics with those of other processes.
         used: whether the layer was used in training, or its state in the middle of an update was loaded.
         around: the modules that hold it and have other weights too, the innermost first.
         leaves: parameters of others that its gain and bias are computed from.
@@ -72,8 +86,14 @@ class Ties:
         seen: what it saw then, if no update was noticed before.
         changes: at how many looks since the last update weights had changed.
         pause: how many uses lie between its looks.
+        met: whether the layer is known to `updates`, and what is around it.
+        lease: so many uses until `updates` looks at the layer.
+        ddp: the DistributedDataParallel that it was called in.
+        grad_scale: the scale of the GradScaler that :func:`streamnorm.bind` named.
     """
 
+    name: str = ""
+    sync: Sync = Sync()
     used: bool = False
     around: tuple[weakref.ref[nn.Module], ...] = ()
     leaves: tuple[weakref.ref[Tensor], ...] = ()
@@ -88,130 +108,26 @@ class Ties:
     seen: Seen | None = None
     changes: int = 0
     pause: int = 64
+    met: bool = False
+    lease: Iterator[bool] = field(default_factory=lambda: iter(()))
+    ddp: weakref.ref[DistributedDataParallel] | None = None
+    grad_scale: Tensor | None = None
 
     def of_a_copy(self) -> Ties:
         """What a copy of the layer starts with."""
-        return Ties(around=self.around)
+        return Ties(self.name, self.sync, around=self.around)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ties:
         """The copy stands in the copies of the modules around, as far as these are copied too."""
         copies = (memo.get(id(module)) for module in alive(self.around))
-        return Ties(around=tuple(weakref.ref(module) for module in copies if module is not None))
+        around = tuple(weakref.ref(module) for module in copies if module is not None)
+        return Ties(self.name, self.sync, around=around)
 
-    def __reduce__(self) -> tuple[type[Ties], tuple[bool]]:
+    def __reduce__(self) -> tuple[type[Ties], tuple[str, Sync, bool]]:
         """What an unpickled layer stands in is not known: with statistics to commit, it follows any optimizer."""
-        return Ties, (True,)
+        return Ties, (self.name, self.sync, True)
 
 
 def alive(references: Sequence[weakref.ref[Any]]) -> Iterator[Any]:
     """What is left of the things referred to."""
     return (thing for reference in references if (thing := reference()) is not None)
-
-
-def own_parameters(layer: Norm) -> list[Tensor]:
-    """The parameters that the gain and bias of a layer are, or are computed from."""
-    held = layer.parameters() if layer._modules else layer._parameters.values()  # parametrizations are modules
-    return [parameter for parameter in held if parameter is not None] + list(alive(layer._ties.leaves))
-
-
-_MOST_NODES = 10_000
-
-
-def leaves_of(layer: Norm) -> tuple[weakref.ref[Tensor], ...]:
-    """The parameters of others that the layer's gain and bias are computed from right now."""
-    computed = [layer.__dict__.get(name, layer._parameters.get(name)) for name in ("weight", "bias")]
-    to_visit = [tensor.grad_fn for tensor in computed if isinstance(tensor, Tensor) and tensor.grad_fn is not None]
-    seen: set[Any] = set()
-    leaves: dict[int, Tensor] = {}
-    while to_visit and len(seen) < _MOST_NODES:
-        node = to_visit.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(variable := getattr(node, "variable", None), Tensor):
-            leaves[id(variable)] = variable
-        to_visit += [following for following, _ in node.next_functions if following is not None]
-    return tuple(weakref.ref(leaf) for leaf in leaves.values())
-
-
-def weight_before(x: Tensor) -> weakref.ref[Tensor] | None:
-    """The weight that was used last on the way to x, no gain or bias. Of two networks in a row it is the second's."""
-    latest: list[tuple[int, int, Any]] = []
-    seen: set[Any] = set()
-
-    def meet(node: Any) -> None:
-        if node is not None and node not in seen:
-            seen.add(node)
-            heapq.heappush(latest, (-node._sequence_nr(), len(seen), node))
-
-    meet(x.grad_fn)
-    while latest and len(seen) < _MOST_NODES:
-        *_, node = heapq.heappop(latest)
-        for following, _ in node.next_functions:
-            if isinstance(weight := getattr(following, "variable", None), nn.Parameter) and weight.dim() > 1:
-                return weakref.ref(weight)
-            meet(following)
-    return None
-
-
-_CALL = nn.Module._wrapped_call_impl.__code__
-
-
-def calling_modules() -> list[nn.Module]:
-    """The modules that are being called right now, the outermost first.
-
-    A module does not know what it stands in. The calls that lead to it do, and they tell networks apart that lie in
-    one container, such as the two of a GAN.
-    """
-    modules = []
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CALL:
-            modules.append(frame.f_locals["self"])
-        frame = frame.f_back
-    return modules[::-1]
-
-
-def set_surroundings(root: nn.Module, layers: Iterable[Norm]) -> None:
-    """Tell the streaming layers of a module which modules are around them, and those without a name their name."""
-    modules = dict(root.named_modules())
-    names = {id(module): name for name, module in modules.items()}
-    layers = list(layers)
-    norms = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    has_weights = {
-        name: any(id(parameter) not in norms for parameter in module.parameters()) for name, module in modules.items()
-    }
-    for layer in layers:
-        name = names[id(layer)]
-        if not layer._name:
-            layer._name = name.replace("_orig_mod.", "").removeprefix("module.")
-        path = name.split(".")
-        outwards = [".".join(path[:length]) for length in range(len(path) - 1, -1, -1)] if name else []
-        around = tuple(weakref.ref(modules[outer]) for outer in outwards if has_weights[outer])
-        layer._ties.around = max(around, layer._ties.around, key=len)
-
-
-def optimizers_in(thing: Any, depth: int = 4) -> list[Optimizer]:
-    """The optimizers whose steps PyTorch reports: this one, and those that it holds if it wraps others."""
-    attributes = getattr(thing, "__dict__", {})
-    reports = isinstance(thing, Optimizer) and "_optimizer_step_post_hooks" in attributes
-    found = {id(thing): thing} if reports else {}
-    parts = [value for name, value in attributes.items() if name not in ("state", "param_groups")]
-    parts += thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
-    for part in parts if depth else ():
-        if isinstance(part, (Optimizer, list, tuple, dict)) or hasattr(type(part), "step"):
-            found.update((id(each), each) for each in optimizers_in(part, depth - 1))
-    return [*found.values()]
-
-
-def parameters_of(optimizer: Any) -> list[Tensor]:
-    """All that an optimizer trains."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def is_collecting(layer: Norm) -> bool:
-    """Whether a layer holds statistics that no update has taken in; False where that cannot be read."""
-    samples = layer._buffers.get("samples")
-    if type(samples) is not Tensor or samples.device.type == "meta" or torch._C._len_torch_dispatch_stack():
-        return False
-    return bool((samples > 0) | (layer.grad_samples > 0))

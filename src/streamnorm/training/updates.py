@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from .. import ops
 from ..ops import traced
 from . import agreement, runaway, watchdog
-from .ties import (
-    Binding,
-    Parameters,
-    Ties,
-    alive,
+from .streaming import Streaming, streaming_modules
+from .surroundings import (
     calling_modules,
     leaves_of,
     optimizers_in,
@@ -31,13 +28,11 @@ from .ties import (
     set_surroundings,
     weight_before,
 )
+from .ties import Binding, Parameters, Ties, alive
 
-if TYPE_CHECKING:
-    from ..layers.norm import Norm
+Listener = Callable[[Sequence[Streaming], Optimizer | None], None]
 
-    Listener = Callable[[Sequence[Norm], Optimizer | None], None]
-
-_layers: dict[int, weakref.ref[Norm]] = {}
+_layers: dict[int, weakref.ref[Streaming]] = {}
 """The streaming layers that may hold statistics to commit, in the order in which they became known."""
 
 _hooks: list[RemovableHandle] = []
@@ -49,7 +44,7 @@ _listeners: OrderedDict[int, Listener] = OrderedDict()
 """Called at weight updates; :func:`before_commit` adds to them."""
 
 
-def register(layer: Norm) -> None:
+def register(layer: Streaming) -> None:
     """Let a layer commit at the steps of the optimizer that trains its network."""
     if not _hooks:
         _hooks.extend((register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_all)))
@@ -59,41 +54,41 @@ def register(layer: Norm) -> None:
 
 def enroll(model: nn.Module) -> None:
     """Let the streaming layers of a model commit in the order in which they stand in it, and know them by name."""
-    layers = _streaming_layers(model)
+    layers = streaming_modules(model)
     for layer in layers:
         _layers.pop(id(layer), None)
         register(layer)
-        layer._watched = layer._ties.used = True
-        layer._name = ""
+        layer._ties.met = layer._ties.used = True
+        layer._ties.name = ""
     set_surroundings(model, layers)
 
 
-def notice(layer: Norm, x: Tensor | None = None) -> None:
+def notice(layer: Streaming, x: Tensor | None = None) -> None:
     """A layer is used: for the first time, by another DistributedDataParallel, or when it is due for a look."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None:
         adopt(ddp)
-        layer._ddp = weakref.ref(ddp)  # also where the model does not register it
-    if not layer._watched or layer._ties.outdated:
+        layer._ties.ddp = weakref.ref(ddp)  # also where the model does not register it
+    if not layer._ties.met or layer._ties.outdated:
         meet(layer, x)
-        layer._lease = watchdog.lease(watchdog.USES)
-    elif next(layer._lease, None) is None:
-        layer._lease = watchdog.lease(watchdog.look(layer))
+        layer._ties.lease = watchdog.lease(watchdog.USES)
+    elif next(layer._ties.lease, None) is None:
+        layer._ties.lease = watchdog.lease(watchdog.look(layer))
 
 
-def meet(layer: Norm, x: Tensor | None = None) -> None:
+def meet(layer: Streaming, x: Tensor | None = None) -> None:
     """Find out what a layer stands in, and let it commit."""
     register(layer)
     ties = layer._ties
-    ties.used, ties.outdated, layer._watched = True, False, True
+    ties.used, ties.outdated, layer._ties.met = True, False, True
     ties.leaves = leaves_of(layer)
     ties.before = None if x is None else weight_before(x)
     calling = calling_modules()
     *_, outermost = None, *alive(ties.around)
-    if calling and calling[0] is not outermost and layer._ddp is None:  # DDP names the same in all processes
+    if calling and calling[0] is not outermost and layer._ties.ddp is None:  # DDP names the same in all processes
         for module in calling:
             if any(inside is layer for inside in module.modules()):
-                set_surroundings(module, _streaming_layers(module))
+                set_surroundings(module, streaming_modules(module))
                 break
     ties.stranger = None
 
@@ -163,7 +158,7 @@ def commit(model: nn.Module) -> None:
         >>> int(layer.samples)
         0
     """
-    _commit(lambda: _streaming_layers(model))
+    _commit(lambda: streaming_modules(model))
 
 
 def bind(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -196,7 +191,7 @@ def bind(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None =
         >>> model = nn.Sequential(nn.Linear(3, 2), sn.StreamingNorm1d(2, affine=False))
         >>> sn.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
     """
-    layers = _streaming_layers(model)
+    layers = streaming_modules(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no streaming layer to bind; call streamnorm.convert(model) first"
@@ -220,16 +215,10 @@ def bind(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None =
         replaced = () if before is None else (*before.optimizers, *before.replaced)
         others = tuple(each for each in replaced if all(each() is not optimizer for optimizer in optimizers))
         layer._ties.bound = Binding(parameters, named, others)
-        layer._grad_scale = None if scaler is None else _live_scale(scaler, layer)
+        layer._ties.grad_scale = None if scaler is None else _live_scale(scaler, layer)
 
 
-def _streaming_layers(model: nn.Module) -> list[Norm]:
-    from ..layers.norm import streaming_layers
-
-    return streaming_layers(model)
-
-
-def _live_scale(scaler: torch.amp.GradScaler, layer: Norm) -> Tensor | None:
+def _live_scale(scaler: torch.amp.GradScaler, layer: Streaming) -> Tensor | None:
     """The scaler's own tensor, which it changes in place; made by the first call of ``scale``."""
     if not scaler.is_enabled():
         return None
@@ -311,7 +300,7 @@ class _Step:
         self._modules: dict[int, tuple[bool, bool]] = {}
         self._answers: dict[int, bool | None] = {}
 
-    def layers(self) -> list[Norm]:
+    def layers(self) -> list[Streaming]:
         """The layers to commit, in the order in which they became known.
 
         Some may be in a network that no optimizer was seen to train: without parameters of their own, or frozen as a
@@ -324,13 +313,13 @@ class _Step:
         elsewhere = any(self._answers.values())
         return [layer for layer in layers if self._follows(layer, elsewhere)]
 
-    def _follows(self, layer: Norm, elsewhere: bool) -> bool:
+    def _follows(self, layer: Streaming, elsewhere: bool) -> bool:
         answer, ties = self._answers[id(layer)], layer._ties
         if answer is None and ties.used:
             answer = self._answers[id(layer)] = not (elsewhere and ties.around) or _is_overdue(layer)
         return bool(answer)
 
-    def trains(self, layer: Norm) -> bool | None:
+    def trains(self, layer: Streaming) -> bool | None:
         """Whether this is an update of the layer's network, or None if no optimizer was seen to train that yet."""
         ties = layer._ties
         if ties.bound is not None and ties.bound.parameters.ids:
@@ -343,7 +332,7 @@ class _Step:
             ties.passed_over = 0
         return answer
 
-    def _judge(self, layer: Norm) -> bool | None:
+    def _judge(self, layer: Streaming) -> bool | None:
         ties = layer._ties
         own = own_parameters(layer)
         is_own = any(id(parameter) in self.ids for parameter in own)
@@ -364,7 +353,7 @@ class _Step:
             ties.near = weakref.ref(module)
         return True
 
-    def _trained_around(self, layer: Norm) -> tuple[nn.Module | None, bool]:
+    def _trained_around(self, layer: Streaming) -> tuple[nn.Module | None, bool]:
         """The smallest module around the layer that this trains; whether none was seen to train a smaller one."""
         near = None if layer._ties.near is None else layer._ties.near()
         is_near = True
@@ -386,13 +375,13 @@ class _Step:
         found = self._modules.get(id(module))
         if found is None:
             trained = [parameter for parameter in module.parameters() if id(parameter) in self.ids]
-            norms = {id(parameter) for layer in _streaming_layers(module) for parameter in layer.parameters()}
+            norms = {id(parameter) for layer in streaming_modules(module) for parameter in layer.parameters()}
             found = bool(trained), any(id(parameter) not in norms for parameter in trained)
             self._modules[id(module)] = found
         return found
 
 
-def _is_overdue(layer: Norm) -> bool:
+def _is_overdue(layer: Streaming) -> bool:
     """Count one more step of an optimizer that seems to train something else; whether there were too many of them."""
     layer._ties.passed_over += 1
     return layer._ties.passed_over > PATIENCE
@@ -401,11 +390,11 @@ def _is_overdue(layer: Norm) -> bool:
 def _forget_surroundings() -> None:
     """At the first step of an optimizer: a network may have become a part of another one, or its gains be computed."""
     for layer in alive([*_layers.values()]):
-        layer._ties.outdated, layer._lease = True, watchdog.lease(0)
+        layer._ties.outdated, layer._ties.lease = True, watchdog.lease(0)
 
 
 @torch.no_grad()
-def _commit(select: Callable[[], list[Norm]], optimizer: Optimizer | None = None) -> None:
+def _commit(select: Callable[[], list[Streaming]], optimizer: Optimizer | None = None) -> None:
     layers = agreement.merged(select)
     try:
         for listener in tuple(_listeners.values()):
@@ -414,7 +403,7 @@ def _commit(select: Callable[[], list[Norm]], optimizer: Optimizer | None = None
         commit_merged(layers)
 
 
-def commit_merged(layers: list[Norm]) -> None:
+def commit_merged(layers: list[Streaming]) -> None:
     """Move the short-term statistics of these layers, which are those of all processes by now, into the long-term."""
     for layer in layers:
         layer._ties.committed = True

@@ -6,15 +6,13 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from itertools import islice, repeat
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .ties import Seen, Ties, alive, own_parameters
-
-if TYPE_CHECKING:
-    from ..layers.norm import Norm
+from .streaming import Streaming
+from .surroundings import own_parameters
+from .ties import Seen, Ties, alive
 
 USES = Ties.pause
 """After so many uses a layer is looked at for the first time."""
@@ -36,7 +34,7 @@ def lease(uses: int) -> Iterator[bool]:
 
 
 @torch.no_grad()
-def look(layer: Norm) -> int:
+def look(layer: Streaming) -> int:
     """Compare the weights around a layer with those at the last look, if no update was noticed since then.
 
     Returns:
@@ -63,14 +61,14 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The networks of which one layer has spoken; the others are silent."""
 
 
-def _warn(layer: Norm) -> None:
+def _warn(layer: Streaming) -> None:
     *_, network = layer, *alive(layer._ties.around)
     if network not in _told:
         _told.add(network)
         warnings.warn(_describe(layer), stacklevel=2)
 
 
-def _can_read(layer: Norm) -> bool:
+def _can_read(layer: Streaming) -> bool:
     samples = layer.samples
     return (
         type(samples) is Tensor
@@ -80,7 +78,7 @@ def _can_read(layer: Norm) -> bool:
     )
 
 
-def _see(layer: Norm) -> Seen:
+def _see(layer: Streaming) -> Seen:
     """The samples collected, and a few values of a few parameters that an update would change, with their versions.
 
     Both are needed: a fused optimizer changes no version, and an update with a rate of zero no value.
@@ -100,8 +98,8 @@ def _differ(before: Seen, now: Seen) -> bool:
     return now[1] != before[1] or not all(torch.equal(a, b) for a, b in zip(before[2], now[2]))
 
 
-def _describe(layer: Norm) -> str:
-    name = f"{layer._name} ({type(layer).__name__})" if layer._name else type(layer).__name__
+def _describe(layer: Streaming) -> str:
+    name = f"{layer._ties.name} ({type(layer).__name__})" if layer._ties.name else type(layer).__name__
     return (
         f"{name} has collected statistics of {int(layer.samples)} samples and its network's weights changed, but no "
         "weight update was noticed: its statistics do not move on. Write streamnorm.commit(model) after each update. "

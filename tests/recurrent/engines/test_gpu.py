@@ -289,7 +289,7 @@ def test_a_loss_scale_changes_nothing_but_the_gradients() -> None:
     for scale in (1.0, 1024.0):
         twin: Any = copy.deepcopy(model).to(DEVICE)
         for norm in (twin.norm_ih_l0, twin.norm_hh_l0):
-            norm._grad_scale = torch.tensor(scale, device=DEVICE)
+            norm._ties.grad_scale = torch.tensor(scale, device=DEVICE)
         with ops.force("triton"):
             (twin(x)[0].square().sum() * scale).backward()
         results.append([*(p.grad / scale for p in twin.parameters()), *twin.state_dict().values()])

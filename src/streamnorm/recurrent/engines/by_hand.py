@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...core.spec import State
-from ...layers.norm import GeneralBatchNorm, Norm
+from ...layers import GeneralBatchNorm, Norm
 from ...ops.checks import check_state
 from ...ops.plain import wide
 from ..norms import PerStepBatchNorm
@@ -58,7 +58,7 @@ class Path:
         stats = x.new_empty(2, view.num_stats) if tracks else None
         state = None if norm.stream is None else norm.state
         use.function = ops.function(x, view, norm.formula, state)
-        arguments = (x, self.gain, self.bias, None, view, norm.formula, state, norm._grad_scale, stats)
+        arguments = (x, self.gain, self.bias, None, view, norm.formula, state, norm._ties.grad_scale, stats)
         y: Tensor = use.function.forward(use, *arguments)
         self.uses.append(use)
         if isinstance(norm, PerStepBatchNorm):

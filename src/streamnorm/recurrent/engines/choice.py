@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ... import ops
-from ...layers.norm import Norm
+from ...layers import Norm
 from ...ops.derivatives import is_recorded
 from ...training import checkpoint
 from ..checks import check_before_backward, check_forward

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...core.reference import NormRef
 from ...core.spec import State
-from ...layers.norm import GeneralBatchNorm, Norm, SampleNorm
+from ...layers import GeneralBatchNorm, Norm, SampleNorm
 from ...ops.another_pass import AnotherPass, another_pass
 from ...ops.native import LIBRARY
 from ...ops.native import extension as _tensors
@@ -484,4 +484,4 @@ def _count(norm: GeneralBatchNorm, steps: int) -> None:
 
 
 def _grad_scale(norm: nn.Module | None) -> float:
-    return 1.0 if not isinstance(norm, Norm) or norm._grad_scale is None else float(norm._grad_scale)
+    return 1.0 if not isinstance(norm, Norm) or norm._ties.grad_scale is None else float(norm._ties.grad_scale)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.compiler import HOOKS
-from ...layers.norm import GeneralBatchNorm, Norm
+from ...layers import GeneralBatchNorm, Norm
 from ..norms import PerStepBatchNorm
 from ..steps import Hidden, Norms, Weights
 from .sequence import KNOWN

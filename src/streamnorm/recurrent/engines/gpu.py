@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...core.reference import NormRef
 from ...core.spec import Formula, State
-from ...layers.norm import Norm
+from ...layers import Norm
 from ...ops import gpu
 from ...ops.another_pass import another_pass
 from ...ops.checks import check_state
@@ -294,7 +294,7 @@ def _count(path: _Path, samples: int) -> None:
 
 
 def _grad_scale(norm: nn.Module | None, like: Tensor) -> Tensor | None:
-    scale = norm._grad_scale if isinstance(norm, Norm) else None
+    scale = norm._ties.grad_scale if isinstance(norm, Norm) else None
     return None if scale is None else scale.to(like.device)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.compiler import HOOKS
-from ...layers.norm import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
+from ...layers import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 from ...ops import plain
 from ...ops.derivatives import Again, any_order
 from ...training import agreement, updates
@@ -135,7 +135,11 @@ def _tensors(data: Tensor, hidden: Hidden, weights: Weights, norms: Norms) -> Te
     gains: list[Tensor | None] = []
     for norm in norms:
         assert norm is None or isinstance(norm, Norm)
-        if norm is not None and norm.stream is not None and (next(norm._lease, None) is None or agreement.is_new(norm)):
+        if (
+            norm is not None
+            and norm.stream is not None
+            and (next(norm._ties.lease, None) is None or agreement.is_new(norm))
+        ):
             updates.notice(norm)
         gains.append(None if norm is None else norm.weight)
     bias_cell = None if norms.cell is None else norms.cell.bias

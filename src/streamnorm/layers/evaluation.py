@@ -1,0 +1,48 @@
+"""Evaluation: a fixed affine map, or statistics that adapt to the data."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import ops
+from ..core.spec import Formula, View
+from ..training.streaming import Streaming
+
+_GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
+
+
+def affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Streaming, mask: Tensor | None, view: View) -> Tensor:
+    """Normalize by given statistics. Where they are the same all over a channel, PyTorch's own kernel does it."""
+    if mask is not None:  # what is hidden may be infinite, and 0·inf is no gradient for the gain
+        x = x.masked_fill(~mask.unsqueeze(1), 0)
+    if all(view.axes[i] == 1 for i in view.kept):
+        mu, variance = view.per_channel(mu), view.per_channel(variance)
+        # Contiguous: the backward of batch_norm reads a gain with gaps as if it had none.
+        weight, bias = (None if t is None else t.to(mu.dtype).contiguous() for t in (layer.weight, layer.bias))
+        y = F.batch_norm(x, mu, variance, weight, bias, training=False, eps=layer.eps)
+    else:
+        shape = view.stats_shape
+        y = (x.view(view.split) - mu.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
+        if layer.weight is not None:
+            y = y * layer.weight.view(view.channel_shape)
+        if layer.bias is not None:
+            y = y + layer.bias.view(view.channel_shape)
+        y = y.view(x.shape).to(x.dtype)
+    return y if mask is None else y.masked_fill(~mask.unsqueeze(1), 0)
+
+
+def adapt(layer: Streaming, x: Tensor, mask: Tensor | None, view: View, formula: Formula) -> Tensor:
+    """Evaluate by the statistics with this input among them, and let them become the long-term ones."""
+    if is_compiling():
+        raise RuntimeError("streamnorm.adapt changes statistics in evaluation, in eager mode: call the model itself")
+    state = layer.state
+    with torch.no_grad():
+        used = state.long.new_empty(2, view.num_stats)
+        ops.normalize(x.detach(), None, None, mask, view, formula, state, stats=used)
+        nothing = {name: torch.zeros_like(getattr(state, name)) for name in _GRADIENT_STATE}
+        ops.commit([(state._replace(**nothing), formula)])
+        variance = formula.k**2 * used[1] ** (2 / formula.p)
+    return affine_map(x, used[0], variance, layer, mask, view)
