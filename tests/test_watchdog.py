@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import streamnorm as sn
-from streamnorm.training import watchdog
+from streamnorm.training import updates, watchdog
 
 ENOUGH = 8 * watchdog.USES
 
@@ -154,7 +154,8 @@ def test_recurrent_layers() -> None:
         repeat(step)
 
 
-def test_compiled_graphs() -> None:
+def test_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updates, "_lease_of_graphs", watchdog.lease(watchdog.USES))  # not that of earlier tests' graphs
     model = network()
     step = by_hand(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match=r"1 \(StreamingNorm1d\) has collected"):
