@@ -89,7 +89,7 @@ def monitor(
         >>> [sample.update for sample in watching.record.samples]
         [1, 10, 20, 30]
         >>> watching.record.samples[-1].layers["1"].samples
-        4.0
+        4
     """
     return Monitor(model, every, out, sinks, name)
 
