@@ -1,1 +1,1 @@
-"""From logs to numbers and verdicts."""
+"""Numbers and verdicts computed from logs."""

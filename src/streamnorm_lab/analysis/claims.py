@@ -1,4 +1,4 @@
-"""What the paper and we claim, as differences that logs can decide: each holds, does not hold, or stays open.
+"""Claims of the paper and of this project, as differences that logs decide: holds, does not hold, or open.
 
 A claim is made of contrasts: how far one training must be ahead of another one, at the least. With the 95% interval of
 the paired difference, a contrast holds if the whole interval is above that bound, does not hold if the whole interval
@@ -44,7 +44,7 @@ class Contrast:
 
     @property
     def ahead(self) -> Interval | None:
-        """How far ours is ahead, whichever way is better; None if one of the two cannot train."""
+        """The lead of ours, positive where it is better; None if one of the two cannot train."""
         difference = paired(self.ours.scores, self.theirs.scores)
         if difference is None:
             return None

@@ -1,4 +1,4 @@
-"""From logs to numbers: the rate chosen for each method and setting, and its final scores."""
+"""Results of a folder: the rate chosen for each method and setting, and the final scores."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Cell:
 
     @property
     def diverged(self) -> int:
-        """How many final runs diverged."""
+        """The number of final runs that diverged."""
         return sum(run.end is not None and run.end["status"] == "diverged" for run in self.runs)
 
     @property
     def edge(self) -> str | None:
-        """Whether the best rate is the "lowest" or the "highest" of the grid, so that a better one may lie beyond."""
+        """The edge of the grid where the best rate lies, "lowest" or "highest"; a better one may lie beyond."""
         if self.rate is None or len(self.tuning) < 2:
             return None
         return {min(self.tuning): "lowest", max(self.tuning): "highest"}.get(self.rate)
@@ -72,7 +72,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a folder's logs say."""
+    """The results in a folder's logs."""
 
     experiment: type[Experiment[Any]]
     config: Mapping[str, Any]
@@ -120,7 +120,7 @@ class Results:
 
     @property
     def protocol(self) -> list[str]:
-        """How it was done."""
+        """The protocol of the runs, fact by fact."""
         return self.experiment.words.protocol(self.config, self.methods)
 
     @property
@@ -213,7 +213,7 @@ def _check_end(experiment: AnyExperiment, end: Record, table: Iterable[Method]) 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What was asked of a folder.
+    """Read ``experiment.json``.
 
     Raises:
         UserError: there is no such folder, it holds no experiment, or ``experiment.json`` is damaged.

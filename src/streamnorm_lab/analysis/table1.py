@@ -44,7 +44,7 @@ class TableConfig(TypedDict):
 
 
 def read_table(folder: Path) -> TableConfig:
-    """What ``table1.json`` says.
+    """Read ``table1.json``.
 
     Raises:
         UserError: it is damaged.
@@ -101,7 +101,7 @@ def trained_as(technique: str, results: Results) -> str:
 
 
 def gain(results: Results, cell: Cell) -> float | None:
-    """How far the mean score is from guessing among all classes alike; None if the technique cannot train there."""
+    """The mean score's gain over uniform guessing; None if the technique cannot train there."""
     if cell.mean is None:
         return None
     sign = -1 if results.experiment.score.lower_is_better else 1

@@ -22,7 +22,7 @@ def sentences(results: Results) -> list[str]:
 
 
 def _opening(results: Results) -> Iterator[str]:
-    """How the method in question fares from setting to setting."""
+    """The range of the main method's scores over the settings."""
     name = results.experiment.comparisons[0][0]
     cells = [results.cells[name, setting] for setting in results.settings if (name, setting) in results.cells]
     means = sorted(cell.mean.mean for cell in cells if cell.mean is not None)
@@ -43,7 +43,7 @@ def _comparisons(results: Results) -> Iterator[str]:
 
 
 def _changes(results: Results) -> Iterator[str]:
-    """How each method fares at one setting of a pair, beside itself at the other one."""
+    """Each method at one setting of a pair, compared with itself at the other one."""
     score = results.experiment.score
     for method in results.methods:
         found = {f"{a.label} against {b.label}": results.change(method.name, a, b) for a, b in results.setting_pairs}
@@ -100,7 +100,7 @@ def _divergences(results: Results) -> Iterator[str]:
 
 
 def warnings(results: Results) -> list[str]:
-    """What a reader should know before trusting the numbers."""
+    """Warnings about the numbers, for the reader of a report."""
     return [*_edges(results), *_unfinished(results), *_few_seeds(results)]
 
 

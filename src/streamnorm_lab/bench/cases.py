@@ -1,4 +1,4 @@
-"""What is compared on what: the suites of ``streamnorm bench``."""
+"""The suites of ``streamnorm bench``: which contestants are compared on which inputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured on one kind of input; ``make`` builds it, so that only one case at a time holds memory."""
+    """The comparisons on one kind of input; ``make`` builds them, so that only one case at a time holds memory."""
 
     suite: str
     name: str
@@ -140,7 +140,7 @@ def _network_cases() -> list[Case]:
 
 
 def _networks(batch: int, build: Callable[[str], nn.Module]) -> list[Match]:
-    """Whole training steps with SGD, beside the stock normalization and the PyTorch engine."""
+    """Full training steps with SGD, beside the stock normalization and the PyTorch engine."""
     images = [torch.randn(batch, 3, 32, 32) for _ in range(16)]
     labels = [torch.randint(10, (batch,)) for _ in images]
 

@@ -89,7 +89,7 @@ class BenchOptions:
         return sorted(set(self.threads or range(1, min(2, usable_cores()) + 1)))
 
     def folder(self) -> Path:
-        """Where results go."""
+        """The output folder."""
         name = "bench" + "-cuda" * (self.device == "cuda") + "-quick" * self.quick + "-kept" * self.keep_memory
         return typed_path(self.out or f"runs/{name}")
 
@@ -138,7 +138,7 @@ def _can_keep_memory() -> bool:
 
 
 def machine_load() -> float | None:
-    """How many processes wanted to run in the last minute, where the system tells it."""
+    """The load average of the last minute, or None where the system does not provide it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 

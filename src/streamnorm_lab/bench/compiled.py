@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes of the layers: ``python -m streamnorm_lab.bench.compiled --help``.
+"""Compiled layers: ``python -m streamnorm_lab.bench.compiled --help``.
 
 A compiled streaming layer beside a compiled BatchNorm, and what the end of the graph at a recurrent layer costs: a
 compiled model beside the same model as it is. The default backend takes a C++ compiler, and minutes to compile.

@@ -1,4 +1,4 @@
-"""What is measured: one training step of a layer, of a recurrent layer, of a network, and the floor below a layer."""
+"""The measured steps: of a layer, of a recurrent layer, of a network, and the memory floor of a layer."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ class Contestant(ABC):
         self.engine = engine
 
     def before_forward(self, turn: int) -> None:  # noqa: B027  (most have nothing to do)
-        """What the layer before does, not timed: it writes the input."""
+        """The untimed work of the layer before: write the input."""
 
     @abstractmethod
     def forward(self, turn: int) -> Tensor:
         """The output for this turn's input."""
 
     def before_backward(self, turn: int) -> None:  # noqa: B027
-        """What the layer behind does, not timed: it writes the gradient of the output."""
+        """The untimed work of the layer after: write the gradient of the output."""
 
     @abstractmethod
     def backward(self, output: Tensor, turn: int) -> None:
-        """From the output back to all gradients."""
+        """The backward pass."""
 
     @abstractmethod
     def update(self) -> None:
-        """What ends a step."""
+        """The end of a step."""
 
     def own_tensors(self) -> list[Tensor]:
         """Parameters and buffers: memory that is there with or without a step."""
@@ -113,7 +113,7 @@ class LayerSteps(Contestant):
 
 
 class NetworkSteps(Contestant):
-    """Whole training steps: loss, gradients, and the weight update with all that it sets off.
+    """Full training steps: loss, gradients, and the weight update with everything that it triggers.
 
     Args:
         name: what tables call it.

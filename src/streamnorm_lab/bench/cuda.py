@@ -119,7 +119,7 @@ def _run_once(case: CudaCase) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The environment that the figures depend on."""
     properties = torch.cuda.get_device_properties(0)
     return {
         **environment(),
@@ -133,7 +133,7 @@ def facts() -> dict[str, Any]:
 
 
 def measure(case: CudaCase, device: Device, effort: Effort, speed: float, where: torch.device) -> list[CudaRow]:
-    """All rows of a case. A contestant that cannot run leaves a row that says why."""
+    """Every row of a case. A contestant that cannot run leaves a row with the reason."""
     torch.manual_seed(0)
     rows: list[CudaRow] = []
     steps: dict[str, Steps] = {}
@@ -219,7 +219,7 @@ def _rows(
 
 
 def verdict(rows: list[CudaRow]) -> str:
-    """How many targets were met, and which were not."""
+    """The number of targets met, and the missed ones."""
     aims = []
     for row in rows:
         for value, target, words in ((row.ratio, row.target, row.rival), (row.floor, row.floor_target, "the floor")):

@@ -1,4 +1,4 @@
-"""What is compared on a CUDA device: layers of sizes that fit its cache and sizes that do not, and recurrent layers."""
+"""Cases on a CUDA device: layers of sizes that fit its cache and sizes that do not, and recurrent layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE_PASS: dict[str, Any] = {"alpha": (1, 0, 0), "beta": (1, 0, 0)}
 
 
 class Steps(NamedTuple):
-    """What one contestant does with each input in turn."""
+    """The steps of one contestant, one for each input."""
 
     forward: list[Callable[[], Any]]
     together: list[Callable[[], Any]]

@@ -20,7 +20,7 @@ Call = Callable[[], object]
 
 
 class Device(ABC):
-    """Where steps run, and its clock."""
+    """A device that runs steps, and its clock."""
 
     @abstractmethod
     def captured(self, steps: Sequence[Call]) -> Call:
@@ -62,7 +62,7 @@ class CudaDevice(Device):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: the seconds of one contestant's block, the rounds, and the seconds to warm up."""
+    """Measuring effort: seconds of one contestant's block, number of rounds, and seconds of warm-up."""
 
     block: float = 0.01
     rounds: int = 15

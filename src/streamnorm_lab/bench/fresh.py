@@ -21,7 +21,7 @@ from streamnorm_lab.bench.timing import Comparison, Effort, Rounds, compare
 
 
 class Measured(NamedTuple):
-    """What one process found: the rounds of each pair, and the memory of each contestant."""
+    """The measurements of one process: the rounds of each pair, and the memory of each contestant."""
 
     rounds: dict[Pairing, Rounds]
     memory: dict[str, Memory]

@@ -1,4 +1,4 @@
-"""What ``streamnorm.monitor`` costs a training step: ``python -m streamnorm_lab.bench.monitor --help``.
+"""The cost of ``streamnorm.monitor`` in a training step: ``python -m streamnorm_lab.bench.monitor --help``.
 
 Two copies of a network train in turns, one of them watched every 50 weight updates, with log and page. A block of steps
 is long enough for samples, evaluations and pages to fall into it as often as they do in training.
@@ -69,7 +69,7 @@ FULL, QUICK = Effort(20, 2.0), Effort(3, 0.05)
 
 @dataclass(frozen=True)
 class CostRow:
-    """What the monitor adds to a step, as shares of its time; ``beside`` is a median, with quartiles over rounds."""
+    """The monitor's share of a step's time; ``beside`` is a median, with quartiles over rounds."""
 
     network: str
     layers: int
@@ -85,7 +85,7 @@ class CostRow:
 
 
 class _Clock:
-    """How long the listeners that are registered between its own two take, while it is on."""
+    """A clock for the listeners registered between its own two, while it is on."""
 
     def __init__(self) -> None:
         self.on = True
@@ -114,7 +114,7 @@ class _Clock:
 
 
 def watched_networks() -> list[Watched]:
-    """From steps of a third of a millisecond to those of a small convolutional network."""
+    """Networks with steps from a third of a millisecond to those of a small convolutional network."""
     image = partial(_images, (3, 32, 32))
     return [
         Watched(

@@ -59,7 +59,7 @@ class Results:
 
 
 class Pairing(NamedTuple):
-    """Who was timed in turns with whom; ``stock`` where the rival is the layer that users would have taken."""
+    """Two contestants timed in turns; ``stock`` where the rival is the layer that users would have taken."""
 
     threads: int
     ours: str
@@ -111,7 +111,7 @@ def together(rows: Iterable[TimeRow]) -> list[TimeRow]:
 
 
 def targets_line(results: Results) -> str:
-    """How many targets were met, and which were not."""
+    """The number of targets met, and the missed ones."""
     rows: list[TimeRow | MemoryRow] = [*results.times, *results.memory]
     aimed = [row for row in rows if row.target is not None]
     if not aimed:
@@ -129,7 +129,7 @@ def _miss(row: TimeRow | MemoryRow) -> str:
 
 
 def l1_verdict(results: Results) -> str | None:
-    """Whether L1 is faster than L2, as the paper says: from the cases where both were timed in turns."""
+    """A verdict on the paper's claim that L1 is faster than L2, from the cases where both were timed in turns."""
     rows = [row for row in together(results.times) if row.ours.endswith(" L1") and row.rival.endswith(" L2")]
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""What was asked of the layers before they were built: the largest ratio to torch.nn's own, by case and threads."""
+"""Targets set before the layers were built: the largest ratio to torch.nn's own, by case and threads."""
 
 from __future__ import annotations
 

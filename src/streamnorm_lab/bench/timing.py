@@ -23,7 +23,7 @@ TOGETHER = "together"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
+    """Measuring effort.
 
     Args:
         seconds: at least so long for a pair.
@@ -52,7 +52,7 @@ class Spread(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """Of two contestants that took turns: the seconds of each part of a step, by round."""
+    """The seconds of each part of a step, by round, of two contestants that took turns."""
 
     ours: list[dict[str, float]]
     rival: list[dict[str, float]]
@@ -68,7 +68,7 @@ class Comparison(NamedTuple):
 
     @classmethod
     def of(cls, rounds: Rounds) -> Comparison:
-        """What the rounds say."""
+        """Summarize the rounds."""
         parts = list(rounds.ours[0])
         return cls(
             {part: Spread.of([a[part] / b[part] for a, b in zip(*rounds)]) for part in parts},

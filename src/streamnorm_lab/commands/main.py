@@ -17,7 +17,7 @@ from streamnorm_lab.common.guard import complain, guarded
 
 
 class Command(NamedTuple):
-    """Where a command is implemented: ``module:function``, called with the words after the command's name."""
+    """The implementation of a command: ``module:function``, called with the words after the command's name."""
 
     target: str
     summary: str

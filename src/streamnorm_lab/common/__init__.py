@@ -1,1 +1,1 @@
-"""What the whole laboratory uses: errors, files, settings, statistics."""
+"""Common parts of the laboratory: errors, files, settings, statistics."""

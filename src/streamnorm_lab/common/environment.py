@@ -1,4 +1,4 @@
-"""Where a run happens: versions, processor, threads."""
+"""The environment of a run: versions, processor, threads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def card(device: str) -> dict[str, str]:
 
 
 def environment() -> dict[str, str | int]:
-    """What a log records about where it was written."""
+    """The environment as a log records it."""
     return {
         "streamnorm": package_version("streamnorm"),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The error that a user can correct, and what is said of a word that is not known."""
+"""Errors that a user can correct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Says in one line what is wrong and what to do; the command line prints it and exits with 2."""
+    """An error that a user can correct: one line on what is wrong and what to do. The command line exits with 2."""
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> UserError:

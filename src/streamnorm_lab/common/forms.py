@@ -22,7 +22,7 @@ _WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: 
 
 
 class FormError(ValueError):
-    """Says which value has another form, and what it must be; ``needed`` is that alone, if there is one value."""
+    """A value of another form; the message names it and the form needed, and ``needed`` is the latter alone."""
 
     def __init__(self, message: str, needed: str = "") -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class Between:
         return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
 
     def hold(self, value: float) -> bool:
-        """Whether a number is within them."""
+        """Check a number against the bounds."""
         inside = self.low <= value <= self.high
         return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
 

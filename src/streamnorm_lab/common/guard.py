@@ -1,4 +1,4 @@
-"""From errors to exit codes: what a user can correct is one line, and nothing else is hidden."""
+"""Exit codes from errors: one line for what a user can correct, a traceback for everything else."""
 
 from __future__ import annotations
 

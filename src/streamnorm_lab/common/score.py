@@ -61,7 +61,7 @@ class Score:
         return min(values, key=lambda rate: (sign * values[rate], rate)) if values else None
 
     def outcome(self, difference: Interval) -> str:
-        """What the 95% interval of a difference, ours less theirs, says of ours."""
+        """The reading of a difference, ours less theirs, by its 95% interval."""
         if not difference.known or difference.low <= 0 <= difference.high:
             return "not clearly different from"
         return "ahead of" if (difference.high < 0) == self.lower_is_better else "behind"

@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether there were enough values for an interval."""
+        """True if there were enough values for an interval."""
         return not math.isnan(self.half)
 
 

@@ -23,7 +23,7 @@ class Shifts:
 
     @classmethod
     def draw(cls, count: int, padding: int, mirror: bool, seed: int, device: str) -> Shifts:
-        """As many as there are images, the same ones for the same seed on every device."""
+        """Draw one shift per image; the same seed gives the same shifts on every device."""
         generator = torch.Generator().manual_seed(seed)
         down, right = torch.randint(2 * padding + 1, (2, count), generator=generator)
         mirrored = (torch.rand(count, generator=generator) < 0.5) & mirror

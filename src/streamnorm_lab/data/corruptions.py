@@ -1,4 +1,4 @@
-"""What happens to images between the laboratory and the world: noise, blur, low contrast, fog."""
+"""Image corruptions: noise, blur, low contrast, fog."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class _ImageFacts(DataRecord):
 
 
 class ImageFacts(_ImageFacts, total=False):
-    """What identifies images; folders of earlier versions have no short runs, ``tune``."""
+    """The facts that identify images; folders of earlier versions have no short runs, ``tune``."""
 
     tune: Size
 
@@ -108,7 +108,7 @@ class ImageTask(Task[Data]):
         return self.epochs, math.ceil(len(data.train) // setting.samples / setting.batches)
 
     def batches(self, data: Data, setting: Setting, seed: int, epoch: int, first_update: int) -> Iterator[Batch]:
-        """All images in an order of this pass; those left over when it is cut into mini-batches are not used."""
+        """Yield all images, shuffled for this pass; those left over when it is cut into mini-batches are not used."""
         shuffle = torch.Generator().manual_seed(1_000_003 * epoch + seed)
         order = torch.randperm(len(data.train), generator=shuffle)
         start, whole = first_update * setting.batches * setting.samples, len(order) // setting.samples
@@ -128,7 +128,7 @@ class ImageTask(Task[Data]):
         return data.test.first(self.curve_images)
 
     def mini_batches(self, facts: Mapping[str, Any], setting: Setting, stage: str) -> int:
-        """Those of all passes."""
+        """The mini-batches of all passes."""
         short = self.tune_limit if stage == "tune" else None
         return self.epochs * (int(short or facts["train"]) // setting.samples)
 

@@ -37,7 +37,7 @@ class Split:
 
     @property
     def count(self) -> int:
-        """How many images."""
+        """The number of images."""
         return len(self)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class Data:
 def split_sizes(
     source: Source, limit: int | None, validation: int | None, tune_limit: int | None = None
 ) -> tuple[int, int]:
-    """How many images to train on and to validate on.
+    """The numbers of images to train on and to validate on.
 
     The training images are the first ones. Validation images are those right after them, or, if rates are chosen with
     runs on the first ``tune_limit`` images only, those right after these.

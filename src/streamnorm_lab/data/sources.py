@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, Parquet files in the Hub's layout, CIFAR-10's binary files.
+"""Sources of images: scikit-learn's digits, Parquet files in the Hub's layout, CIFAR-10's binary files.
 
 A source tells its sizes without reading the images, so that a wrong path is noticed at once.
 """

@@ -1,4 +1,4 @@
-"""What is learnt from, and how a run goes through it."""
+"""Learning tasks: data of one kind, and the mini-batches that a run makes of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Split(Protocol):
 
     @property
     def count(self) -> int:
-        """How many targets it has."""
+        """The number of targets."""
         ...
 
     def batch(self, index: Tensor | slice) -> Batch:
@@ -37,22 +37,22 @@ class Data(Protocol):
 
     @property
     def classes(self) -> int:
-        """How many different targets there are."""
+        """The number of different targets."""
         ...
 
     @property
     def train(self) -> Split:
-        """What is learnt from."""
+        """The training data."""
         ...
 
     @property
     def validation(self) -> Split:
-        """What rates are chosen on."""
+        """The data that rates are chosen on."""
         ...
 
     @property
     def test(self) -> Split:
-        """What results are from."""
+        """The data that results are from."""
         ...
 
 
@@ -86,7 +86,7 @@ class Task(ABC, Generic[DataT]):
     @property
     @abstractmethod
     def units_per_sample(self) -> int:
-        """How many units one sample is."""
+        """The number of units in one sample."""
 
     @abstractmethod
     def open(self, settings: Sequence[Setting]) -> Material:
@@ -98,15 +98,15 @@ class Task(ABC, Generic[DataT]):
 
     @abstractmethod
     def load(self, folder: Path) -> DataT:
-        """What `Material.prepare` wrote into ``folder``."""
+        """Load the data that `Material.prepare` wrote into ``folder``."""
 
     def part(self, data: DataT, stage: str) -> DataT:
-        """What a run of this stage learns from and is judged on, if not all."""
+        """The part of the data that a run of this stage uses; all of it unless a task says otherwise."""
         return data
 
     @abstractmethod
     def schedule(self, data: DataT, setting: Setting) -> tuple[int, int]:
-        """How many passes a run makes, and how many weight updates in each."""
+        """The number of passes of a run, and of weight updates in each."""
 
     @abstractmethod
     def batches(self, data: DataT, setting: Setting, seed: int, epoch: int, first_update: int) -> Iterator[Batch]:
@@ -118,7 +118,7 @@ class Task(ABC, Generic[DataT]):
 
     @abstractmethod
     def mini_batches(self, facts: Mapping[str, Any], setting: Setting, stage: str) -> int:
-        """How many mini-batches a run takes."""
+        """The number of mini-batches of a run."""
 
     @abstractmethod
     def amounts(self, facts: Mapping[str, Any]) -> dict[str, int]:

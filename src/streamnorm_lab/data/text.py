@@ -43,7 +43,7 @@ class TextSplit:
 
     @property
     def count(self) -> int:
-        """How many characters its pieces predict."""
+        """The number of characters that its pieces predict."""
         return len(self) * self.steps
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class TextSplit:
         return span[:, :-1], span[:, 1:].flatten()
 
     def random_starts(self, count: int, seed: int) -> Tensor:
-        """Where ``count`` pieces begin, anywhere in the text; the same for the same seed."""
+        """Draw the starts of ``count`` pieces, anywhere in the text; the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(len(self.characters) - self.steps, (count,), generator=generator)
 
@@ -76,7 +76,7 @@ class TextData:
 
     @property
     def classes(self) -> int:
-        """How many different characters there are."""
+        """The number of different characters."""
         return len(self.vocabulary)
 
     def spell(self, characters: Tensor) -> str:

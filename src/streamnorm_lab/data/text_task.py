@@ -72,14 +72,14 @@ class TextTask(Task[TextData]):
         return data.test.first(self.curve_characters)
 
     def mini_batches(self, facts: Mapping[str, Any], setting: Setting, stage: str) -> int:
-        """Those of all updates."""
+        """The mini-batches of all updates."""
         return self.updates * setting.batches
 
     def amounts(self, facts: Mapping[str, Any]) -> dict[str, int]:
-        """Characters in all."""
+        """The number of characters in all."""
         return {"limit": facts["train"] + facts["validation"] + facts["test"]}
 
     @staticmethod
     def guess(classes: int) -> Scores:
-        """All characters alike."""
+        """The scores of a uniform guess among all characters."""
         return {"loss": math.log(classes), "accuracy": 1 / classes}

@@ -1,1 +1,1 @@
-"""What is asked, of which methods, with which options."""
+"""The experiments: questions, methods, settings and options."""

@@ -161,7 +161,7 @@ def _as_trained(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _by_batch(model: nn.Module, images: Tensor, size: int) -> Tensor:
-    """With the statistics of so many images at a time, as in training."""
+    """Logits with the statistics of ``size`` images at a time, as in training."""
     model.train()
     return torch.cat([model(part) for part in images.split(size)])
 

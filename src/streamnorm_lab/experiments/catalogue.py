@@ -1,4 +1,4 @@
-"""All experiments by name."""
+"""The catalogue of experiments, by name."""
 
 from __future__ import annotations
 

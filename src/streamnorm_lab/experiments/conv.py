@@ -18,7 +18,7 @@ from streamnorm_lab.networks.images import feedforward_convolutional
 
 @dataclass(frozen=True, kw_only=True)
 class ConvExperiment(ImageExperiment):
-    """What experiments with convolutional networks have in common."""
+    """The common part of experiments with convolutional networks."""
 
     width: Positive = 8
     """Channels of the first convolution; the second has twice and the third four times as many. 32 is the full size."""

@@ -1,4 +1,4 @@
-"""What an experiment declares: a question, a network, the methods and settings compared, and its options.
+"""The declaration of an experiment: a question, a network, the methods and settings compared, and its options.
 
 A new experiment is a subclass with a name, its texts, its network and its defaults, added to ``catalogue.py``;
 training, resuming, statistics, figures and the report follow from the declaration. The fields are the options of
@@ -147,7 +147,7 @@ class Experiment(ABC, Generic[DataT]):
     @property
     @abstractmethod
     def task(self) -> Task[DataT]:
-        """What is learnt from, with these options."""
+        """The learning task, with these options."""
 
     @abstractmethod
     def model(self, data: DataT, method: str) -> nn.Module:
@@ -155,7 +155,7 @@ class Experiment(ABC, Generic[DataT]):
 
     @abstractmethod
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-        """What changes the weights."""
+        """The optimizer."""
 
     def rate(self, rate: float, share: float) -> float:
         """The learning rate of the next update, for a run at ``rate`` of which this share is done: always the same."""
@@ -166,12 +166,12 @@ class Experiment(ABC, Generic[DataT]):
         """About how long a mini-batch takes, in units of its own."""
 
     def epilogue(self, model: nn.Module, data: DataT, run: Run) -> dict[str, Any]:
-        """What else the log of a finished run keeps."""
+        """Extra entries of the last line of a finished run's log."""
         return {}
 
     @classmethod
     def section(cls, config: Mapping[str, Any], finals: Iterable[Finals]) -> Section | None:
-        """What else the report shows."""
+        """An extra section of the report, with a table of the experiment's own."""
         return None
 
     def check(self) -> None:

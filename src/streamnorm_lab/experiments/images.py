@@ -1,4 +1,4 @@
-"""What experiments with images have in common."""
+"""The common part of experiments with images."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def hints(kind: Any) -> dict[str, Any]:
 
 
 def is_free(hint: Any) -> bool:
-    """Whether an option of this type does not decide numbers."""
+    """True for the type of an option that does not decide numbers."""
     return get_origin(hint) is Annotated and any(isinstance(mark, Free) for mark in get_args(hint)[1:])
 
 

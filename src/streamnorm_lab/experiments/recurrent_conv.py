@@ -86,5 +86,5 @@ class RecurrentConv(ConvExperiment):
         return recurrent_convolutional(shape[0], classes, norm, self.width, (self.k1, self.k2))
 
     def work(self, setting: Setting) -> float:
-        """As of `conv`; an application of a block costs about a fifth of that network."""
+        """The work of `conv`, plus a fifth of it for each application of a block beyond the first two."""
         return super().work(setting) * (3 + self.k1 + self.k2) / 5

@@ -1,4 +1,4 @@
-"""What reports, figures and tables say about the data: images, or text."""
+"""The sentences of reports, figures and tables, for images and for text."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ class Words(ABC):
 
     @abstractmethod
     def length(self, config: Config) -> str:
-        """How long a run is."""
+        """The length of a run."""
 
     @abstractmethod
     def protocol(self, config: Config, methods: Sequence[Method]) -> list[str]:
-        """How it was done: the data, the optimizer."""
+        """The protocol: data, optimizer."""
 
     @abstractmethod
     def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
         """The axis for these losses, cut above guessing: one method that blows up must not flatten the others."""
 
     def notes(self, score: float, train_loss: float | None) -> list[str]:
-        """What else a cell of the large table says, with this mean score and training loss."""
+        """Extra lines in a cell of the large table with this mean score and training loss."""
         return []
 
     def columns(self, score: float | None, train_loss: float | None) -> dict[str, float | None]:
-        """What else a line of results.csv says."""
+        """Extra columns of results.csv."""
         return {}
 
 
@@ -121,7 +121,7 @@ class ImageWords(Words):
         return f"{passes} over {config['data']['train']:,} images"
 
     def _rates(self, data: Mapping[str, Any]) -> str:
-        """What learning rates are chosen on; folders of earlier versions have no short runs."""
+        """The data that learning rates are chosen on; folders of earlier versions have no short runs."""
         short = data.get("tune", data["train"])
         if short == data["train"]:
             return f"on the next {data['validation']:,}"
@@ -145,11 +145,11 @@ class ImageWords(Words):
         ]
 
     def optimizer(self, config: Config) -> str:
-        """What changes the weights."""
+        """The optimizer."""
         return "SGD with momentum, constant learning rate."
 
     def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
-        """From 0 to a little above guessing."""
+        """The axis from 0 to a little above guessing."""
         return 0.0, 1.15 * guessing
 
 

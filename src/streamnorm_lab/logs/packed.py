@@ -28,7 +28,7 @@ _FIRST = b'{"type": "run"'
 
 
 def log_path(folder: Path, run: Run) -> Path:
-    """Where the log of a run in progress lies."""
+    """The path of the log of a run in progress."""
     return folder / LOGS / f"{run.key}.jsonl"
 
 
@@ -86,7 +86,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _lines(content: bytes) -> list[bytes]:
-    """Whole lines; what follows the last newline is torn or empty."""
+    """Split into complete lines; the rest after the last newline is torn or empty."""
     return content.split(b"\n")[:-1]
 
 

@@ -1,4 +1,4 @@
-"""What the lines of a log and ``experiment.json`` hold."""
+"""Records in logs and in ``experiment.json``, as typed dictionaries."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Line(TypedDict):
 
 
 class RunRecord(TypedDict):
-    """What was run."""
+    """The identity of a run."""
 
     stage: Literal["tune", "final"]
     method: str
@@ -97,7 +97,7 @@ class End(_End, total=False):
 
 
 class DataRecord(TypedDict):
-    """What identifies data, and how much of them is used for what."""
+    """The facts that identify data, and the sizes of their parts."""
 
     name: str
     description: str

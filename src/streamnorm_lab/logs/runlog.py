@@ -29,7 +29,7 @@ ADVICE = "Delete this file and give the command of the experiment again to redo 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a log says: its ``run`` line, its points, and its ``end`` line once the run is over.
+    """The content of a log: its ``run`` line, its points, and its ``end`` line once the run is over.
 
     ``place`` is the file, for messages, and ``advice`` what to do if it is damaged.
     """
@@ -42,7 +42,7 @@ class LoggedRun:
 
     @property
     def run(self) -> Record:
-        """What was run: stage, method, setting, rate, seed."""
+        """The identity of the run: stage, method, setting, rate, seed."""
         return dict(self.header["run"])
 
 

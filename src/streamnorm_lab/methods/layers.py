@@ -41,7 +41,7 @@ class LayerMethod(Method):
 
     @property
     def make(self) -> NormFactory:
-        """Makes a layer; it is ``factory`` itself where there are no options, and so keeps a mark that it carries."""
+        """The factory with its options bound; ``factory`` itself where there are none."""
         return partial(self.factory, **self.options) if self.options else self.factory
 
     def variant(self, options: Mapping[str, Any]) -> LayerMethod:

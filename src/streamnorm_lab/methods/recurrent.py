@@ -35,7 +35,7 @@ class RecurrentMethod(Method):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, steps: int) -> dict[str, Any]:
-        """What ``sn.GRU`` and its like are given, for sequences of so many time steps."""
+        """The keywords for ``sn.GRU``, ``sn.LSTM`` or ``sn.RNN``, for sequences of so many time steps."""
         per_step = {"max_steps": steps} if self.norm == "batch-per-step" else {}
         return {"norm": self.norm, **per_step, **self.options}
 

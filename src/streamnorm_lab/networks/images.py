@@ -33,7 +33,7 @@ class PerApplication(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer does."""
+        """The layer's output."""
         y: Tensor = self.layer(x)
         return y
 

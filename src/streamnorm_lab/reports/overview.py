@@ -1,4 +1,4 @@
-"""All results on one page: the claims with their verdicts, then every folder's figure, words and configuration."""
+"""The page over all results: the claims with their verdicts, then each folder's figure, words and configuration."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def page(overview: Overview) -> str:
 
 
 def in_short(overview: Overview) -> str:
-    """How many claims have which verdict."""
+    """The number of claims with each verdict."""
     verdicts = [measured.verdict for measured in overview.measured]
     verdicts += [everywhere_verdict(folder) for folder in overview.tables]
     counts = Counter(verdicts)
@@ -167,7 +167,7 @@ def in_short(overview: Overview) -> str:
 
 
 def everywhere_verdict(folder: Path) -> str:
-    """Whether Streaming Normalization works in every scenario of a table 1, by its criterion."""
+    """The verdict on Streaming Normalization in every scenario of a table 1, by its criterion."""
     return HOLDS if all(row["streaming-l1"].verdict == "works" for row in judge(folder).values()) else FALSE
 
 
@@ -215,7 +215,7 @@ def _unmeasured(claim: Claim) -> str:
 
 
 def describe(contrast: Contrast) -> str:
-    """Who is compared with whom, and the difference with its interval."""
+    """Name the two sides of a contrast, and the difference with its interval."""
     score = contrast.results.experiment.score
     ours, theirs = contrast.ours, contrast.theirs
     places = ours.setting.label

@@ -229,7 +229,7 @@ def _protocol(results: Results) -> str:
 
 
 def _samples(results: Results) -> str:
-    """What the networks made up, where the logs keep it: for each setting, the first seed of each method."""
+    """Generated texts, where the logs keep them: for each setting, the first seed of each method."""
     blocks: list[str] = []
     for setting in results.settings:
         texts = [text for method in results.methods if (text := _sample(results, results.cells[method.name, setting]))]
@@ -248,7 +248,7 @@ def _sample(results: Results, cell: Cell) -> str:
 
 
 def environments(logs: Iterable[LoggedRun]) -> str:
-    """Where these runs ran, and how long it took."""
+    """The environments of these runs, and the time they took."""
     logs = list(logs)
     seen = {tuple(run.header["environment"].items()): None for run in logs}
     lines = [", ".join(f"{escape(str(key))} {escape(str(value))}" for key, value in items) for items in seen]

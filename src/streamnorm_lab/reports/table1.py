@@ -37,7 +37,7 @@ def build_table(folder: Path) -> Judgements:
 
 
 def summary(judgements: Judgements) -> str:
-    """How often the paper's judgement came out; its "limited" counts as met by a technique that works."""
+    """The share of cells that agree with the paper; its "limited" counts as met by a technique that works."""
     met = [
         agrees(judged, claimed(scenario, name)) for scenario, row in judgements.items() for name, judged in row.items()
     ]
@@ -54,7 +54,7 @@ def claimed(scenario: Scenario, technique: str) -> str:
 
 
 def agrees(judged: Judged, claim: str) -> bool:
-    """Whether a cell is as the paper has it."""
+    """True if a cell agrees with the paper."""
     return judged.verdict == ("works" if claim == "limited" else claim)
 
 

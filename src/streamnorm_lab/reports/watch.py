@@ -70,7 +70,7 @@ def write_index(folder: Path, live: bool = False) -> Path:
 
 
 def _glance(log: Path, folder: Path) -> _Entry | None:
-    """What the first and the last line of a log tell; None where a run has only just begun to write it."""
+    """Read the first and the last line of a log; None where a run has only just begun to write it."""
     with open(log, "rb") as file:
         first = _object(file.readline())
         file.seek(max(0, log.stat().st_size - _TAIL))

@@ -23,7 +23,7 @@ POLL_SECONDS = 0.5
 
 
 class Cluster:
-    """Runs tasks as jobs of one thread, so many of them submitted at a time; leaving the block cancels the rest.
+    """Jobs of one thread that run tasks, so many of them submitted at a time; leaving the block cancels the rest.
 
     Args:
         jobs: how many jobs are in the queue or running at a time.
@@ -54,7 +54,7 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """Where jobs go: "slurm", or "local" on a machine without it."""
+        """The destination of jobs: "slurm", or "local" on a machine without it."""
         return str(self._executor.cluster)
 
     def __enter__(self) -> Cluster:

@@ -41,6 +41,6 @@ def cost(experiment: Experiment[Any], facts: Mapping[str, Any], run: Run) -> flo
 
 
 def units(experiment: Experiment[Any], facts: Mapping[str, Any], run: Run) -> int:
-    """How many images or characters a run sees."""
+    """The number of images or characters that a run sees."""
     task, setting = experiment.task, Setting.parse(run.setting)
     return task.mini_batches(facts, setting, run.stage) * setting.samples * task.units_per_sample

@@ -28,7 +28,7 @@ Work = Callable[[Any, Send], None]
 
 
 class Event(NamedTuple):
-    """What became of ``task``.
+    """News of ``task``.
 
     ``kind`` is "start"; "news", with what was sent; "done"; "failed", with the traceback of an error in the task; or
     "broken", with the arguments of an OSError, which other tasks would meet too.
@@ -40,7 +40,7 @@ class Event(NamedTuple):
 
 
 class Pool:
-    """Runs tasks in ``jobs`` processes; leaving the ``with`` block ends them."""
+    """Worker processes, ``jobs`` of them, that run tasks; leaving the ``with`` block ends them."""
 
     def __init__(self, jobs: int, work: Work) -> None:
         self._jobs = jobs

@@ -1,4 +1,4 @@
-"""What is seen while runs go on: a bar for everything, a line for each running one."""
+"""Progress display: a bar for everything, a line for each running run."""
 
 from __future__ import annotations
 

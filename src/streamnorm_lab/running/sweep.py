@@ -1,4 +1,4 @@
-"""All runs of an experiment: first those that choose the rates, then those that are reported.
+"""The sweep over all runs of an experiment: first those that choose rates, then those that are reported.
 
 Runs that an earlier command finished are skipped, and interrupted ones continue from their checkpoints.
 """
@@ -116,7 +116,7 @@ def _other_options(earlier: dict[str, Any], config: dict[str, Any], unit: str) -
 def _other_data(
     experiment: Experiment[Any], earlier: dict[str, Any], config: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """What makes the data other ones: their name, how much of them is used, or what they hold."""
+    """The differences between two sets of data: name, amounts used, or content."""
     before, now = earlier["data"], config["data"]
     if before["fingerprint"] == now["fingerprint"]:
         return {}
@@ -226,7 +226,7 @@ class _Sweep:
 
 
 def log_header(experiment: Experiment[Any], run: Run) -> Record:
-    """What the first line of a run's log tells."""
+    """The first line of a run's log."""
     return {
         "experiment": experiment.name,
         "run": vars(run),

@@ -31,12 +31,12 @@ _TORCHRUN = "start the command by torchrun, or unset the variable"
 
 
 def count() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def described() -> dict[str, str]:
-    """What the log of a run in several processes tells of them."""
+    """The entry about processes in a log's environment."""
     return {"processes": str(count())} if count() > 1 else {}
 
 
@@ -79,7 +79,7 @@ def joined() -> Iterator[bool]:
 
 
 def _processes_started() -> int:
-    """How many processes torchrun started."""
+    """The number of processes that torchrun started."""
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdecimal() or int(size) < 1:
         raise UserError(f"the environment variable WORLD_SIZE is {size!r}, no number of processes: {_TORCHRUN}")
@@ -87,7 +87,7 @@ def _processes_started() -> int:
 
 
 def _tell(what: Any) -> Any:
-    """What the first process says, in all of them."""
+    """Broadcast a value from the first process."""
     box = [what]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -100,7 +100,7 @@ def _follow() -> None:
 
 
 class Together:
-    """Does one task after the other, each in all processes; the interface is that of ``Pool``."""
+    """A runner of one task after the other, each in all processes, with the interface of ``Pool``."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -138,7 +138,7 @@ class SharedTraining(Training):
             yield inputs[first : first + share], targets[first * per_sample : (first + share) * per_sample]
 
     def _watch(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """As alone, with the mean loss and all hits of the whole mini-batch, so that all processes decide alike."""
+        """Meter the mean loss and all hits of the full mini-batch, so that all processes decide alike."""
         hits = (logits.argmax(1) == targets).sum()
         numbers = torch.stack([loss.detach(), hits.to(loss.dtype)])
         dist.all_reduce(numbers)

@@ -209,7 +209,7 @@ def _noting_runaway(training: Training) -> Iterator[list[int]]:
 
 
 def _title(training: Training) -> str:
-    """What a page calls a run."""
+    """The title of a run's page."""
     run, method = training.run, training.experiment.catalogue[training.run.method].label
     goal = "choosing a rate" if run.stage == "tune" else f"seed {run.seed}"
     return f"{training.experiment.name}, {method} at {training.setting.label}, rate {run.rate:g}, {goal}"

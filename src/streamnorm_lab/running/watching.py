@@ -17,7 +17,7 @@ SAMPLES, FEWEST = 200, 10
 
 
 def watch_folder(folder: Path, run: Run) -> Path:
-    """Where the page of a run lies."""
+    """The folder of a run's page."""
     return folder / WATCH / run.key
 
 
