@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from processes import Processes
 from torch import nn
@@ -27,6 +28,31 @@ def watched(rank: int, folder: str) -> list[float]:
             optimizer.step()
         watching.note("epoch", "one")
     return seen
+
+
+def diagnosed(rank: int, every: str) -> tuple[list[float], list[float]]:
+    """One process looks in the middle of training, the other does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), sn.StreamingNorm1d(4), nn.Linear(4, 4), sn.GeneralBatchNorm(4))
+    sn.synchronize(model, every)
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    drifts = []
+    for update in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(2 * update + rank))
+        parallel(x).square().mean().backward()
+        if rank == 0 and update >= 2:
+            drifts.append(sn.diagnose(parallel, x, lambda y: y.square().mean()).layers["1"].drift)
+        optimizer.step()
+    return model.get_buffer("1.long").flatten().tolist(), drifts
+
+
+@pytest.mark.parametrize("every", ["update", "batch"])
+def test_one_process_may_be_diagnosed_alone(processes: Processes, every: str) -> None:
+    (first, drifts), (second, _) = processes(diagnosed, every)
+    assert first == second
+    assert len(drifts) == 2
 
 
 def test_the_first_process_watches(processes: Processes, tmp_path: Path) -> None:

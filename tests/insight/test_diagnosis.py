@@ -109,6 +109,21 @@ def test_training_goes_on_as_if_nothing_had_been(engine: str) -> None:
         assert ours.equal(theirs)
 
 
+def test_the_scale_of_a_bound_scaler_has_no_part_in_it() -> None:
+    """The loss that a diagnosis sends back is not scaled."""
+    models = network(), network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    sn.bind(models[0], SGD(models[0].parameters(), lr=0.1), scaler=scaler)
+    found = []
+    for model in models:
+        torch.manual_seed(3)
+        found.append(sn.diagnose(model, some(16), cross_entropy).layers["1"].present)
+    assert found[0] == pytest.approx(found[1])
+    bound = models[0][1]
+    assert isinstance(bound, sn.Norm)
+    assert bound._ties.grad_scale is scaler._scale
+
+
 def test_no_hook_and_no_listener_hears_of_it() -> None:
     model, heard = network(), []
     for parameter in model.parameters():

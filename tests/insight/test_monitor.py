@@ -478,7 +478,23 @@ def test_a_sink_that_fails_is_left_out() -> None:
     assert len(samples) == 5
 
 
-def test_a_fault_of_the_monitor_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_that_cannot_be_closed() -> None:
+    class Sink:
+        def __call__(self, sample: Sample) -> None:
+            pass
+
+        def close(self) -> None:
+            raise ConnectionError("no network")
+
+    model = network()
+    watching = sn.monitor(model, every=3, sinks=[Sink()]).start()
+    train(model, 10)
+    with pytest.warns(RuntimeWarning, match="hands no more samples to .*no network"):
+        watching.stop()
+    assert watching.record.status == "finished"
+
+
+def test_a_fault_of_the_monitor_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
@@ -486,8 +502,10 @@ def test_a_fault_of_the_monitor_does_not_end_the_training(monkeypatch: pytest.Mo
     monkeypatch.setattr("streamnorm.insight.readings.Reader.take", fail)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sn.monitor(model, every=2).start()
+        watching = sn.monitor(model, every=2, out=tmp_path).start()
         train(model, 3)
+        watching.stop()
+    assert Record.read(tmp_path / "monitor.jsonl").status == "stopped by ZeroDivisionError"
     warned = [str(each.message) for each in caught if each.category is RuntimeWarning]
     assert len(warned) == 1
     assert "stopped at weight update 1" in warned[0]

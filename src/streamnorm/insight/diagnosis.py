@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core.spec import State
 from ..core.stream import WINDOW
@@ -115,8 +116,8 @@ def diagnose(model: nn.Module, batch: Any, loss: Callable[..., Tensor] | None = 
 
     The pass is one of training: its statistics and gradients are compared with those that the layers carry. Then all is
     as it was before: statistics of all layers, gradients of parameters, training modes, random numbers. No optimizer
-    and no hook of a parameter sees the backward pass. Give it a few dozen samples, also where training sees one at a
-    time: a single sample says little of where samples come from.
+    and no hook of a parameter sees the backward pass; of several processes each looks by itself. Give it a few dozen
+    samples, also where training sees one at a time: a single sample says little of where samples come from.
 
     Args:
         model: holds the layers.
@@ -143,6 +144,8 @@ def diagnose(model: nn.Module, batch: Any, loss: Callable[..., Tensor] | None = 
         0
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: hooks would have it compile again
+    if isinstance(model, DistributedDataParallel):  # it waits for the backward pass of parameters in all processes
+        model = model.module
     named = {n: m for n, m in model.named_modules() if isinstance(m, Norm) and m.stream is not None}
     if not named:
         raise ValueError(
@@ -189,21 +192,24 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _as_in_training(model: nn.Module, layers: Sequence[Norm]) -> Iterator[None]:
-    """Training mode, and layers that have seen nothing since their last commit, each in this process alone."""
+    """Training mode, and layers that have seen nothing since their last commit.
+
+    They are in this process alone, and the loss has no scale.
+    """
     if not model.training:
         model.train()
-    syncs = [layer._ties.sync for layer in layers]
+    ties = [(norm._ties, norm._ties.sync, norm._ties.grad_scale) for norm in model.modules() if isinstance(norm, Norm)]
     try:
+        for tie, _, _ in ties:
+            tie.sync, tie.grad_scale = Sync("never"), None
         for layer in layers:
             for tensor in layer.state[1:]:
                 if tensor is not layer.state.long_grad:
                     tensor.zero_()
-        for layer in layers:
-            layer._ties.sync = Sync("never")
         yield
     finally:
-        for layer, sync in zip(layers, syncs):
-            layer._ties.sync = sync
+        for tie, sync, grad_scale in ties:
+            tie.sync, tie.grad_scale = sync, grad_scale
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -203,6 +204,7 @@ class _Run:
         self._ticks: list[_Tick] = []
         self._rates: dict[int, tuple[float, float]] = {}  # of an optimizer: the last rate, and the last that was noted
         self._warned: set[tuple[str, str]] = set()
+        self._failure: str | None = None
         self._handles = [
             updates.before_commit(self._notice),
             model.register_state_dict_post_hook(_Tell(self, "state_dict was read")),
@@ -238,6 +240,7 @@ class _Run:
         try:
             self._sample(group, optimizer, due)
         except Exception as error:  # what goes wrong here must not end the training
+            self._failure = type(error).__name__
             self._release()
             warnings.warn(
                 f"streamnorm.monitor stopped at weight update {record.updates}, and training goes on: {error!r}",
@@ -321,7 +324,7 @@ class _Run:
             self._output.write(sample)
         self._warn(sample)
         for sink in tuple(self._sinks):
-            self._tell(sink, sample)
+            self._tell(sink, partial(sink, sample))
 
     def _warn(self, sample: Sample) -> None:
         """Note what is wrong with layers, once for each, and in one event where several are concerned at once."""
@@ -337,9 +340,9 @@ class _Run:
             likewise = f"; {others} other {'layer' if others == 1 else 'layers'} likewise" if others else ""
             self.note("warning", f"{name}: {text}{likewise}", ahead=sample.update - self._record.updates)
 
-    def _tell(self, sink: Sink, sample: Sample) -> None:
+    def _tell(self, sink: Sink, what: Callable[[], Any]) -> None:
         try:
-            sink(sample)
+            what()
         except Exception as error:  # such as a logger without a network
             self._sinks.remove(sink)
             warnings.warn(
@@ -363,26 +366,30 @@ class _Run:
     def end(self, status: str) -> None:
         """Take a last sample, and finish."""
         self._release()
+        if self._failure is None:
+            self._sample_the_end()
+        self._record.status = status if self._failure is None else f"stopped by {self._failure}"
+        self._seconds()
+        if self._output is not None:
+            for sample in self._record.samples[-1:]:
+                if not self._record.keeps(sample):
+                    self._output.write(sample)
+            self._output.end(self._record)
+        for sink in tuple(self._sinks):
+            close = getattr(sink, "close", None)
+            if close is not None:
+                self._tell(sink, close)
+        if self._record.updates < self._first and any(layer.state.samples > 0 for layer in self._layers):
+            warnings.warn(_NO_UPDATE, RuntimeWarning, stacklevel=3)
+
+    def _sample_the_end(self) -> None:
         self._collect_counts()
         self._close()
         self.evaluate()
-        updated = self._record.updates >= self._first
-        if updated and self._record.samples[-1].update < self._record.updates:
+        if self._record.updates >= self._first and self._record.samples[-1].update < self._record.updates:
             self._open = _Tick(self._record.updates, self._seconds(), math.nan, set())
             self._close()
-        self.evaluate()
-        last = self._record.samples[-1:]
-        for sample in last:
-            if self._output is not None and not self._record.keeps(sample):
-                self._output.write(sample)
-        self._record.status = status
-        self._seconds()
-        if self._output is not None:
-            self._output.end(self._record)
-        for sink in self._sinks:
-            getattr(sink, "close", lambda: None)()
-        if not updated and any(layer.state.samples > 0 for layer in self._layers):
-            warnings.warn(_NO_UPDATE, RuntimeWarning, stacklevel=3)
+            self.evaluate()
 
     def _release(self) -> None:
         atexit.unregister(self.end)
