@@ -31,6 +31,7 @@ struct Path {
   int64_t *count_grad, *samples_grad;
   void *running_mean, *running_var;
   int64_t running_rows;
+  int64_t* tracked;  // of each step, 1 where the running statistics of a feature moved
   void* marks;  // of streams, where 1/s is not kept: (1 + 2·blocks, G), see marks_of; or none
   int64_t samples_before;  // what *samples was before the first step
   void *dx, *d_gain, *d_bias;

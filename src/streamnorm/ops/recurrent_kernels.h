@@ -398,8 +398,11 @@ template <int P, class F, class W> OUTLINE void normalize_features(const Use<F>&
     F k2 = (F)(path.k * path.k);
     Vector<F> unbiased = (P == 1 ? k2 * m * m : k2 * m) * (use.n / (use.n - 1)), old_mean = part.load(mean), old_var = part.load(var);
     F momentum = (F)path.momentum;
-    part.store(mean, finite<F>(b_mu) ? old_mean + momentum * (b_mu - old_mean) : old_mean);
-    part.store(var, finite<F>(unbiased) ? old_var + momentum * (unbiased - old_var) : old_var);
+    Mask<F> known = finite<F>(b_mu) & finite<F>(unbiased);
+    part.store(mean, known ? old_mean + momentum * (b_mu - old_mean) : old_mean);
+    part.store(var, known ? old_var + momentum * (unbiased - old_var) : old_var);
+    for (int i = 0; i < part.count; i++)
+      if (known[i]) __atomic_store_n(path.tracked + use.number, 1, __ATOMIC_RELAXED);
   }
 }
 
@@ -719,8 +722,7 @@ template <class F> INLINE void backward_step(const Plan& plan, int64_t number) {
       for (int64_t b = 0; b < s.rows; b++) {
         V d = part.load(d_hidden + b * H + j), h = part.load(s.output + b * H + j);
         if (d_output) d += part.load(d_output + b * H + j);
-        V derivative = plan.cell == rnn_tanh ? 1 - h * h : h <= 0 ? V{} : all<F>(1);
-        Whole<F>::store(at + b * stride, d * derivative);
+        Whole<F>::store(at + b * stride, plan.cell == rnn_tanh ? d * (1 - h * h) : h <= 0 ? V{} : d);
         part.store(d_hidden + b * H + j, V{});
       }
     }

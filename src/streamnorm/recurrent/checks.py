@@ -62,13 +62,17 @@ def check_weights(kind: str, features: int, weights: Weights) -> None:
 
 
 def check_gains(kind: str, weights: Weights, norms: Norms) -> None:
-    """Check that gains have the size of their paths, and that the memory of weights and gains is there."""
+    """Check that gains and biases have the size of their paths, and that their memory and the weights' is there."""
+    parameters: list[Tensor | None] = [*weights]
     for norm, features in zip(norms, _features(kind, len(weights.ih) // GATES[kind])):
-        if isinstance(norm, Norm) and norm.weight is not None and norm.weight.shape != (features,):
-            raise RuntimeError(
-                f"a path has {features} features, and its normalization a gain of the shape {tuple(norm.weight.shape)}"
-            )
-    _check_memory((*weights, *(norm.weight for norm in norms if isinstance(norm, Norm))))
+        for parameter in (norm.weight, norm.bias) if isinstance(norm, Norm) else ():
+            if parameter is not None and parameter.shape != (features,):
+                raise RuntimeError(
+                    f"a path has {features} features, and its normalization a gain or bias of the shape "
+                    f"{tuple(parameter.shape)}"
+                )
+            parameters.append(parameter)
+    _check_memory(parameters)
 
 
 def _features(kind: str, units: int) -> tuple[int, int, int, int]:

@@ -176,15 +176,15 @@ class _RNN(Steps):
     def backward(self, number: int, h: Tensor, previous: Tensor, d_hidden: Gradients) -> Gradients:
         (d_h,) = d_hidden
         assert d_h is not None
-        d_sum = d_h * self._derivative(h)
+        d_sum = self._through_activation(d_h, h)
         self._input_backward(d_sum, number)
         return (self.product.backward(d_sum, number, self._flows_into_past(number)),)
 
     def _activation(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _derivative(self, h: Tensor) -> Tensor:
-        """Of the activation, from its value."""
+    def _through_activation(self, d_h: Tensor, h: Tensor) -> Tensor:
+        """The gradient before the activation, from that behind it and its value."""
         raise NotImplementedError
 
 
@@ -192,16 +192,16 @@ class _RNNTanh(_RNN):
     def _activation(self, x: Tensor) -> Tensor:
         return x.tanh()
 
-    def _derivative(self, h: Tensor) -> Tensor:
-        return 1 - h * h
+    def _through_activation(self, d_h: Tensor, h: Tensor) -> Tensor:
+        return d_h * (1 - h * h)
 
 
 class _RNNRelu(_RNN):
     def _activation(self, x: Tensor) -> Tensor:
         return x.relu()
 
-    def _derivative(self, h: Tensor) -> Tensor:
-        return (~(h <= 0)).to(h.dtype)  # NaN lets its gradient through, as torch.relu does
+    def _through_activation(self, d_h: Tensor, h: Tensor) -> Tensor:
+        return d_h.masked_fill(h <= 0, 0)  # as torch.relu: NaN lets its gradient through, a unit at rest no NaN
 
 
 class _GRU(Steps):

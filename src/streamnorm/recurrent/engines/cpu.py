@@ -174,6 +174,7 @@ class _Path(NamedTuple):
     running_mean: int = 0
     running_var: int = 0
     running_rows: int = 0
+    tracked: int = 0
     marks: int = 0
     samples_before: int = 0
     dx: int = 0
@@ -289,8 +290,16 @@ class _Pass:
         affine = [None if p is None else p.detach() for p in (t.gain_ih, t.b_ih, t.gain_hh, t.b_hh)]
         self.lent_x, self.lent_h = _Lent.of(norms.ih, *affine[:2]), _Lent.of(norms.hh, *affine[2:])
         self.was_passed = False
-        self.path_x = _path(norms.ih, self.x, self.lent_x, self.marks[0])
-        self.path_h = _path(norms.hh, self.h, self.lent_h, self.marks[1])
+        self.tracked = [
+            torch.zeros(len(sizes), dtype=torch.int64) if isinstance(norm, GeneralBatchNorm) else None
+            for norm in norms[:2]
+        ]
+        self.path_x, self.path_h = (
+            _path(norm, values, lent, marks)._replace(tracked=_pointer(tracked))
+            for norm, values, lent, marks, tracked in zip(
+                norms[:2], (self.x, self.h), (self.lent_x, self.lent_h), self.marks, self.tracked
+            )
+        )
 
     def _marks(self, new: Callable[..., Tensor], norm: nn.Module | None) -> Tensor | None:
         """Room for the state of a stream before each block of steps."""
@@ -345,9 +354,9 @@ class _Pass:
             for number, (before, into) in enumerate(zip(befores, self.h.split(self.sizes))):
                 torch.mm(before, w_t, out=into)
                 step(plan, number)
-        for norm in self.norms:
-            if isinstance(norm, GeneralBatchNorm):
-                _count(norm, len(self.sizes))
+        for norm, tracked in zip(self.norms, self.tracked):
+            if isinstance(norm, GeneralBatchNorm) and tracked is not None:
+                _count(norm, tracked)
         return output, *(after_last(h, self.sizes) for h in (output, self.cells) if h is not None)
 
     def _all_before(self, output: Tensor) -> Tensor:
@@ -473,14 +482,15 @@ def _starts(sizes: list[int]) -> Tensor:
     return torch.tensor([0, *sizes]).cumsum(0)
 
 
-def _count(norm: GeneralBatchNorm, steps: int) -> None:
+def _count(norm: GeneralBatchNorm, tracked: Tensor) -> None:
     """What the running statistics' own update would have counted and left behind."""
     if isinstance(norm, PerStepBatchNorm):
-        norm.select(steps - 1)
-        norm.num_batches_tracked[:steps] += 1
-        norm.num_batches_tracked[-1] += max(0, steps - norm.max_steps)
+        norm.select(len(tracked) - 1)
+        own, shared = tracked[: norm.max_steps], tracked[norm.max_steps :]
+        norm.num_batches_tracked[: len(own)] += own
+        norm.num_batches_tracked[-1] += shared.sum()
     else:
-        norm.num_batches_tracked += steps
+        norm.num_batches_tracked += tracked.sum()
 
 
 def _grad_scale(norm: nn.Module | None) -> float:
