@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from streamnorm_lab.experiments.experiment import Experiment
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import LoggedRun, Record, RunLog, read_log
 from streamnorm_lab.running.sweep import log_header
-from streamnorm_lab.running.train import train
+from streamnorm_lab.running.train import Training, train
 
 
 def finish(experiment: Experiment[Any], run: Run, data: Any, path: Path) -> Any:
@@ -22,6 +24,22 @@ def finish(experiment: Experiment[Any], run: Run, data: Any, path: Path) -> Any:
     assert logged is not None
     assert logged.end is not None
     return logged
+
+
+def stop_after(updates: int, experiment: Experiment[Any], run: Run, data: Any, path: Path) -> None:
+    """Train like `finish`, and interrupt it right after so many weight updates."""
+    advance = Training.advance
+
+    def interrupted(training: Training) -> Iterator[None]:
+        for done, _ in enumerate(advance(training), start=1):
+            yield
+            if done == updates:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(experiment, run, data, path)
 
 
 def timeless(logged: LoggedRun | None) -> tuple[list[Record], Record]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.lab import finish, timeless
+from support.lab import finish, stop_after, timeless
 from torch import nn
 
 from streamnorm_lab.analysis.folders import open_results
@@ -17,7 +17,6 @@ from streamnorm_lab.experiments.resnet import ResNet
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.methods.layers import METHODS
 from streamnorm_lab.networks.images import ResidualBlock, resnet
-from streamnorm_lab.running import train as train_module
 from streamnorm_lab.running.train import Training
 
 
@@ -133,22 +132,12 @@ def test_a_whole_experiment_at_the_smallest_size(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["batch", "streaming-l1"])
-def test_an_interrupted_run_ends_with_the_same_numbers(data, tmp_path, monkeypatch, method):
+def test_an_interrupted_run_ends_with_the_same_numbers(data, tmp_path, method):
     experiment = ResNet(width=2, depth=1, epochs=2, points=4, checkpoint_every=0.0)
     run = Run("final", method, "8x3", 0.1, 0)
 
     whole = timeless(finish(experiment, run, data, tmp_path / "whole.jsonl"))
-    follow = train_module._point
-
-    def interrupted(training, experiment):
-        if training.updates >= 6:  # in the second pass
-            raise KeyboardInterrupt
-        return follow(training, experiment)
-
-    monkeypatch.setattr(train_module, "_point", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        finish(experiment, run, data, tmp_path / "torn.jsonl")
-    monkeypatch.undo()
+    stop_after(6, experiment, run, data, tmp_path / "torn.jsonl")  # in the second pass
     assert (tmp_path / "torn.ckpt").exists()
     assert timeless(finish(experiment, run, data, tmp_path / "torn.jsonl")) == whole
 
