@@ -22,6 +22,16 @@ def own_parameters(layer: Streaming) -> list[Tensor]:
     return [parameter for parameter in held if parameter is not None] + list(alive(layer._ties.leaves))
 
 
+def owns_any(layer: Streaming, ids: set[int]) -> bool:
+    """Whether one of :func:`own_parameters` is among these."""
+    for parameter in layer._parameters.values():
+        if id(parameter) in ids:
+            return True
+    if layer._modules or layer._ties.leaves:
+        return any(id(parameter) in ids for parameter in own_parameters(layer))
+    return False
+
+
 _MOST_NODES = 10_000
 
 

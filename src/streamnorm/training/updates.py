@@ -23,7 +23,7 @@ from .surroundings import (
     calling_modules,
     leaves_of,
     optimizers_in,
-    own_parameters,
+    owns_any,
     parameters_of,
     set_surroundings,
     weight_before,
@@ -334,10 +334,9 @@ class _Step:
 
     def _judge(self, layer: Streaming) -> bool | None:
         ties = layer._ties
-        own = own_parameters(layer)
-        is_own = any(id(parameter) in self.ids for parameter in own)
+        is_own = owns_any(layer, self.ids)
         if ties.home is not None and not is_own:
-            if self.in_backward and any(id(parameter) in ties.home.ids for parameter in own):
+            if self.in_backward and owns_any(layer, ties.home.ids):
                 return False  # one optimizer per parameter: the turn of the gain comes within the same backward pass
             if not self.ids.isdisjoint(ties.home.ids):
                 return True
