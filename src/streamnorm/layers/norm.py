@@ -193,7 +193,7 @@ class Norm(Stateful):
         ):
             return NotImplemented
         try:  # past the search of nn.Module.__getattr__
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            weight, bias = self._parameters[self._gain], self._parameters["bias"]
         except KeyError:  # parametrized: computed when they are asked for
             return NotImplemented
         return ops.attempt(x, weight, bias, self._plan, self._buffers, ties.grad_scale)

@@ -175,9 +175,9 @@ class NormChoice:
         options = {**self._given(), **factory_kwargs, "bias": bias}
         options.pop("gain", None)
         if self.norm == "streaming":
-            return StreamingNorm1d(num_features, **_stream_defaults(options))
+            return RecurrentStreamingNorm(num_features, **_stream_defaults(options))
         if self.norm == "layer":
-            return SampleNorm(num_features, "layer", **options)
+            return RecurrentSampleNorm(num_features, "layer", **options)
         options.setdefault("momentum", MOMENTUM[self.norm])
         cls = RecurrentBatchNorm if self.norm == "batch" else PerStepBatchNorm
         return cls(num_features, **options)
@@ -210,7 +210,62 @@ class When(NamedTuple):
     alone: bool = False
 
 
-class RecurrentBatchNorm(GeneralBatchNorm):
+class PathNorm(Norm):
+    """What the normalizations of recurrent paths share: their gain is the parameter ``gain``.
+
+    In a recurrent layer, as in torch.nn's, "weight" in the name of a parameter means a matrix: a loop that makes all of
+    these orthogonal leaves gains alone. ``weight`` stays another name of the gain, and is its name in a ``state_dict``.
+    """
+
+    _gain = "gain"
+
+    @property
+    def weight(self) -> nn.Parameter | None:  # type: ignore[override]
+        """The gain."""
+        try:
+            return self._parameters["gain"]
+        except KeyError:  # parametrized: computed when it is asked for
+            return self.gain
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # torch.func.functional_call does it
+            self._parameters["gain"] = value  # type: ignore[assignment]
+        else:
+            super().__setattr__("gain", value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module, under the gain's own name."""
+        super().register_parameter("gain" if name == "weight" else name, param)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own = [name for name in destination if name.startswith(prefix)]
+        for name, value in [(name, destination.pop(name)) for name in own]:
+            destination[f"{prefix}weight" if name == f"{prefix}gain" else name] = value
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}gain"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle in which the gain is called ``weight``, too."""
+        super().__setstate__(state)
+        named = {"gain" if name == "weight" else name: parameter for name, parameter in self._parameters.items()}
+        self.__dict__["_parameters"] = named
+
+
+class RecurrentStreamingNorm(PathNorm, StreamingNorm1d):
+    """Streaming Normalization of a path (RSN)."""
+
+
+class RecurrentSampleNorm(PathNorm, SampleNorm):
+    """Layer Normalization of a path."""
+
+
+class RecurrentBatchNorm(PathNorm, GeneralBatchNorm):
     """Batch Normalization of a path, step by step, with one set of running statistics for all steps (RGBN).
 
     At a step that only the longest sequence of a mini-batch reaches there is no batch: the running statistics

@@ -40,6 +40,7 @@ class Streaming(nn.Module):
     lp_moment: Tensor
 
     _ties: Ties
+    _gain = "weight"  # under which name the gain is a parameter
 
     @property
     def state(self) -> State:

@@ -37,7 +37,7 @@ _MOST_NODES = 10_000
 
 def leaves_of(layer: Streaming) -> tuple[weakref.ref[Tensor], ...]:
     """The parameters of others that the layer's gain and bias are computed from right now."""
-    computed = [layer.__dict__.get(name, layer._parameters.get(name)) for name in ("weight", "bias")]
+    computed = [layer.__dict__.get(name, layer._parameters.get(name)) for name in (layer._gain, "bias")]
     to_visit = [tensor.grad_fn for tensor in computed if isinstance(tensor, Tensor) and tensor.grad_fn is not None]
     seen: set[Any] = set()
     leaves: dict[int, Tensor] = {}

@@ -18,11 +18,14 @@ from ...ops import plain
 from ...ops.derivatives import Again, any_order
 from ...training import agreement, updates
 from ..checks import check_backward, shapes_of
-from ..norms import PerStepBatchNorm, RecurrentBatchNorm
+from ..norms import PerStepBatchNorm, RecurrentBatchNorm, RecurrentSampleNorm, RecurrentStreamingNorm
 from ..steps import Hidden, Norms, Weights
 from . import loop
 
-KNOWN = (Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm, RecurrentBatchNorm, PerStepBatchNorm)
+KNOWN = (
+    *(Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm),
+    *(RecurrentStreamingNorm, RecurrentSampleNorm, RecurrentBatchNorm, PerStepBatchNorm),
+)
 """The norms whose forward the engines may do themselves: these types, since a subclass may have one of its own."""
 
 Gradient = Tensor | None
