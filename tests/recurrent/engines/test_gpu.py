@@ -202,7 +202,7 @@ def test_both_paths_have_constants_of_their_own() -> None:
     assert_same(model, updates((2, 3)))
 
 
-@pytest.mark.parametrize("wanted", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "norm_ih_l0.weight", "x", "h"])
+@pytest.mark.parametrize("wanted", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "norm_ih_l0.gain", "x", "h"])
 def test_what_wants_a_gradient(wanted: str) -> None:
     """It gets its own, and streams advance where gradients pass."""
     model, x = sn.GRU(3, 4, dtype=WIDE, window=30), torch.randn(2, 3, 3, dtype=WIDE)

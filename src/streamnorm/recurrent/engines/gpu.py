@@ -88,6 +88,23 @@ class _Into(NamedTuple):
     scale: Tensor | None
 
 
+class _States(NamedTuple):
+    """The hidden states and cells of all steps, and the tensors that hold those before this step."""
+
+    output: Tensor
+    cells: Tensor | None
+    previous: Tensor
+    previous_cells: Tensor | None
+
+
+class _Gradients(NamedTuple):
+    """Of the hidden states of all steps, and of the hidden state and cell between two steps."""
+
+    output: Tensor | None
+    hidden: Tensor
+    cells: Tensor | None
+
+
 class _Use(NamedTuple):
     """The constants of a norm's use in one direction: the formula's, and α or β."""
 
@@ -174,9 +191,8 @@ class _Pass:
         w_t, products = t.w_hh.t(), self.h.products.split(self.sizes)
         for number, before in enumerate(states_before(self.h0, output, self.sizes)):
             torch.mm(before, w_t, out=products[number])
-            states = self._states_before(number, output)
             numbers = self._numbers(number, after=self.starts[number + 1])
-            _launch("forward_step", self.cut, (x, h, output, self.cells, *states, *numbers), constants)
+            _launch("forward_step", self.cut, (x, h, self._states(number, output), *numbers), constants)
         for path in (x, h):
             _count(path, self.starts[-1])
         return output, *(after_last(states, self.sizes) for states in (output, self.cells) if states is not None)
@@ -197,9 +213,10 @@ class _Pass:
             "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         }
 
-    def _states_before(self, number: int, output: Tensor) -> tuple[Tensor | None, ...]:
-        """The tensors in which the hidden states before a step lie, and the cells."""
-        return (self.h0, self.c0) if number == 0 else (output, self.cells)
+    def _states(self, number: int, output: Tensor) -> _States:
+        """What a step reads and writes."""
+        previous = (self.h0, self.c0) if number == 0 else (output, self.cells)
+        return _States(output, self.cells, *previous)
 
     def _numbers(self, number: int, after: int) -> tuple[int, ...]:
         """Where a step is, in numbers."""
@@ -218,6 +235,7 @@ class _Pass:
             for d, start in zip((*d_finals, None), (self.h0, self.c0))
         )
         assert d_hidden is not None
+        gradients = _Gradients(d_output, d_hidden, d_cells)
         flows_into_x, first_flows = needs.data or needs.w_ih, needs.w_hh or needs.h
         # If no later backward goes through this graph, gradients may lie where the products were.
         keeps = sequence.keeps_graph()
@@ -234,9 +252,8 @@ class _Pass:
         x, h = (_backward_stream(path, state) for path, state in zip((self.x, self.h), now))
         for number in reversed(range(len(self.sizes))):
             into = (into_x, into_h if number > 0 or first_flows else into_h._replace(dx=None))
-            states = (output, self.cells, *self._states_before(number, output))
             numbers = self._numbers(number, after=total - self.starts[number])
-            arguments = (x, h, *into, *states, d_output, d_hidden, d_cells, *numbers)
+            arguments = (x, h, *into, self._states(number, output), gradients, *numbers)
             _launch("backward_step", self.cut, arguments, constants)
             if number > 0 or needs.h:
                 d_hidden[: self.sizes[number]].addmm_(d_products[number], t.w_hh)

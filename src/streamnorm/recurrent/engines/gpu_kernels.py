@@ -161,10 +161,7 @@ def _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE: tl.constexpr)
 def forward_step(
     x,
     h,
-    output_ptr,
-    cells_ptr,
-    previous_ptr,
-    previous_cells_ptr,
+    states,
     number,
     first,
     before,
@@ -183,8 +180,8 @@ def forward_step(
 ):
     """A step, from the products of both paths to the hidden state.
 
-    Its rows begin at ``first``, those of the state before it at ``before`` of ``previous``; ``after`` samples of this
-    sequence have been seen once it is done.
+    Its rows begin at ``first``, those of the state before it at ``before`` of ``states.previous``; ``after`` samples of
+    this sequence have been seen once it is done.
     """
     G = GATES * H
     g, live = _features(H, GATES, UNITS, COLS)
@@ -202,16 +199,16 @@ def forward_step(
         row = first + row
         if KIND == "GRU":
             _, update, _, new = _gru_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
-            state = new + update * (_load(previous_ptr, at_before, inside, WIDE) - new)
+            state = new + update * (_load(states.previous, at_before, inside, WIDE) - new)
         elif KIND == "LSTM":
             input, forget, candidate, output = _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
-            cell = forget * _load(previous_cells_ptr, at_before, inside, WIDE) + input * candidate
-            tl.store(cells_ptr + at, cell, mask=inside)
+            cell = forget * _load(states.previous_cells, at_before, inside, WIDE) + input * candidate
+            tl.store(states.cells + at, cell, mask=inside)
             state = output * _tanh(cell)
         else:
             state = _sum_of_paths(x, h, number, 0, row, exists, unit, live, H, G, WIDE)
             state = _tanh(state) if KIND == "RNN_TANH" else tl.where(state < 0, 0, state)  # NaN stays
-        tl.store(output_ptr + at, state, mask=inside)
+        tl.store(states.output + at, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["number", "first", "before", "rows", "after"])
@@ -220,13 +217,8 @@ def backward_step(
     h,
     into_x,
     into_h,
-    output_ptr,
-    cells_ptr,
-    previous_ptr,
-    previous_cells_ptr,
-    d_output_ptr,
-    d_hidden_ptr,
-    d_cells_ptr,
+    states,
+    gradients,
     number,
     first,
     before,
@@ -245,7 +237,7 @@ def backward_step(
 ):
     """A step, from the gradient of its hidden state to those of the products.
 
-    ``d_hidden`` comes in as what the later steps send to the state, to which the gradient of the output is added, and
+    ``gradients.hidden`` comes in as what the later steps send to the state, to which that of the output is added, and
     goes out as what goes to the state before past the matrix product. The gates are computed again: to keep them would
     cost more memory than time.
     """
@@ -256,36 +248,36 @@ def backward_step(
         inside = exists & live
         row = first + local
         at, at_before, at_gradient = row * H + unit, (before + local) * H + unit, local * H + unit
-        d = _load(d_hidden_ptr, at_gradient, inside, WIDE)
-        if d_output_ptr is not None:
-            d += _load(d_output_ptr, at, inside, WIDE)
+        d = _load(gradients.hidden, at_gradient, inside, WIDE)
+        if gradients.output is not None:
+            d += _load(gradients.output, at, inside, WIDE)
         d_x, d_h = into_x.dy + local * G + unit, into_h.dy + local * G + unit
         if KIND == "GRU":
             reset, update, past, new = _gru_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
             d_new = d * (1 - update) * (1 - new * new)
-            d_update = d * (_load(previous_ptr, at_before, inside, WIDE) - new) * update * (1 - update)
+            d_update = d * (_load(states.previous, at_before, inside, WIDE) - new) * update * (1 - update)
             d_reset = d_new * past * reset * (1 - reset)
             _store_gates(d_x, H, inside, (d_reset, d_update, d_new))
             _store_gates(d_h, H, inside, (d_reset, d_update, d_new * reset))
             into_past = d * update
         elif KIND == "LSTM":
             input, forget, candidate, output = _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
-            squashed = _tanh(_load(cells_ptr, at, inside, WIDE))
-            d_cell = _load(d_cells_ptr, at_gradient, inside, WIDE) + d * output * (1 - squashed * squashed)
+            squashed = _tanh(_load(states.cells, at, inside, WIDE))
+            d_cell = _load(gradients.cells, at_gradient, inside, WIDE) + d * output * (1 - squashed * squashed)
             d_input = d_cell * candidate * input * (1 - input)
-            d_forget = d_cell * _load(previous_cells_ptr, at_before, inside, WIDE) * forget * (1 - forget)
+            d_forget = d_cell * _load(states.previous_cells, at_before, inside, WIDE) * forget * (1 - forget)
             d_candidate = d_cell * input * (1 - candidate * candidate)
             _store_gates(d_x, H, inside, (d_input, d_forget, d_candidate, d * squashed * output * (1 - output)))
             into_past = tl.zeros_like(d)
             _wait_for_readers()
-            tl.store(d_cells_ptr + at_gradient, d_cell * forget, mask=inside)
+            tl.store(gradients.cells + at_gradient, d_cell * forget, mask=inside)
         else:
-            state = _load(output_ptr, at, inside, WIDE)
+            state = _load(states.output, at, inside, WIDE)
             d_sum = d * (1 - state * state) if KIND == "RNN_TANH" else tl.where(state <= 0, 0, d)
             tl.store(d_x, d_sum, mask=inside)
             into_past = tl.zeros_like(d)
         _wait_for_readers()
-        tl.store(d_hidden_ptr + at_gradient, into_past, mask=inside)
+        tl.store(gradients.hidden + at_gradient, into_past, mask=inside)
     _wait_for_writers()
 
     g, live = _features(H, GATES, UNITS, COLS)
