@@ -214,7 +214,7 @@ class PathNorm(Norm):
     """What the normalizations of recurrent paths share: their gain is the parameter ``gain``.
 
     In a recurrent layer, as in torch.nn's, "weight" in the name of a parameter means a matrix: a loop that makes all of
-    these orthogonal leaves gains alone. ``weight`` stays another name of the gain, and is its name in a ``state_dict``.
+    these orthogonal leaves gains alone. ``weight`` stays another name of the gain, and a state that has it loads.
     """
 
     _gain = "gain"
@@ -239,13 +239,8 @@ class PathNorm(Norm):
         """As nn.Module, under the gain's own name."""
         super().register_parameter("gain" if name == "weight" else name, param)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        own = [name for name in destination if name.startswith(prefix)]
-        for name, value in [(name, destination.pop(name)) for name in own]:
-            destination[f"{prefix}weight" if name == f"{prefix}gain" else name] = value
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """States from before have the gain under its other name."""
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}gain"] = state_dict.pop(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *args)
