@@ -10,6 +10,7 @@ from .core.stream import Stream
 from .distributed import joinable, synchronize
 from .insight.diagnosis import diagnose
 from .insight.monitor import monitor
+from .insight.suggestion import suggest
 from .layers import (
     GeneralBatchNorm,
     Norm,
@@ -63,6 +64,7 @@ __all__ = [
     "monitor",
     "register_converter",
     "reset_stats",
+    "suggest",
     "synchronize",
     "to_batchnorm",
     "unfreeze",

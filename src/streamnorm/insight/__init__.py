@@ -1,4 +1,4 @@
-"""What the layers of a model do: watched while it trains, and looked at once."""
+"""The layers of a model, watched while it trains and looked at once; a rate and a memory to begin with."""
 
 from .diagnosis import Diagnosis, LayerDiagnosis
 from .monitor import Monitor
@@ -6,6 +6,7 @@ from .page import write as write_page
 from .readings import Reading
 from .record import Event, LayerFacts, Record, Sample
 from .sinks import lightning_callback, tensorboard, transformers_callback, wandb
+from .suggestion import Suggestion
 
 __all__ = [
     "Diagnosis",
@@ -16,6 +17,7 @@ __all__ = [
     "Reading",
     "Record",
     "Sample",
+    "Suggestion",
     "lightning_callback",
     "tensorboard",
     "transformers_callback",

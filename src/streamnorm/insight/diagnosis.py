@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ..layers import Norm
 from ..recurrent.base import Normalized
 from ..training import updates
 from ..training.ties import Sync
+from .loss import loss_of
 from .readings import Reader, Reading
 
 FEWEST_SAMPLES = 8
@@ -236,25 +237,13 @@ def _caught(model: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
 
 def _pass(model: nn.Module, batch: Any, loss: Callable[..., Tensor] | None) -> float | None:
     """Forward and backward; the loss, if there is one. ``autograd.grad`` leaves the parameters' hooks alone."""
-    several = isinstance(batch, (tuple, list))
-    output = model(**batch) if isinstance(batch, Mapping) else model(batch[0] if several else batch)
-    value: Any
-    if loss is not None:
-        value = loss(output, *(batch[1:] if several else ()))
-    else:
-        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            return None
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ValueError(f"loss must give one number, as a tensor, got {_kind(value)}")
+    value = loss_of(model, batch, loss)
+    if value is None:
+        return None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if trained and value.requires_grad:
-        torch.autograd.grad(value.reshape(()), trained, allow_unused=True)
+        torch.autograd.grad(value, trained, allow_unused=True)
     return float(value.detach())
-
-
-def _kind(value: object) -> str:
-    return f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _rate(model: nn.Module) -> float:

@@ -51,12 +51,12 @@ def accumulate(loader: Iterable[Batch], batches: int) -> Iterator[list[tuple[Bat
 
 def _groups(loader: Iterator[Batch], batches: int) -> Iterator[list[tuple[Batch, float]]]:
     while group := list(islice(loader, batches)):
-        sizes = [_num_samples(batch) for batch in group]
+        sizes = [num_samples(batch) for batch in group]
         total = sum(sizes) or 1
         yield [(batch, size / total) for batch, size in zip(group, sizes)]
 
 
-def _num_samples(batch: Any) -> int:
+def num_samples(batch: Any) -> int:
     """Samples of a mini-batch: the length of the first tensor in it."""
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
@@ -65,7 +65,7 @@ def _num_samples(batch: Any) -> int:
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
     for part in () if isinstance(batch, str) else parts:
         try:
-            return _num_samples(part)
+            return num_samples(part)
         except TypeError:
             continue
     raise TypeError(

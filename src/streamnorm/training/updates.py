@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ _lease_of_graphs: Iterator[bool] = watchdog.lease(watchdog.USES)
 
 _listeners: OrderedDict[int, Listener] = OrderedDict()
 """Called at weight updates; :func:`before_commit` adds to them."""
+
+_aside: weakref.WeakKeyDictionary[Optimizer, nn.Module] = weakref.WeakKeyDictionary()
+"""Optimizers whose steps are updates of one model and of nothing else; :func:`set_aside` adds to them."""
 
 
 def register(layer: Streaming) -> None:
@@ -218,6 +221,16 @@ def bind(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None =
         layer._ties.grad_scale = None if scaler is None else _live_scale(scaler, layer)
 
 
+def set_aside(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Let the steps of these optimizers be noticed by the layers of this model alone.
+
+    Other layers then do not wonder whether these are updates of theirs, which those that no optimizer was seen to train
+    would do after a while.
+    """
+    for optimizer in optimizers:
+        _aside[optimizer] = model
+
+
 def _live_scale(scaler: torch.amp.GradScaler, layer: Streaming) -> Tensor | None:
     """The scaler's own tensor, which it changes in place; made by the first call of ``scale``."""
     if not scaler.is_enabled():
@@ -254,7 +267,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item():
         return  # fused optimizers are called on a step that the GradScaler skips: no weight changed
-    _commit(_Step(optimizer).layers, optimizer)
+    model = _aside.get(optimizer)
+    _commit(_Step(optimizer).layers if model is None else lambda: streaming_modules(model), optimizer)
 
 
 _trained: weakref.WeakKeyDictionary[Optimizer, Parameters] = weakref.WeakKeyDictionary()
