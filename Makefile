@@ -12,7 +12,7 @@ DOCS_INSTALLED := .venv/docs-installed
 INTEGRATIONS := .venv-integrations
 INTEGRATION_TESTS := tests/integrations tests/test_docs.py
 # What an installation depends on; Python sources are read where they lie.
-SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/ops/*.cpp src/streamnorm/ops/*.h)
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py src/streamnorm/csrc/*/*.cpp src/streamnorm/csrc/*/*.h)
 
 .PHONY: help install demo test lint types pytest search sanitize test-integrations compatibility format bench reports cuda docs wheel clean
 

@@ -3,6 +3,7 @@
 It is optional: without a compiler the installation succeeds, and training runs on the PyTorch engine.
 """
 
+import glob
 import sys
 
 from setuptools import Extension, setup
@@ -23,28 +24,27 @@ FLAGS = (
     ]
 )
 
-native = Extension(
-    "streamnorm.ops._native",
-    sources=["src/streamnorm/ops/native.cpp"],
-    depends=[f"src/streamnorm/ops/{name}.h" for name in ("native_kernels", "dlpack", "kept_memory", "threads")],
-    extra_compile_args=FLAGS,
-    language="c++",
-    optional=True,
-    py_limited_api=True,
-)
+SOURCE = "src/streamnorm/csrc"
 
-# Its matrix products and exponentials want the fused multiply-add.
-recurrent = Extension(
-    "streamnorm.ops._recurrent",
-    sources=["src/streamnorm/ops/recurrent.cpp"],
-    depends=["src/streamnorm/ops/recurrent_kernels.h", "src/streamnorm/ops/threads.h"],
-    extra_compile_args=[flag.replace("contract=off", "contract=fast") for flag in FLAGS],
-    language="c++",
-    optional=True,
-    py_limited_api=True,
-)
+
+def extension(name: str, folder: str, flags: list[str]) -> Extension:
+    return Extension(
+        f"streamnorm.ops.{name}",
+        sources=[f"{SOURCE}/{folder}/module.cpp"],
+        depends=[*glob.glob(f"{SOURCE}/common/*.h"), *glob.glob(f"{SOURCE}/{folder}/*.h")],
+        include_dirs=[SOURCE],
+        extra_compile_args=flags,
+        language="c++",
+        optional=True,
+        py_limited_api=True,
+    )
+
 
 setup(
-    ext_modules=[native, recurrent],
+    ext_modules=[
+        extension("_native", "norm", FLAGS),
+        # Its matrix products and exponentials want the fused multiply-add.
+        extension("_recurrent", "recurrent", [flag.replace("contract=off", "contract=fast") for flag in FLAGS]),
+    ],
     options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"parallel": True}},
 )

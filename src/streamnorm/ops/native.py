@@ -1,6 +1,6 @@
 """The C++ engine: training steps on plain CPU tensors, in one call each way.
 
-``native.cpp`` does the work, advances the stream, and refuses whatever it does not take before it has changed
+``csrc/norm`` does the work, advances the stream, and refuses whatever it does not take before it has changed
 anything; then the PyTorch engine runs. This module holds what must be Python: the autograd function.
 """
 

@@ -1,7 +1,7 @@
 """The engine in C++, which gives what ``by_hand`` gives in less time.
 
 A call does a time step, or with few sequences all of them: matrix products with the hidden state, statistics of both
-paths, gates. This module decides what goes there and makes the tensors; ``ops/recurrent.cpp`` advances the streams.
+paths, gates. This module decides what goes there and makes the tensors; ``csrc/recurrent`` advances the streams.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class _Unfit(RuntimeError):
 
 
 class _Path(NamedTuple):
-    """``Path`` of recurrent.cpp."""
+    """``Path`` of csrc/recurrent."""
 
     kind: int = 0
     p: int = 0
@@ -194,7 +194,7 @@ class _Path(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """``Plan`` of recurrent.cpp without its two paths."""
+    """``Plan`` of csrc/recurrent without its two paths."""
 
     cell: int
     gates: int

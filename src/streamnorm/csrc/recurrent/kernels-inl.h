@@ -1,4 +1,4 @@
-// Time steps of recurrent networks, forward and backward. recurrent.cpp includes this file once per instruction set, with
+// Time steps of recurrent networks, forward and backward. module.cpp includes this file once per instruction set, with
 // ISA (the namespace) and ISA_BYTES (the width of a register) set; it therefore has no include guard.
 //
 // A step walks over the hidden units in blocks of one register. For the units of a block it normalizes both paths of

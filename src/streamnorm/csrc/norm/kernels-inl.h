@@ -1,4 +1,4 @@
-// The loops of the C++ engine, each over a block of memory or a range of statistics; native.cpp puts them together.
+// The loops of the C++ engine, each over a block of memory or a range of statistics; module.cpp puts them together.
 // It includes this file once per instruction set, with ISA (the namespace) and ISA_BYTES (the width of a register) set;
 // there is therefore no include guard.
 //

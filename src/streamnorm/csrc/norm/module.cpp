@@ -3,7 +3,7 @@
 // It knows nothing of PyTorch but DLPack's C exchange table (through which a tensor's pointer, shape and strides are read
 // without a copy or an owner, and large outputs are made), the OpenMP runtime that PyTorch has loaded, and a few functions
 // that native.py hands over. native.py
-// decides what comes here; the formulas are in native_kernels.h, and are explained in plain.py.
+// decides what comes here; the formulas are in kernels-inl.h, and are explained in plain.py.
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -20,9 +20,9 @@
 #include <immintrin.h>
 #endif
 
-#include "dlpack.h"
-#include "kept_memory.h"
-#include "threads.h"
+#include "common/dlpack.h"
+#include "common/kept_memory.h"
+#include "common/threads.h"
 
 // --- what the kernels are told -----------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ struct Block {
   bool past_cache;
 };
 
-// The loops of native_kernels.h for one type of statistics and p. Pointers to void are of that type, float or double.
+// The loops of kernels-inl.h for one type of statistics and p. Pointers to void are of that type, float or double.
 struct Kernels {
   void (*widen_bfloat16)(const void*, float*, int64_t count);
   void (*widen_float16)(const void*, float*, int64_t count);
@@ -250,7 +250,7 @@ namespace {
 
 #define ISA baseline
 #define ISA_BYTES 16
-#include "native_kernels.h"
+#include "norm/kernels-inl.h"
 #undef ISA
 #undef ISA_BYTES
 
@@ -259,7 +259,7 @@ namespace {
 #pragma GCC target("avx2")
 #define ISA avx2
 #define ISA_BYTES 32
-#include "native_kernels.h"
+#include "norm/kernels-inl.h"
 #undef ISA
 #undef ISA_BYTES
 #pragma GCC pop_options
@@ -268,7 +268,7 @@ namespace {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define ISA avx512
 #define ISA_BYTES 64
-#include "native_kernels.h"
+#include "norm/kernels-inl.h"
 #undef ISA
 #undef ISA_BYTES
 #pragma GCC pop_options

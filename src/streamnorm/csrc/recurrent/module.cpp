@@ -1,7 +1,7 @@
 // The C++ engine of recurrent networks: time steps on CPU memory.
 //
 // It knows nothing of PyTorch. recurrent/engines/cpu.py describes a layer's memory once in a Plan, and asks for one time step a
-// call; between the calls PyTorch multiplies matrices. The formulas are in recurrent_kernels.h.
+// call; between the calls PyTorch multiplies matrices. The formulas are in kernels-inl.h.
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "threads.h"
+#include "common/threads.h"
 
 namespace {
 
@@ -64,7 +64,7 @@ struct Plan {
 
 #define ISA baseline
 #define ISA_BYTES 16
-#include "recurrent_kernels.h"
+#include "recurrent/kernels-inl.h"
 #undef ISA
 #undef ISA_BYTES
 
@@ -73,7 +73,7 @@ struct Plan {
 #pragma GCC target("avx2,fma")
 #define ISA avx2
 #define ISA_BYTES 32
-#include "recurrent_kernels.h"
+#include "recurrent/kernels-inl.h"
 #undef ISA
 #undef ISA_BYTES
 #pragma GCC pop_options
@@ -82,7 +82,7 @@ struct Plan {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #define ISA avx512
 #define ISA_BYTES 64
-#include "recurrent_kernels.h"
+#include "recurrent/kernels-inl.h"
 #undef ISA
 #undef ISA_BYTES
 #pragma GCC pop_options

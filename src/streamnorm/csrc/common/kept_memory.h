@@ -19,7 +19,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "dlpack.h"
+#include "common/dlpack.h"
 
 namespace {
 
