@@ -150,12 +150,13 @@ def test_recurrent_layers() -> None:
             assert parameter.grad is not None
             parameter.data.sub_(parameter.grad, alpha=0.01)
 
-    with pytest.warns(UserWarning, match=r"0\.norm_ih_l0 \(StreamingNorm1d\) has collected statistics"):
+    with pytest.warns(UserWarning, match=r"0\.norm_ih_l0 \(RecurrentStreamingNorm\) has collected statistics"):
         repeat(step)
 
 
 def test_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(updates, "_lease_of_graphs", watchdog.lease(watchdog.USES))  # not that of earlier tests' graphs
+    monkeypatch.setattr(updates, "_layers", {})  # nor their layers, by whose number a lease is longer
     model = network()
     step = by_hand(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match=r"1 \(StreamingNorm1d\) has collected"):

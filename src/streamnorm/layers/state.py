@@ -93,7 +93,8 @@ class Stateful(Streaming):
             ValueError: if the layer carries no statistics from call to call.
 
         Example:
-            >>> mu, variance = StreamingNorm1d(3).eval_stats()
+            >>> import streamnorm as sn
+            >>> mu, variance = sn.StreamingNorm1d(3).eval_stats()
             >>> mu.tolist(), variance.tolist()
             ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
         """
