@@ -78,6 +78,8 @@ class Use:
     s: Array
     finite: Array
     advances: bool
+    went_back: bool = False
+    """Whether its gradient arrived already, in an earlier backward pass through the same graph."""
 
 
 class Oracle:
@@ -170,7 +172,9 @@ class Oracle:
         dx = np.zeros(flat.shape)
         if not use.advances:
             return dx.reshape(use.x.shape), d_gain, d_bias
-        self.grad_samples += use.rows
+        again, use.went_back = use.went_back, True
+        if not again or self.grad_samples < use.rows:
+            self.grad_samples += use.rows
         b = self._backward_weights()
         p = self.p
         for g in range(use.ids.shape[1]):
@@ -187,20 +191,23 @@ class Oracle:
             sigma2 = (self.k * m ** (1 / p)) ** 2
             limit = self.k**2 / 2 if p == 2 else 0.0
             slope = (sigma2 / (p * m) if m != 0 else limit) / s**3
+            # Another pass with no update since: only what this gradient adds, and no element counts twice.
+            past, count = (0, self.grad_count[g] - n) if again and self.grad_count[g] >= n else (1, self.grad_count[g])
             g_m = -(incoming * (x - mu)).sum() / n * slope
-            new_short_g_m = running(self.short_g_m[g], self.grad_count[g], g_m, n)
-            hat_g_m = mix(b, self.long_g_m[g], new_short_g_m, g_m)
+            new_short_g_m = running(past * self.short_g_m[g], count, g_m, n)
+            hat_g_m = mix(b, past * self.long_g_m[g], new_short_g_m, g_m)
             if not use.finite[g]:  # a statistic that overflowed passes nothing through its moment
                 hat_g_m, u, q = 0.0, np.zeros(n), 0.0
             g_mu = -(incoming / s).sum() / n
             if self.center == "mean":
                 g_mu = g_mu - hat_g_m * p * q
-            new_short_g_mu = running(self.short_g_mu[g], self.grad_count[g], g_mu, n)
-            hat_g_mu = mix(b, self.long_g_mu[g], new_short_g_mu, g_mu)
+            new_short_g_mu = running(past * self.short_g_mu[g], count, g_mu, n)
+            hat_g_mu = mix(b, past * self.long_g_mu[g], new_short_g_mu, g_mu)
             dx[own] = incoming / s + hat_g_mu + hat_g_m * p * u
             if use.finite[g] and np.isfinite(g_m) and np.isfinite(g_mu):
-                self.short_g_m[g], self.short_g_mu[g] = new_short_g_m, new_short_g_mu
-                self.grad_count[g] += n
+                self.short_g_m[g] = (1 - past) * self.short_g_m[g] + new_short_g_m
+                self.short_g_mu[g] = (1 - past) * self.short_g_mu[g] + new_short_g_mu
+                self.grad_count[g] = count + n
         return dx.reshape(use.x.shape), d_gain, d_bias
 
     def commit(self) -> None:

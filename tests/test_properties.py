@@ -366,6 +366,7 @@ FAMILIES: list[Any] = ["streaming", "streaming", "streaming", sn.SampleNorm, sn.
 some_extremes = st.lists(st.sampled_from(sorted(EXTREMES)), min_size=3, max_size=3)
 
 
+@pytest.mark.filterwarnings("ignore:.* runs away. .*NaN and infinity were all")  # which is asked for here
 @every_engine
 @given(
     dtype=st.sampled_from(sorted(HUGE, key=str)),
@@ -416,6 +417,7 @@ def test_finite_values_have_finite_gradients(
         assert all(buffer.isfinite().all() for buffer in layer.buffers())
 
 
+@pytest.mark.filterwarnings("ignore:.* runs away. .*NaN and infinity were all")  # for p = 10 a gradient of m ≈ 0 overflows
 @every_engine
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, 7, 10])
 @pytest.mark.parametrize("center", ["mean", "zero"])
@@ -475,7 +477,7 @@ def test_what_is_not_finite_leaves_its_stream_alone_and_the_others_right(
         assert where == "incoming gradient" or not ends[0][0].isfinite().all(), "the output must show it"
         untouched = ["short_grad", "grad_count"] + ["short", "count"] * (where == "input")
         for name, after in _state(sick).items():
-            expected = getattr(well.state, name)
+            expected = getattr(well, name)
             if name in untouched:
                 expected = torch.where(torch.from_numpy(own), before[name], expected)
             assert torch.equal(after, expected), name
