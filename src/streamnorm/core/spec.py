@@ -6,7 +6,7 @@ An engine is a module of ``streamnorm.ops`` with one function,
 
 that does all of a training step's normalization: statistics, output, the change of ``state``, and the same
 for the gradients when autograd delivers them. ``plain.normalize`` is the reference and says what each
-argument means; the other engines give what it gives, faster.
+argument means; the other engines give what it gives, faster, or NotImplemented with nothing changed.
 """
 
 from __future__ import annotations

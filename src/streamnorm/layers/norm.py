@@ -16,7 +16,7 @@ from ..core.moment import LpMoment
 from ..core.reference import NormRef
 from ..core.spec import Formula, View
 from ..core.stream import Stream
-from ..ops import joined
+from ..ops import processes
 from ..training import agreement, checkpoint, updates
 from ..training.streaming import streaming_modules
 from ..training.ties import Ties
@@ -152,7 +152,7 @@ class Norm(Stateful):
 
     def _pass_empty(self, x: Tensor) -> Tensor:
         if self.training and self.stream is not None:  # without data too, a process takes part in weight updates
-            ops.traced.take_part(self.state) if is_compiling() else updates.notice(self)
+            ops.graph.take_part(self.state) if is_compiling() else updates.notice(self)
         return inputs.empty(self, x)
 
     def _view(self, x: Tensor) -> View:
@@ -226,7 +226,7 @@ class Norm(Stateful):
             updates.notice(self)
         state = None if self.stream is None else self.state
         group = agreement.group_of(self)
-        return joined.normalize(
+        return processes.normalize(
             x, self.weight, self.bias, mask, view, self.formula, state, self._ties.grad_scale, stats, group
         )
 

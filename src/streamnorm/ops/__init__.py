@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_exporting
 
 from ..core.spec import Formula, Sign, State, View
-from . import eager, gpu, native, plain, traced
+from . import eager, gpu, graph, native, operations, plain
 from .checks import check_before_backward, check_call
 from .derivatives import is_recorded, refuse
 
 ENGINES: tuple[ModuleType, ...] = (native, gpu, eager, plain)
-"""From the fastest to the reference. Where a graph is being made, ``traced`` runs in their place."""
+"""From the fastest to the reference. Where a graph is being made, ``operations`` run in their place."""
 
 
 Plan = native.Plan
@@ -63,11 +63,10 @@ def normalize(
     stats: Tensor | None = None,
 ) -> Tensor:
     """Normalize, apply gain and bias, advance the stream; ``plain.normalize`` explains the arguments."""
-    if is_exporting() and state is None:  # whoever trains the exported program differentiates its operations
-        return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     if is_compiling():
-        traced_y: Tensor = traced.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
-        return traced_y
+        if is_exporting() and state is None:  # whoever trains the exported program differentiates its operations
+            return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+        return operations.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
     if is_recorded():  # what records does not take the engines' autograd functions
         if state is None:
             return plain.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
@@ -76,6 +75,8 @@ def normalize(
     for engine in _active:
         if engine.supports(x, mask, view, formula, state):
             y: Tensor = engine.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+            if y is NotImplemented:
+                continue
             if engine is plain and y.requires_grad:  # the others look for themselves
                 y.grad_fn.register_prehook(partial(check_before_backward, x, weight, view, state))  # type: ignore[union-attr]
             return y
@@ -86,7 +87,7 @@ def function(x: Tensor, view: View, formula: Formula, state: State | None) -> An
     """The autograd function for callers that go back by hand: its ``forward`` and ``backward`` take any context."""
     if gpu in _active and gpu.supports(x, None, view, formula, state):
         return gpu._Normalize
-    return eager._Normalize
+    return operations.Normalize
 
 
 def tells_signs(state: State) -> bool:
@@ -125,7 +126,7 @@ def engines() -> dict[str, str]:
         e.NAME: e.status() if e in _active or _active[0] is native else f"switched off: {_active[0].NAME} is forced"
         for e in ENGINES
     }
-    return {**eager_mode, traced.NAME: traced.status()}
+    return {**eager_mode, graph.NAME: graph.status()}
 
 
 @contextmanager

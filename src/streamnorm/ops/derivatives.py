@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 Function = Callable[..., Sequence[Tensor]]
 Again = tuple[Sequence[Tensor | None], Function | None]
 """The tensors that a use was computed from, in the order of the Function's arguments, with None for what is no tensor;
 and what computes the outputs from them by differentiable operations, or None where a stream advances."""
+
+_has_transforms, _jit_trace = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 _LAYER = "a streaming or synchronized layer that trains"
 _STILL = "keep the statistics still: model.eval(), or `with streamnorm.frozen(model):`"
@@ -49,11 +52,7 @@ _NO_SECOND_DERIVATIVE = (
 
 def is_recorded() -> bool:
     """Whether only PyTorch's own operations lead on: a transform of torch.func, tangents, or torch.jit.trace."""
-    return (
-        forward_ad._current_level != -1
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+    return forward_ad._current_level != -1 or _has_transforms() or _jit_trace() is not None
 
 
 def refuse(*tensors: Tensor | None) -> None:
@@ -65,9 +64,9 @@ def refuse(*tensors: Tensor | None) -> None:
     Raises:
         RuntimeError: under a transform of torch.func or torch.jit.trace, and where one of the tensors has a tangent.
     """
-    if torch._C._are_functorch_transforms_active():
+    if _has_transforms():
         raise RuntimeError(_NO_TRANSFORMS)
-    if torch._C._get_tracing_state() is not None:
+    if _jit_trace() is not None:
         raise RuntimeError(_NO_TORCHSCRIPT)
     if has_tangent(*tensors):
         raise RuntimeError(_NO_TANGENTS)
@@ -90,7 +89,7 @@ def any_order(again: Callable[[Any], Again]) -> Callable[[Callable[..., Any]], C
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def routed(ctx: Any, *grads: Any) -> Any:
-            if not _asks_for_more(grads):
+            if is_compiling() or not _asks_for_more(grads):  # compilers have first derivatives only
                 return backward(ctx, *grads)
             inputs, function = again(ctx)
             if function is None:

@@ -34,7 +34,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..core.spec import PRESENT_ONLY, Formula, State, View
-from . import eager
+from . import eager, operations
 from .another_pass import counting_once
 from .checks import check_backward
 from .derivatives import any_order
@@ -376,32 +376,32 @@ class _Normalize(torch.autograd.Function):
         stats: Tensor | None,
     ) -> Tensor:
         _refuse_other_devices(x, weight, bias, None if state is None else state.long)
-        x, layout = _dense(x)
+        dense, layout = _dense(x)
         plan = _plan(layout, view, formula, x.dtype, x.device, state is not None)
         with _device(x):
             if state is not None:
                 state.samples.add_(x.shape[0])
-            y, saved = _forward(plan, x, _flat(weight), _flat(bias), state)
+            y, saved = _forward(plan, dense, _flat(weight), _flat(bias), state)
         if stats is not None:
             stats.copy_(saved[::3])
         ctx.save_for_backward(x, weight, None, saved[:3])
-        ctx.plan, ctx.state, ctx.grad_scale = plan, state, grad_scale
+        ctx.plan, ctx.state, ctx.grad_scale, ctx.over = plan, state, grad_scale, None
         # What the PyTorch engine's backward pass wants to know, which serves where the input needs no gradient.
         ctx.view, ctx.formula = view, formula
         ctx.n, ctx.samples, ctx.has_bias = plan.elements, x.shape[0], bias is not None
         return y
 
     @staticmethod
-    @any_order(eager.again)
+    @any_order(operations.again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0] or type(dy) is not Tensor or torch._C._are_functorch_transforms_active():
-            return eager._Normalize.backward(ctx, dy)
+        watched = type(dy) is not Tensor or torch._C._are_functorch_transforms_active()
+        gradients = operations.gradients if watched or not ctx.needs_input_grad[0] else _gradients
         with counting_once(ctx):
-            return *_gradients(ctx, dy), None, None, None, None, None, None
+            return *gradients(ctx, dy), *(None,) * 6
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As ``eager.gradients``."""
+    """As ``operations.gradients``."""
     x, weight, _, saved = ctx.saved_tensors
     state = ctx.state
     if not getattr(ctx, "checked", False):

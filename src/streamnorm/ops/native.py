@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from ..core.spec import PRESENT_ONLY, Formula, Sign, State, View
-from . import eager, plain
+from . import eager, operations, plain
 from .another_pass import AnotherPass
 from .derivatives import Again, any_order
 from .plain import wide
@@ -115,22 +114,13 @@ def waiting_memory() -> int:
 
 
 def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
-    """Plain CPU tensors without a mask, outside of everything that must see PyTorch operations."""
-    return (
-        _native is not None
-        and mask is None
-        and len(view.split) <= _MOST_AXES
-        and not is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None
-        and _native.accepts(plan(view, formula), x) != _NEVER
-    )
+    """Inputs without a mask, as far as can be told without a look at the tensors."""
+    return _native is not None and mask is None and len(view.split) <= _MOST_AXES
 
 
 _MOST_AXES = 16
-_NEVER, _AS_IT_LIES, _AFTER_A_COPY = range(3)
-"""What the extension's ``accepts`` says of an input."""
+_AFTER_A_COPY = 2
+"""What the extension's ``accepts`` says of an input that it takes in another layout."""
 
 _plans: dict[tuple[int, int], Plan] = {}
 
@@ -164,14 +154,12 @@ def normalize(
     state: State | None = None,
     grad_scale: Tensor | None = None,
     stats: Tensor | None = None,
-) -> Tensor:
-    """As ``plain.normalize``. What turns out not to be for C++, such as a gain of another kind, goes to PyTorch."""
-    prepared = plan(view, formula)
-    if _native.accepts(prepared, x) == _AFTER_A_COPY:
-        x = x.contiguous()
-    y = attempt(x, weight, bias, (prepared, state, grad_scale, stats))
-    if y is NotImplemented:
-        return eager.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats)
+) -> Any:
+    """As ``plain.normalize``; NotImplemented, with nothing changed, for what is not plain tensors in CPU memory."""
+    use = plan(view, formula), state, grad_scale, stats
+    y = attempt(x, weight, bias, use)
+    if y is NotImplemented and _native.accepts(use[0], x) == _AFTER_A_COPY:
+        return attempt(x.contiguous(), weight, bias, use)
     return y
 
 
@@ -279,11 +267,12 @@ def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
         formula=formula,
         state=_gradient_state(ctx.kept),
         grad_scale=grad_scale,
+        over=None,
         n=view.num_elements,
         samples=x.shape[0],
         has_bias=bias is not None,
     )
-    return *eager.gradients(stand_in, dy), None
+    return *operations.gradients(stand_in, dy), None
 
 
 if _native is not None:

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ..ops import traced
 from .streaming import Streaming
 
 _READ_FORWARD = ("long", "short", "count", "samples")
@@ -147,7 +146,7 @@ def use(layers: Iterable[Streaming]) -> Iterator[None]:
             buffers.update(before)
 
 
-def _use_in_graph(statistics: Tensor) -> Tensor | None:
+def use_in_graph(statistics: Tensor) -> Tensor | None:
     """As ``use``, for a use in a compiled graph that runs: its statistics, if it has been there before."""
     if not concerns():
         return None
@@ -158,9 +157,6 @@ def _use_in_graph(statistics: Tensor) -> Tensor | None:
     for each in recording:
         each.tape.statistics.append((statistics if noted is None else noted).clone())  # a graph reuses its memory
     return noted
-
-
-traced.listeners.append(_use_in_graph)
 
 
 def _keep_statistics(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

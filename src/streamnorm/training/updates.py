@@ -16,8 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
-from ..ops import traced
-from . import agreement, runaway, watchdog
+from . import agreement, checkpoint, runaway, watchdog
 from .streaming import Streaming, streaming_modules
 from .surroundings import (
     calling_modules,
@@ -96,7 +95,7 @@ def meet(layer: Streaming, x: Tensor | None = None) -> None:
     ties.stranger = None
 
 
-def notice_in_graph(_: Tensor) -> None:
+def notice_in_graph() -> None:
     """As ``notice``, where a compiled graph runs: it knows no layers. All are noticed at once."""
     global _lease_of_graphs
     ddp = DistributedDataParallel._active_ddp_module
@@ -107,7 +106,14 @@ def notice_in_graph(_: Tensor) -> None:
         _lease_of_graphs = watchdog.lease(max(1, len(layers)) * min(map(watchdog.look, layers), default=watchdog.USES))
 
 
-traced.listeners.append(notice_in_graph)
+class _AroundGraphs:
+    """What a compiled graph is told at each use of a layer that trains, see ``ops.graph.Surroundings``."""
+
+    earlier = staticmethod(checkpoint.use_in_graph)
+    notice = staticmethod(notice_in_graph)
+
+
+ops.graph.set_surroundings(_AroundGraphs())
 
 
 def adopt(ddp: DistributedDataParallel) -> None:
