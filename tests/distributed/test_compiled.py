@@ -132,6 +132,6 @@ def test_joined_mini_batches_stay_outside_of_the_graph(processes: Processes) -> 
 def test_joined_mini_batches_are_no_part_of_a_full_graph(layer: sn.Norm) -> None:
     """Also alone, so that it is found out before the training on many machines."""
     model = compiled(nn.Sequential(sn.synchronize(layer, "batch")), fullgraph=True)
-    with pytest.raises(Exception, match=r"waits for other processes inside the layer.*leave fullgraph=True away"):
+    with pytest.raises(Exception, match=r"waits for other processes inside the layer.*leave fullgraph=True out"):
         model(torch.randn(3, 4))
     model.eval()(torch.randn(3, 4))

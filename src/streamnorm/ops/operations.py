@@ -134,8 +134,8 @@ class Normalize(torch.autograd.Function):
         shift = None if bias is None else bias.to(dtype).view(view.channel_shape)
         y = from_mu * scale if shift is None else torch.addcmul(shift, from_mu, scale)
         y = hide(y, keep)
-        if view.split != x.shape:  # no view, which autograd would let no one change, as nn.ReLU(inplace=True) does
-            y = torch.ops.aten._unsafe_view.default(y, x.shape)
+        if view.split != x.shape:
+            y = _in_shape(y, x.shape)
 
         half.close((short_mu, short_m), finite, counts)
         if stats is not None:
@@ -192,6 +192,14 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
         dx = _input_gradient(ctx, g, _sums(g, from_mu, view) if sums is None else sums, d, inverse, slope)
         dx = hide(dx, keep).reshape(x.shape).to(x.dtype)
     return dx, dweight, dbias
+
+
+def _in_shape(y: Tensor, shape: torch.Size) -> Tensor:
+    """y with the axes of the input: no view, since autograd lets no one change one, as nn.ReLU(inplace=True) does."""
+    try:
+        return torch.ops.aten._unsafe_view.default(y, shape)
+    except RuntimeError:  # the input's elements overlap, as after Tensor.unfold: parts of an axis may lie in any order
+        return torch.ops.aten._unsafe_view.default(y.contiguous(), shape)
 
 
 def _sums(g: Tensor, from_mu: Tensor, view: View) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def normalize(
         y = y + bias.to(y.dtype).view(view.channel_shape)
     if stats is not None:
         stats.copy_(torch.stack((mu.detach().flatten(), m.detach().flatten())))
-    return hide(y, keep).view(x.shape).to(x.dtype)
+    return hide(y, keep).reshape(x.shape).to(x.dtype)
 
 
 class _Use:

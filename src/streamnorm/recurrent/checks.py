@@ -37,8 +37,9 @@ def check_forward(
                 "what the layer was made with?"
             )
     check_memory((("the input", data), *(("the hidden state", h) for h in hidden), *zip(_NAMES, weights)))
-    device, autocast = data.get_device(), torch.is_autocast_enabled(data.device.type)
-    dtype = wide(torch.get_autocast_dtype(data.device.type) if autocast else data.dtype)
+    device, kind_of_device = data.get_device(), data.device.type
+    autocast = torch.amp.is_autocast_available(kind_of_device) and torch.is_autocast_enabled(kind_of_device)
+    dtype = wide(torch.get_autocast_dtype(kind_of_device) if autocast else data.dtype)
     for norm, features in zip(norms, _features(kind, units)):
         if isinstance(norm, Norm):
             _check_norm(norm, rows, features, dtype, device)
@@ -120,6 +121,8 @@ def check_backward(before: Shapes, saved: Sequence[Tensor | None], gradients: Se
 
 
 def _check_memory(tensors: Sequence[Tensor | None]) -> None:
+    if torch.compiler.is_compiling():  # the tensors of a graph have no memory yet
+        return
     extension = native.extension
     if extension is None or not extension.are_whole(*tensors):  # which does not know every tensor
         check_memory(("a tensor of a recurrent layer", t) for t in tensors)
