@@ -333,3 +333,13 @@ def test_gradients_in_another_layout_than_the_input_s(engine: str) -> None:
     (ours,) = torch.autograd.grad(layer(x), x, dy)
     (theirs,) = torch.autograd.grad(layer(x), x, dy.contiguous())
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("layer", [sn.StreamingNorm1d(4, ref=("group", 2)), sn.GeneralBatchNorm(4, ghosts=2)], ids=str)
+def test_an_input_whose_elements_overlap(engine: str, layer: sn.Norm) -> None:
+    """Its axes have no order in memory; the output may be changed in place all the same."""
+    x = torch.randn(11, dtype=torch.float64).unfold(0, 4, 1)
+    twin = copy.deepcopy(layer).double()
+    y, expected = copy.deepcopy(layer).double()(x.requires_grad_()), twin(x.detach().contiguous())
+    torch.testing.assert_close(y, expected)
+    y.relu_().sum().backward()
