@@ -4,12 +4,15 @@ A claim is made of contrasts: how far one training must be ahead of another one,
 the paired difference, a contrast holds if the whole interval is above that bound, does not hold if the whole interval
 is below it, and is open otherwise. A claim holds if all of its contrasts hold, and does not hold if one of them does
 not. A training that cannot run at all is behind every one that can.
+
+Over several results a claim holds where all of them say so, and holds in part where the others are open. It does not
+hold where one says so, and is mixed where another one says that it does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from streamnorm_lab.analysis.results import Cell, Results
@@ -18,6 +21,9 @@ from streamnorm_lab.common.stats import Interval, paired
 from streamnorm_lab.experiments.coefficients import DEFAULT, NO_GRADIENT, PAPER, PRESENT_GRADIENT
 
 HOLDS, FALSE, OPEN = "holds", "does not hold", "open"
+PARTLY, MIXED, UNMEASURED = "holds in part", "mixed", "not measured"
+VERDICTS = (HOLDS, PARTLY, FALSE, MIXED, OPEN, UNMEASURED)
+"""What a claim can come to over all results."""
 OURS = "not in the paper: our own"
 
 
@@ -69,6 +75,23 @@ def verdict(contrasts: list[Contrast]) -> str:
     """The verdict on a claim that these contrasts make up."""
     found = {contrast.verdict for contrast in contrasts}
     return FALSE if FALSE in found else OPEN if OPEN in found else HOLDS
+
+
+def overall(verdicts: Iterable[str]) -> str:
+    """The verdict on a claim over several results.
+
+    Example:
+        >>> overall([HOLDS, HOLDS]), overall([HOLDS, OPEN]), overall([FALSE, OPEN])
+        ('holds', 'holds in part', 'does not hold')
+        >>> overall([HOLDS, FALSE]), overall([OPEN]), overall([])
+        ('mixed', 'open', 'not measured')
+    """
+    found = set(verdicts)
+    if FALSE in found:
+        return MIXED if HOLDS in found else FALSE
+    if HOLDS in found:
+        return PARTLY if OPEN in found else HOLDS
+    return OPEN if found else UNMEASURED
 
 
 def everywhere(ours: str, *theirs: str, above: float, least: int = 1, most: float = math.inf) -> Contrasts:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.forms import Count, FormError, check, parse
 from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.common.stats import Interval, interval, paired
+from streamnorm_lab.common.stats import Interval, interval, paired, spread_words
 from streamnorm_lab.experiments.experiment import Experiment, Finals, Section
 from streamnorm_lab.experiments.options import hints
 from streamnorm_lab.logs.packed import read_runs
@@ -89,6 +89,11 @@ class Results:
     def method(self, name: str) -> Method:
         """A method by its name, whether it was run or not."""
         return next((method for method in self.methods if method.name == name), self.experiment.catalogue[name])
+
+    @property
+    def spread(self) -> str:
+        """What the scores are: a mean and its interval over so many seeds, or one value."""
+        return spread_words(len(cell.scores) for cell in self.cells.values())
 
     @property
     def guessing(self) -> float:

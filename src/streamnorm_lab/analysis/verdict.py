@@ -12,25 +12,12 @@ from streamnorm_lab.common.stats import Interval
 def sentences(results: Results) -> list[str]:
     """The verdict, one statement per sentence."""
     return [
-        *_opening(results),
         *_failures(results),
         *_comparisons(results),
         *_changes(results),
         *_same_rates(results),
         *_divergences(results),
     ]
-
-
-def _opening(results: Results) -> Iterator[str]:
-    """The range of the main method's scores over the settings."""
-    name = results.experiment.comparisons[0][0]
-    cells = [results.cells[name, setting] for setting in results.settings if (name, setting) in results.cells]
-    means = sorted(cell.mean.mean for cell in cells if cell.mean is not None)
-    if means:
-        places = _listed([cell.setting.label for cell in cells if cell.mean is not None])
-        value = results.experiment.score.value
-        between = f"between {value(means[0])} and {value(means[-1])}" if len(means) > 1 else value(means[0])
-        yield f"{results.method(name).label} reaches {between} at {places}."
 
 
 def _comparisons(results: Results) -> Iterator[str]:

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from streamnorm_lab.analysis.headline import headline
 from streamnorm_lab.analysis.results import CONFIG, Results, read_config
 from streamnorm_lab.analysis.table1 import CONFIG as TABLE1_CONFIG
 from streamnorm_lab.analysis.verdict import sentences, warnings
@@ -166,7 +167,7 @@ def _report(folder: Path) -> None:
 
 def _show(results: Results, console: Console) -> None:
     print_tables(results, console)
-    for sentence in sentences(results):
+    for sentence in (headline(results), *sentences(results)):
         console.print(f"• {sentence}", highlight=False)
     for warning in warnings(results):
         console.print(f"[yellow]! {warning}", highlight=False)

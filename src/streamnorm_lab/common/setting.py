@@ -47,6 +47,19 @@ class Setting:
         return f"{self.samples}×{self.batches}"
 
     @property
+    def words(self) -> str:
+        """The setting in words, after "with".
+
+        Example:
+            >>> Setting(32, 1).words, Setting(2, 16).words
+            ('mini-batches of 32', 'mini-batches of 2, 16 per weight update')
+            >>> Setting(1, 1).words, Setting(1, 32).words
+            ('one sample at a time', 'one sample at a time, 32 per weight update')
+        """
+        size = "one sample at a time" if self.samples == 1 else f"mini-batches of {self.samples}"
+        return size if self.batches == 1 else f"{size}, {self.batches} per weight update"
+
+    @property
     def difficulty(self) -> tuple[int, int]:
         """A sorting key: many samples per weight update first, and of those large mini-batches first."""
         return (-self.samples * self.batches, -self.samples)

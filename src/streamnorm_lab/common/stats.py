@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,17 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(float(array.mean()), math.nan)
     quantile = float(stats.t.ppf(0.975, array.size - 1))
     return Interval(float(array.mean()), quantile * float(array.std(ddof=1)) / math.sqrt(array.size))
+
+
+def spread_words(seeds: Iterable[int]) -> str:
+    """What values are that were made of so many seeds.
+
+    Example:
+        >>> spread_words([5, 5]), spread_words([1, 0])
+        ('mean and 95% interval of 5 seeds', 'one seed, so no interval')
+    """
+    most = max(seeds, default=0)
+    return f"mean and 95% interval of {most} seeds" if most > 1 else "one seed, so no interval"
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:

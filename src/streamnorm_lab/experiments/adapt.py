@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import TypedDict
 
 import streamnorm as sn
+from streamnorm_lab.common.chart import Chart, Line, Panel, Row, fit
 from streamnorm_lab.common.forms import Between
 from streamnorm_lab.common.score import ACCURACY
-from streamnorm_lab.common.stats import interval
+from streamnorm_lab.common.stats import Interval, interval, spread_words
 from streamnorm_lab.data.corruptions import CORRUPTIONS, corrupt
 from streamnorm_lab.data.images import Data, Split
 from streamnorm_lab.experiments.conv import ConvExperiment
@@ -26,13 +27,22 @@ from streamnorm_lab.logs.records import End, Run, Share
 from streamnorm_lab.methods.layers import NormFactory
 from streamnorm_lab.networks.images import feedforward_convolutional
 
+
+class Mode(NamedTuple):
+    """What a way of evaluating adds to a method's name, and its look if not the method's own."""
+
+    addition: str
+    colour: str | None = None
+    marker: str | None = None
+
+
 MODES = {
-    "as trained": "",
-    "each image": ", statistics of each image",
-    "64 images": ", statistics of 64 images",
-    "adapting": ", adapting",
+    "as trained": Mode(""),
+    "each image": Mode(", statistics of each image", "#8a8a8a", "v"),
+    "64 images": Mode(", statistics of 64 images", "#e69f00", "D"),
+    "adapting": Mode(", adapting", "#ee3377", "P"),
 }
-"""The ways of evaluating, in the order of the table, and what they add to a method's name."""
+"""The ways of evaluating, in the order of the table."""
 
 Evaluate = Callable[[nn.Module, Tensor], Tensor]
 """Logits of a stream of images, from a model that may be changed."""
@@ -122,24 +132,30 @@ class Adapt(ConvExperiment):
     @classmethod
     def section(cls, config: Mapping[str, Any], finals: Iterable[Finals]) -> Section:
         """The table of corruptions."""
-        rows = [
-            (one.method.label + addition, one.setting.label, *_numbers(one.ends, mode))
-            for one in finals
-            for mode, addition in MODES.items()
-            if any(mode in end.get("adaptation", {}) for end in one.ends)
+        evaluated = [
+            Evaluated(one, mode, means) for one in finals for mode in MODES if (means := _means(one.ends, mode))
         ]
+        rows = [(one.label, one.finals.setting.label, *map(_number, one.means.values())) for one in evaluated]
         options = config["options"]
+        ways = (
+            "“Adapting”: sn.adapt lets each image, before it is judged, update the statistics, with a memory of "
+            f"{options['window']:g} images. “Statistics of 64 images” waits for 64 of them before it judges the first."
+        )
         text = (
             "Accuracy in percent on the first "
-            f"{min(options['stream_images'], config['data']['test']):,} test images, which come one at a time, "
-            "mean ± 95% interval over seeds. “Adapting”: sn.adapt lets each image, before it is judged, update the "
-            f"statistics, with a memory of {options['window']:g} images. “Statistics of 64 images” has to wait for 64 "
-            "images before it judges the first. Noise: normal, with a deviation of a sixth of the range. Blur: "
-            "Gaussian, with a deviation of a 24th of the height. Contrast: 30% of it is left. Fog: between a quarter "
-            "and three quarters of white, in clouds."
+            f"{min(options['stream_images'], config['data']['test']):,} test images, which come one at a time. "
+            "Noise: normal, with a deviation of a sixth of the range. Blur: Gaussian, with a deviation of a 24th of "
+            "the height. Contrast: 30% of it is left. Fog: between a quarter and three quarters of white, in clouds."
         )
+        head = ("Method", "Trained at", "clean", *CORRUPTIONS)
         return Section(
-            "adaptation", "When the images change", text, ("Method", "Trained at", "clean", *CORRUPTIONS), rows
+            "adaptation",
+            "When the images change",
+            text,
+            head,
+            rows,
+            _chart(config, evaluated, ways),
+            _headline(evaluated),
         )
 
 
@@ -173,12 +189,74 @@ def _adapting(model: nn.Module, images: Tensor, window: float) -> Tensor:
         return torch.cat([model(image) for image in images.split(1)])
 
 
-def _numbers(ends: Iterable[Mapping[str, Any]], mode: str) -> list[str]:
-    """Mean accuracies with their intervals, a column for each kind of images."""
+@dataclass(frozen=True)
+class Evaluated:
+    """The accuracy of one training, evaluated in one way, by kind of images."""
+
+    finals: Finals
+    mode: str
+    means: Mapping[str, Interval]
+
+    @property
+    def label(self) -> str:
+        """The method and the way."""
+        return self.finals.method.label + MODES[self.mode].addition
+
+
+def _means(ends: Iterable[Mapping[str, Any]], mode: str) -> dict[str, Interval]:
+    """Mean accuracies by kind of images; nothing if no run was evaluated in this way."""
     tables = [end["adaptation"][mode] for end in ends if mode in end.get("adaptation", {})]
-    texts = []
-    for kind in ("clean", *CORRUPTIONS):
-        mean = interval([table[kind] for table in tables])
-        spread = f" ± {ACCURACY.number(mean.half)}" if mean.known else ""
-        texts.append(ACCURACY.number(mean.mean) + spread)
-    return texts
+    return {kind: interval([table[kind] for table in tables]) for kind in ("clean", *CORRUPTIONS)} if tables else {}
+
+
+def _number(mean: Interval) -> str:
+    return ACCURACY.number(mean.mean) + (f" ± {ACCURACY.number(mean.half)}" if mean.known else "")
+
+
+def _chart(config: Mapping[str, Any], evaluated: Sequence[Evaluated], caption: str) -> Chart:
+    """Accuracy by kind of images, for each method and way of evaluating."""
+    lines = [_line(one) for one in evaluated]
+    seeds = spread_words(len(one.finals.ends) for one in evaluated)
+    return Chart(
+        title=f"Test images that change: {config['data']['name']}",
+        subtitle=f"without labels, one image at a time unless it says 64, {seeds}",
+        description="Accuracy of trained networks on clean and on corrupted test images",
+        caption=caption,
+        x="test images",
+        rows=(Row("test accuracy", (Panel("", lines),), fit(lines), "%"),),
+        names=("clean", *CORRUPTIONS),
+        breaks=tuple(float(place) for place in range(1, 1 + len(CORRUPTIONS))),
+    )
+
+
+def _line(one: Evaluated) -> Line:
+    method, mode, means = one.finals.method, MODES[one.mode], list(one.means.values())
+    halves = [mean.half if mean.known else 0.0 for mean in means]
+    return Line(
+        one.label,
+        mode.colour or method.colour,
+        mode.marker or method.marker,
+        tuple(map(float, range(len(means)))),
+        tuple(100 * mean.mean for mean in means),
+        tuple(100 * (mean.mean - half) for mean, half in zip(means, halves, strict=True)),
+        tuple(100 * (mean.mean + half) for mean, half in zip(means, halves, strict=True)),
+        faint=one.mode == "each image",
+    )
+
+
+def _headline(evaluated: Iterable[Evaluated]) -> str:
+    """What adapting gave back."""
+    found = {(one.finals.method.name, one.mode): one for one in evaluated}
+    adapting = next((one for (_, mode), one in found.items() if mode == "adapting"), None)
+    if adapting is None:
+        return ""
+    method = adapting.finals.method
+    trained = found[method.name, "as trained"]
+    before, after = (
+        ", ".join(f"{100 * one.means[kind].mean:.0f}%" for kind in CORRUPTIONS) for one in (trained, adapting)
+    )
+    clean = [ACCURACY.value(one.means["clean"].mean) for one in (trained, adapting)]
+    return (
+        f"Under {', '.join(CORRUPTIONS)} {method.label} classifies {before} of the test images as trained, and {after} "
+        f"when its statistics adapt, one image at a time (clean images: {' and '.join(clean)})."
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tyro import conf
 
+from streamnorm_lab.common.chart import Chart
 from streamnorm_lab.common.forms import Between
 from streamnorm_lab.common.score import Score
 from streamnorm_lab.common.setting import Setting
@@ -42,7 +43,8 @@ from streamnorm_lab.methods.method import Method, trainable
 class Section(NamedTuple):
     """A table of its own in an experiment's report, with a text above it; the first cell of a row names it.
 
-    It is also written to a CSV file of this name.
+    It is also written to a CSV file of this name. Where ``chart`` and ``headline`` are given, they answer the
+    experiment's question, and stand in place of the figure by setting and of the first sentence.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Section(NamedTuple):
     text: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    chart: Chart | None = None
+    headline: str = ""
 
 
 class Finals(NamedTuple):
@@ -88,6 +92,8 @@ class Experiment(ABC, Generic[DataT]):
     """The pairs of methods that the verdict speaks of, ours first."""
     setting_pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
     """The pairs of settings at which each method is compared with itself, for experiments that ask about settings."""
+    across: ClassVar[str | None] = None
+    """The number on the horizontal axis of the summary figure, in place of the setting: methods differ in it."""
     catalogue: ClassVar[Mapping[str, Method]]
     """The methods that can be named."""
     score: ClassVar[Score]
@@ -168,6 +174,11 @@ class Experiment(ABC, Generic[DataT]):
     def epilogue(self, model: nn.Module, data: DataT, run: Run) -> dict[str, Any]:
         """Extra entries of the last line of a finished run's log."""
         return {}
+
+    @classmethod
+    def family(cls, method: Method) -> tuple[str, float] | None:
+        """The methods that one is of, and its number among them; None for a method without such a number."""
+        return None
 
     @classmethod
     def section(cls, config: Mapping[str, Any], finals: Iterable[Finals]) -> Section | None:

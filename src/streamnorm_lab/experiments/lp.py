@@ -12,7 +12,7 @@ import streamnorm as sn
 from streamnorm_lab.experiments.conv import ConvExperiment
 from streamnorm_lab.experiments.options import MethodNames, Rates, Repeats, SettingNames
 from streamnorm_lab.methods.layers import METHODS, LayerMethod, NormFactory
-from streamnorm_lab.methods.method import Methods, keywords
+from streamnorm_lab.methods.method import Method, Methods, keywords
 from streamnorm_lab.networks.images import feedforward_convolutional
 
 ORDERS = range(1, 8)
@@ -60,6 +60,7 @@ class Lp(ConvExperiment):
     comparisons: ClassVar[tuple[tuple[str, str], ...]] = tuple(
         (f"{family}-l{p}", f"{family}-l2") for family in ("batch", "streaming") for p in ORDERS if p != 2
     )
+    across: ClassVar[str | None] = "p, the order of the moment"
     catalogue: ClassVar[Mapping[str, LayerMethod]] = Methods(
         {method.name: method for method in (METHODS["none"], *BATCH, *STREAMING)}
     )
@@ -79,3 +80,9 @@ class Lp(ConvExperiment):
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """Architecture B."""
         return feedforward_convolutional(shape[0], classes, norm, self.width)
+
+    @classmethod
+    def family(cls, method: Method) -> tuple[str, float] | None:
+        """Batch or Streaming, and p."""
+        p = method.options.get("p") if isinstance(method, LayerMethod) else None
+        return None if p is None else (method.label.rpartition(" ")[0], float(p))

@@ -12,17 +12,16 @@ from streamnorm_lab.methods.method import Method
 Config = Mapping[str, Any]
 """What was asked of a folder: ``experiment.json``."""
 
-SETTINGS = (
-    "From left to right the mini-batches get smaller. S×U means S samples per mini-batch and U mini-batches per weight "
-    "update."
-)
+SETTINGS = "From left to right the mini-batches get smaller."
 
 
 class Words(ABC):
     """The sentences of one kind of data."""
 
     numbers: str
-    """What the numbers of the large table are, and how differences are paired."""
+    """What the numbers of the large table are, and how differences are paired; with places for reference and spread."""
+    measure: str
+    """What is measured, in a sentence."""
     difference_unit: str
     chosen_by: str
     """What rates are chosen by, and that it is used for nothing else; after "the rate with"."""
@@ -74,15 +73,16 @@ class ImageWords(Words):
     """Classifying images."""
 
     numbers = (
-        "Test accuracy in percent, mean ± 95% interval over seeds. Below it, smaller: the difference to "
+        "Test accuracy in percent, {spread}. Below it, smaller: the difference to "
         "{reference} in percentage points, paired by seed, since the same seed means the same initial weights and the "
         "same order of the images."
     )
+    measure = "test accuracy"
     difference_unit = "percentage points"
     chosen_by = "the best accuracy on the validation images, which are neither trained on nor tested on"
     guessing = "accuracy of guessing"
-    table_title = "Test accuracy in %, mean ± 95% interval"
-    difference_title = "Difference in points, paired by seed, mean ± 95% interval"
+    table_title = "Test accuracy in %"
+    difference_title = "Difference in points, paired by seed"
     test_axis = "test accuracy"
     validation_axis = "validation accuracy"
     test_curve = "test accuracy"
@@ -94,7 +94,7 @@ class ImageWords(Words):
         return (
             "Final test accuracy of each method at each setting",
             f"Accuracy on all {data['test']:,} test images, mean over seeds with its 95% interval, each method at its "
-            f"own best learning rate. {SETTINGS}",
+            "own best learning rate.",
         )
 
     def curves(self, config: Config) -> tuple[str, str]:
@@ -176,16 +176,17 @@ class TextWords(Words):
     """Predicting the next character."""
 
     numbers = (
-        "Loss on the test text in nats per character, lower is better, mean ± 95% interval over seeds. Below it, "
+        "Loss on the test text in nats per character, lower is better, {spread}. Below it, "
         "smaller: the difference to {reference}, paired by seed, since the same seed means the same initial weights "
         "and the same pieces of text in the same order; the loss in bits per character; and the training loss in nats, "
         "over the last part of the run, each piece judged before it is learnt from."
     )
+    measure = "test loss"
     difference_unit = "nats per character"
     chosen_by = "the lowest loss on the validation text, which is neither trained on nor tested on"
     guessing = "loss of guessing among all characters alike"
-    table_title = "Test loss in nats per character, lower is better, mean ± 95% interval"
-    difference_title = "Difference in nats, paired by seed, below zero is better, mean ± 95% interval"
+    table_title = "Test loss in nats per character, lower is better"
+    difference_title = "Difference in nats, paired by seed, below zero is better"
     test_axis = "test loss, nats per character (lower is better)"
     validation_axis = "validation loss, nats"
     test_curve = "test loss, nats"
@@ -200,7 +201,7 @@ class TextWords(Words):
         return (
             "Final test loss of each method at each setting",
             f"Loss on the last {data['test']:,} characters of the text, mean over seeds with its 95% interval, each "
-            f"method at its own best learning rate; lower is better. {SETTINGS} A sample is a piece of "
+            "method at its own best learning rate; lower is better. A sample is a piece of "
             f"{config['options']['steps']} characters.",
         )
 

@@ -1,8 +1,9 @@
-"""The page over all results: the claims with their verdicts, then each folder's figure, words and configuration."""
+"""The page over all results: a row for each claim with its verdict, then the experiments behind them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,21 +12,36 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from streamnorm_lab.analysis.claims import CLAIMS, FALSE, HOLDS, OPEN, Claim, Contrast, verdict
+from streamnorm_lab.analysis.claims import (
+    CLAIMS,
+    FALSE,
+    HOLDS,
+    MIXED,
+    OPEN,
+    OURS,
+    PARTLY,
+    UNMEASURED,
+    VERDICTS,
+    Claim,
+    Contrast,
+    overall,
+    verdict,
+)
 from streamnorm_lab.analysis.folders import open_results
+from streamnorm_lab.analysis.headline import headline
 from streamnorm_lab.analysis.results import CONFIG, Results
 from streamnorm_lab.analysis.table1 import CONFIG as TABLE1_CONFIG
 from streamnorm_lab.analysis.table1 import judge
-from streamnorm_lab.analysis.verdict import sentences, warnings
+from streamnorm_lab.analysis.verdict import warnings
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.files import write_text
 from streamnorm_lab.experiments.table1 import TECHNIQUES, Table1
-from streamnorm_lab.reports.report import REPORT, build_report, document, environments, figure, html_table
+from streamnorm_lab.reports.charts import charts
+from streamnorm_lab.reports.page import document, figure
+from streamnorm_lab.reports.report import REPORT, build_report, environments, explain
+from streamnorm_lab.reports.table1 import build_table
 from streamnorm_lab.reports.table1 import summary as table1_summary
 from streamnorm_lab.reports.tables import Row, as_csv
-
-_CLASS = {HOLDS: "ahead", FALSE: "behind", OPEN: ""}
-
 
 EVERYWHERE = Claim(
     f"{TECHNIQUES['streaming-l1']} works in every scenario: feedforward and recurrent, fully connected and "
@@ -34,27 +50,47 @@ EVERYWHERE = Claim(
     (Table1.name,),
     lambda results: iter(()),
 )
+COUNTED = {
+    HOLDS: ("holds", "hold"),
+    PARTLY: ("holds in part", "hold in part"),
+    FALSE: ("does not hold", "do not hold"),
+    MIXED: ("holds in some results and not in others", "hold in some results and not in others"),
+    OPEN: ("is open", "are open"),
+    UNMEASURED: ("is not measured", "are not measured"),
+}
+"""A verdict after "one" and after larger numbers."""
+CLASS = {verdict: verdict.replace(" ", "-") for verdict in VERDICTS}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A claim in the results of one folder."""
+    """A claim in the results of one folder: the comparison that decides, and all of them, each with its verdict."""
 
     claim: Claim
     folder: str
-    results: Results
-    contrasts: list[Contrast]
+    data: str
+    verdict: str
+    decides: str
+    comparisons: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A claim over all results."""
+
+    claim: Claim
+    measured: Sequence[Measured]
 
     @property
     def verdict(self) -> str:
-        """Holds, does not hold, or open."""
-        return verdict(self.contrasts)
+        """One of ``VERDICTS``."""
+        return overall(measured.verdict for measured in self.measured)
 
-    @property
-    def tightest(self) -> Contrast:
-        """The contrast that decides: one with the verdict's own, and of these the one least ahead of its bound."""
-        deciding = [contrast for contrast in self.contrasts if contrast.verdict == self.verdict]
-        return min(deciding, key=_margin)
+
+def tightest(contrasts: Sequence[Contrast]) -> Contrast:
+    """The contrast that decides: one with the verdict's own, and of these the one least ahead of its bound."""
+    decided = verdict(list(contrasts))
+    return min((contrast for contrast in contrasts if contrast.verdict == decided), key=_margin)
 
 
 def _margin(contrast: Contrast) -> float:
@@ -72,20 +108,39 @@ class Overview:
     tables: tuple[Path, ...]
 
     @property
-    def measured(self) -> list[Measured]:
-        """Every claim in every folder that has something to say about it."""
-        return [
-            Measured(claim, name, results, contrasts)
-            for claim in CLAIMS
-            for name, results in self.results.items()
-            if results.experiment.name in claim.experiments and (contrasts := list(claim.contrasts(results)))
-        ]
+    def standings(self) -> list[Standing]:
+        """Every claim, with what was measured of it."""
+        tables = Standing(EVERYWHERE, [_measure_table(self.root, folder) for folder in self.tables])
+        return [*(Standing(claim, list(self._measure(claim))) for claim in CLAIMS), tables]
 
     @property
-    def not_measured(self) -> list[Claim]:
-        """Claims that no folder says anything about."""
-        known = {id(measured.claim) for measured in self.measured}
-        return [claim for claim in CLAIMS if id(claim) not in known]
+    def measured(self) -> list[Measured]:
+        """Every claim in every folder that has something to say about it."""
+        return [measured for standing in self.standings for measured in standing.measured]
+
+    def _measure(self, claim: Claim) -> Iterable[Measured]:
+        for name, results in self.results.items():
+            contrasts = list(claim.contrasts(results)) if results.experiment.name in claim.experiments else []
+            if contrasts:
+                said = [(describe(contrast), contrast.verdict) for contrast in contrasts]
+                decides = describe(tightest(contrasts))
+                yield Measured(claim, name, data_name(results), verdict(contrasts), decides, said)
+
+
+def _measure_table(root: Path, folder: Path) -> Measured:
+    judgements = judge(folder)
+    holds = all(row["streaming-l1"].verdict == "works" for row in judgements.values())
+    data = data_name(next(iter(next(iter(judgements.values())).values())).results)
+    place = str(folder.relative_to(root))
+    return Measured(EVERYWHERE, place, data, HOLDS if holds else FALSE, table1_summary(judgements))
+
+
+def data_name(results: Results) -> str:
+    """The data as a reader filters them: one kind of images, or text."""
+    if results.experiment.kind.unit == "characters":
+        return "text"
+    name = str(results.config["data"]["name"])
+    return "CIFAR-10" if name == "cifar10" else name
 
 
 def load_overview(root: Path) -> Overview:
@@ -97,17 +152,23 @@ def load_overview(root: Path) -> Overview:
     configs = sorted(root.glob(f"**/{CONFIG}"))
     if not configs:
         raise UserError(f"{root}: no results there; name a folder that `streamnorm run` wrote, or one that holds such")
-    results = {str(path.parent.relative_to(root)): open_results(path.parent) for path in configs}
+    results = {path.parent.relative_to(root).as_posix(): open_results(path.parent) for path in configs}
     return Overview(root, results, tuple(path.parent for path in sorted(root.glob(f"**/{TABLE1_CONFIG}"))))
 
 
 def build_overview(root: Path) -> Overview:
-    """Make the page ``report.html`` and ``claims.csv`` in ``root`` from all logs below it.
+    """Make ``report.html`` and ``claims.csv`` in ``root`` from all logs below it, and the pages that it leads to.
 
     Raises:
         UserError: there are no results, or a log is damaged.
     """
     overview = load_overview(root)
+    for name in overview.results:
+        if not (root / name / REPORT).exists():
+            build_report(root / name)
+    for folder in overview.tables:
+        if not (folder / REPORT).exists():
+            build_table(folder)
     write_text(root / REPORT, page(overview))
     write_text(root / "claims.csv", as_csv(claim_rows(overview)))
     return overview
@@ -115,102 +176,127 @@ def build_overview(root: Path) -> Overview:
 
 def claim_rows(overview: Overview) -> list[Row]:
     """The lines of ``claims.csv``: each claim in each folder that says something about it, and the others."""
-    rows = [
-        _row(one.claim, one.folder, describe(one.tightest), len(one.contrasts), one.verdict)
-        for one in overview.measured
-    ]
-    for folder in overview.tables:
-        place = str(folder.relative_to(overview.root))
-        rows.append(_row(EVERYWHERE, place, table1_summary(judge(folder)), 1, everywhere_verdict(folder)))
-    missing = [*overview.not_measured, *([] if overview.tables else [EVERYWHERE])]
-    return rows + [_row(claim, "", "", 0, "not measured") for claim in missing]
+    rows = [_row(one.claim, one) for one in overview.measured]
+    return rows + [_row(standing.claim) for standing in overview.standings if not standing.measured]
 
 
-def _row(claim: Claim, folder: str, decides: str, comparisons: int, verdict: str) -> Row:
+def _row(claim: Claim, measured: Measured | None = None) -> Row:
     return {
         "claim": claim.text,
         "in_the_paper": claim.place,
-        "results": folder,
-        "what_decides": decides,
-        "comparisons": comparisons,
-        "verdict": verdict,
+        "results": measured.folder if measured else "",
+        "what_decides": measured.decides if measured else "",
+        "comparisons": len(measured.comparisons) or 1 if measured else 0,
+        "verdict": measured.verdict if measured else UNMEASURED,
     }
 
 
 def page(overview: Overview) -> str:
     """The page's text."""
     return document(
-        "streamnorm: the evidence",
+        "All results: what holds, what does not, what is open",
         [
-            "<h1>The evidence</h1>",
-            '<p class="lead">What the paper and we claim, and what came out.</p>',
-            f'<section class="verdict"><h2>In short</h2><p>{escape(in_short(overview))}</p></section>',
-            _claims(overview),
-            *(_folder(overview, name, results) for name, results in overview.results.items()),
-            "<h2>Where it ran</h2>",
-            environments(run for results in overview.results.values() for run in results.logs),
+            "<h1>All results</h1>",
+            '<p class="lead">What the paper and this project claim about normalization, and what training runs say.'
+            "</p>",
+            f'<p class="headline">{escape(in_short(overview))}</p>',
+            _strip(overview.standings),
+            '<h2 id="claims">The claims</h2>',
+            _filters(overview),
+            *(_claim(number, standing) for number, standing in enumerate(overview.standings)),
+            '<h2 id="experiments">The experiments</h2>',
+            *_experiments(overview),
+            '<h2 id="method">How it was done</h2>',
+            _method(overview),
         ],
+        (("#claims", "Claims"), ("#experiments", "Experiments"), ("#method", "How it was done")),
+        "evidence.js",
     )
 
 
 def in_short(overview: Overview) -> str:
-    """The number of claims with each verdict."""
-    verdicts = [measured.verdict for measured in overview.measured]
-    verdicts += [everywhere_verdict(folder) for folder in overview.tables]
+    """The number of claims, and of measurements, with each verdict."""
+    standings, measured = overview.standings, overview.measured
+    return (
+        f"Of {len(standings)} claims {_counts(standing.verdict for standing in standings)}. "
+        f"Behind them are {len(measured)} measurements: {_counts(one.verdict for one in measured)}."
+    )
+
+
+def _counts(verdicts: Iterable[str]) -> str:
     counts = Counter(verdicts)
-    parts = [f"{counts[word]} {word}" for word in (HOLDS, FALSE, OPEN)]
-    left = len(overview.not_measured) + (not overview.tables)
+    parts = [f"{counts[word]} {COUNTED[word][counts[word] > 1]}" for word in VERDICTS if counts[word]]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _strip(standings: Sequence[Standing]) -> str:
+    """Claims by verdict, a column of squares for each: one for each measurement."""
+    groups = []
+    for word in VERDICTS:
+        found = [(number, standing) for number, standing in enumerate(standings) if standing.verdict == word]
+        if found:
+            links = "".join(
+                f'<a href="#claim-{number}" title="{escape(standing.claim.text)}">{_squares(standing)}</a>'
+                for number, standing in found
+            )
+            groups.append(
+                f'<div><button type="button" class="filter {CLASS[word]}" data-verdict="{word}" aria-pressed="false">'
+                f"<b>{len(found)}</b> {word}</button><span>{links}</span></div>"
+            )
+    return f'<div class="strip">{"".join(groups)}</div>'
+
+
+def _squares(standing: Standing) -> str:
+    squares = "".join(
+        f'<i class="{CLASS[one.verdict]}" title="{escape(one.folder)}: {one.verdict}"></i>' for one in standing.measured
+    )
+    return squares or f'<i class="{CLASS[UNMEASURED]}"></i>'
+
+
+def _filters(overview: Overview) -> str:
+    data = "".join(f"<option>{name}</option>" for name in sorted({one.data for one in overview.measured}))
     return (
-        f"Of {len(verdicts)} measurements of {len(CLAIMS) + 1 - left} claims: {', '.join(parts)}. "
-        f"{left} claims are not measured in these results."
+        '<form class="filters" hidden>'
+        '<label>Verdict <select name="verdict"><option value="">any</option>'
+        + "".join(f"<option>{word}</option>" for word in VERDICTS)
+        + f'</select></label><label>Data <select name="data"><option value="">all</option>{data}</select></label>'
+        '<label>Made by <select name="source"><option value="">anyone</option><option value="paper">the paper</option>'
+        '<option value="ours">this project</option></select></label>'
+        '<label>Words <input type="search" name="words" size="12"></label>'
+        '<button type="button" name="fold">Open all</button> <output></output></form>'
     )
 
 
-def everywhere_verdict(folder: Path) -> str:
-    """The verdict on Streaming Normalization in every scenario of a table 1, by its criterion."""
-    return HOLDS if all(row["streaming-l1"].verdict == "works" for row in judge(folder).values()) else FALSE
-
-
-def _claims(overview: Overview) -> str:
-    head = [f"<th>{word}</th>" for word in ("Claim", "In the paper", "Measured", "Ahead by", "Verdict")]
-    table1 = [_table1_claim(overview, folder) for folder in overview.tables] or [_unmeasured(EVERYWHERE)]
-    rows = [*map(_claim, overview.measured), *table1, *map(_unmeasured, overview.not_measured)]
-    words = (
-        "<p>A claim is made of comparisons, each paired by seed. It holds where the whole 95% interval of each "
-        "difference is above the claim's bound, does not hold where that of one is below it, and is open otherwise. "
-        "“Ahead by” shows the comparison that decides: accuracy in points, losses in nats, above zero where the "
-        "claim's side is better. Intervals are not corrected for their number. Click for all comparisons.</p>\n"
-    )
-    return "<h2>The claims</h2>\n" + words + html_table(head, rows)
-
-
-def _claim(measured: Measured) -> str:
-    items = "".join(f"<li>{escape(describe(contrast))}: {contrast.verdict}</li>" for contrast in measured.contrasts)
-    count = len(measured.contrasts)
+def _claim(number: int, standing: Standing) -> str:
+    claim, word = standing.claim, standing.verdict
+    data = " ".join(sorted({one.data for one in standing.measured}))
+    counts = Counter(one.verdict for one in standing.measured)
+    told = ", ".join(f"{counts[kind]} {COUNTED[kind][counts[kind] > 1]}" for kind in VERDICTS if counts[kind])
+    results = f"of {len(standing.measured)} results {told}" if len(standing.measured) > 1 else ""
+    source = "ours" if claim.place == OURS else "paper"
+    place = "made by this project" if source == "ours" else f"the paper, {claim.place}"
+    items = "\n".join(map(_measurement, standing.measured)) or f"<li>To measure it: {_commands(claim)}</li>"
     return (
-        f'<tr><td class="text">{escape(measured.claim.text)}</td><td>{escape(measured.claim.place)}</td>'
-        f'<td><a href="{measured.folder}/{REPORT}">{measured.folder}</a><br><small>'
-        f"{escape(measured.results.config['data']['name'])}</small></td>"
-        f'<td class="text">{escape(describe(measured.tightest))}<details><summary>{count} in all</summary>'
-        f"<ul>{items}</ul></details></td>"
-        f'<td><b class="{_CLASS[measured.verdict]}">{measured.verdict}</b></td></tr>'
+        f'<details class="claim" id="claim-{number}" data-verdict="{word}" data-data="{data}" data-source="{source}">'
+        f'<summary><b class="badge {CLASS[word]}">{word}</b><span class="what">{escape(claim.text)} '
+        f"<small>{' · '.join(filter(None, (escape(place), results)))}</small></span>"
+        f'<span class="squares">{_squares(standing)}</span></summary>\n'
+        f'<ul class="measured">\n{items}\n</ul></details>'
     )
 
 
-def _table1_claim(overview: Overview, folder: Path) -> str:
-    place, verdict = escape(str(folder.relative_to(overview.root))), everywhere_verdict(folder)
-    return (
-        f'<tr><td class="text">{EVERYWHERE.text}</td><td>{EVERYWHERE.place}</td>'
-        f'<td><a href="{place}/{REPORT}">{place}</a></td><td class="text">{table1_summary(judge(folder))}</td>'
-        f'<td><b class="{_CLASS[verdict]}">{verdict}</b></td></tr>'
-    )
+def _commands(claim: Claim) -> str:
+    return " or ".join(f"<code>streamnorm run {name}</code>" for name in claim.experiments)
 
 
-def _unmeasured(claim: Claim) -> str:
-    names = ", ".join(claim.experiments)
+def _measurement(measured: Measured) -> str:
+    several = len(measured.comparisons) > 1
+    items = "".join(f"<li>{escape(text)}: {word}</li>" for text, word in measured.comparisons)
+    more = f"<details><summary>all {len(measured.comparisons)} comparisons</summary><ul>{items}</ul></details>"
     return (
-        f'<tr><td class="text">{escape(claim.text)}</td><td>{escape(claim.place)}</td><td>–</td>'
-        f'<td class="text"><small>streamnorm run {names}</small></td><td>not measured</td></tr>'
+        f'<li><b class="badge {CLASS[measured.verdict]}">{measured.verdict}</b> '
+        f'<a href="{measured.folder}/{REPORT}">{measured.folder}</a> <small>{escape(measured.data)}</small>'
+        f"<div>{escape(measured.decides)}{more if several else ''}</div></li>"
     )
 
 
@@ -233,36 +319,60 @@ def describe(contrast: Contrast) -> str:
     return f"{where}: {score.difference(ahead.mean)}{interval} {score.unit}, bound {score.difference(contrast.above)}"
 
 
-def _folder(overview: Overview, name: str, results: Results) -> str:
-    """A folder's own words, figure and configuration, and where to read on."""
-    folder = overview.root / name
-    drawing = folder / "figures" / "summary.svg"
-    if not drawing.exists() or not (folder / REPORT).exists():
-        build_report(folder)
-    items = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(results))
+def _experiments(overview: Overview) -> Iterable[str]:
+    """The results by experiment, folded."""
+    kinds = dict.fromkeys(results.experiment for results in overview.results.values())
+    for kind in sorted(kinds, key=lambda kind: kind.title):
+        found = {name: results for name, results in overview.results.items() if results.experiment is kind}
+        count = f"{len(found)} results" if len(found) > 1 else "1 result"
+        body = "\n".join(_folder(name, results) for name, results in found.items())
+        yield (
+            f'<details class="group" id="{kind.name}"><summary>{escape(kind.title)} <small>{count}</small>'
+            f"</summary>\n<p>{escape(kind.question)} <code>streamnorm run {kind.name}</code></p>\n{body}</details>"
+        )
+    for folder in overview.tables:
+        place = str(folder.relative_to(overview.root))
+        yield (
+            f'<details class="group"><summary>{Table1.title} <small>{place}</small></summary>\n'
+            f'<p>{escape(table1_summary(judge(folder)))} <a href="{place}/{REPORT}">The table</a></p></details>'
+        )
+
+
+def _folder(name: str, results: Results) -> str:
+    """A folder's first sentence and figure, warnings, configuration, and where to read on."""
     notes = "\n".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results))
     protocol = "\n".join(f"<li>{escape(fact)}</li>" for fact in results.protocol if fact)
-    link = f'<a href="{name}/{REPORT}">The whole report</a>'
+    options = "; ".join(f"{key} {value}" for key, value in results.config["options"].items() if value is not None)
     return (
-        f"<h2>{escape(results.experiment.title)}: {escape(results.config['data']['name'])}</h2>\n"
-        f"<p>{escape(results.experiment.question)} {link}</p>\n<ul>\n{items}\n</ul>\n"
-        f"{notes}\n{figure(drawing.read_text(encoding='utf-8'), *results.experiment.words.summary(results.config))}\n"
-        f"<details><summary>Configuration</summary><ul>\n{protocol}\n</ul>\n"
-        f"<p>{escape(_options(results))}</p>\n<pre>{escape(chr(10).join(results.config['commands']))}</pre></details>"
+        f'<section><h3><a href="{name}/{REPORT}">{name}</a></h3>\n<p><b>{escape(headline(results))}</b></p>\n'
+        f"{figure(charts(results)['summary'], f'{name}/figures/summary.svg')}\n"
+        f"<details><summary>Warnings, configuration, command</summary>{notes}<ul>\n{protocol}\n</ul>\n"
+        f"<p>{escape(options)}</p>\n<pre>{escape(chr(10).join(results.config['commands']))}</pre></details></section>"
     )
 
 
-def _options(results: Results) -> str:
-    options = results.config["options"]
-    return "; ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+def _method(overview: Overview) -> str:
+    settings = [setting for results in overview.results.values() for setting in results.settings]
+    return (
+        '<details class="group"><summary>How a verdict is made</summary>\n'
+        "<p>A claim is made of comparisons, each paired by seed. In one folder of results it holds where the whole 95% "
+        "interval of each difference is above the claim's bound, does not hold where that of one is below it, and is "
+        "open otherwise. Over all folders it holds if it holds in each, and in part if it is open in the others; it "
+        "does not hold if that is so in one of them, and is mixed if it holds in another. "
+        "Differences of accuracies are in points, those of losses in nats, and above zero the claim's side is better. "
+        f"Intervals are not corrected for their number. {explain(settings)}</p></details>\n"
+        '<details class="group"><summary>Where it ran</summary>\n'
+        f"{environments(run for results in overview.results.values() for run in results.logs)}</details>"
+    )
 
 
 def print_overview(overview: Overview, console: Console) -> None:
     """The verdicts on the terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("claim", "measured", "verdict"):
+    for name in ("verdict", "claim", "results"):
         table.add_column(name)
-    for measured in overview.measured:
-        table.add_row(measured.claim.text, f"{measured.folder}\n{describe(measured.tightest)}", measured.verdict)
+    for standing in overview.standings:
+        results = "\n".join(f"{one.folder}: {one.verdict}" for one in standing.measured)
+        table.add_row(standing.verdict, standing.claim.text, results)
     console.print(table, highlight=False)
     console.print(in_short(overview), highlight=False)

@@ -1,23 +1,33 @@
-"""One self-contained HTML page: what was asked, what came out, how it was done, how to do it again."""
+"""The page of one experiment: what came out, figures, numbers, how it was done, and how to repeat it."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from streamnorm_lab.analysis.folders import open_results
+from streamnorm_lab.analysis.headline import headline
 from streamnorm_lab.analysis.results import Cell, Results
 from streamnorm_lab.analysis.verdict import sentences, warnings
 from streamnorm_lab.common.files import write_text
+from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.common.stats import Interval
 from streamnorm_lab.logs.runlog import LoggedRun
+from streamnorm_lab.reports.charts import charts
 from streamnorm_lab.reports.figures import save_figures
-from streamnorm_lab.reports.style import CSS
+from streamnorm_lab.reports.page import document, figure, html_table
 from streamnorm_lab.reports.tables import difference_text, save_tables, score_text
 
 REPORT = "report.html"
+MENU = (
+    ("#result", "What came out"),
+    ("#numbers", "The numbers"),
+    ("#curves", "Along the way"),
+    ("#rates", "Learning rates"),
+    ("#protocol", "How it was done"),
+    ("#again", "Do it again"),
+)
 
 
 def build_report(folder: Path) -> Results:
@@ -27,49 +37,39 @@ def build_report(folder: Path) -> Results:
         UserError: the folder holds no finished run, or a damaged log.
     """
     results = open_results(folder)
-    drawings = save_figures(results, folder / "figures")
+    save_figures(charts(results), folder / "figures")
     save_tables(results, folder)
-    write_text(folder / REPORT, page(results, drawings))
+    write_text(folder / REPORT, page(results))
     return results
 
 
-def page(results: Results, drawings: Mapping[str, str]) -> str:
-    """The page's text; ``drawings`` are SVG texts by name."""
-    experiment, words = results.experiment, results.experiment.words
+def page(results: Results) -> str:
+    """The page's text."""
+    drawn = {name: figure(chart, f"figures/{name}.svg") for name, chart in charts(results).items()}
     sections = (
         _opening(results),
+        drawn["summary"],
         _verdict(results),
-        figure(drawings["summary"], *words.summary(results.config)),
-        "<h2>The numbers</h2>",
+        '<h2 id="numbers">The numbers</h2>',
+        _section(results),
         _numbers(results),
         _pairs(results),
-        _section(results),
         _changes(results),
-        "<h2>Along the way</h2>",
-        figure(drawings["curves"], *words.curves(results.config), wide=True),
-        "<h2>Learning rates</h2>",
+        '<h2 id="curves">Along the way</h2>',
+        drawn["curves"],
+        '<h2 id="rates">Learning rates</h2>',
+        drawn["rates"],
         _rates(results),
-        figure(drawings["rates"], *words.rates(), wide=True),
         _samples(results),
-        "<h2>How it was done</h2>",
+        '<h2 id="protocol">How it was done</h2>',
         _protocol(results),
-        "<h2>Where it ran</h2>",
+        "<h3>Where it ran</h3>",
         environments(results.logs),
-        "<h2>Do it again</h2>",
+        '<h2 id="again">Do it again</h2>',
         _commands(results),
     )
-    return document(experiment.title, filter(None, sections))
-
-
-def document(title: str, sections: Iterable[str]) -> str:
-    """A page that needs no other file."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
+    data = results.config["data"]["name"]
+    return document(f"{results.experiment.title}: {data}", filter(None, sections), MENU)
 
 
 def _opening(results: Results) -> str:
@@ -77,52 +77,53 @@ def _opening(results: Results) -> str:
     alias = f" · the paper's {experiment.alias.replace('figure', 'figure ')}" if experiment.alias else ""
     return (
         f"<h1>{escape(experiment.title)}</h1>\n"
+        f'<p class="headline">{escape(headline(results))}</p>\n'
         f'<p class="lead">streamnorm experiment <b>{experiment.name}</b>{alias} · data: {escape(data["name"])}</p>\n'
-        f'<p class="question">{escape(experiment.question)}</p>'
+        f"<p>{escape(experiment.question)}</p>\n<p>{escape(explain(results.settings))}</p>"
+    )
+
+
+def explain(settings: Sequence[Setting]) -> str:
+    """The meaning of S×U, by one of these settings.
+
+    Example:
+        >>> explain([Setting(32, 1), Setting(2, 16)]).partition(": ")[2]
+        '2×16 is mini-batches of 2, 16 per weight update.'
+    """
+    shown = next((setting for setting in settings if setting.samples > 1 and setting.batches > 1), settings[-1])
+    return (
+        "A setting S×U is S samples in a mini-batch and U mini-batches for each weight update: "
+        f"{shown.label} is {shown.words}."
     )
 
 
 def _verdict(results: Results) -> str:
     items = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(results))
     notes = "\n".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results))
-    return f'<section class="verdict"><h2>What came out</h2>\n<ul>\n{items}\n</ul></section>\n{notes}'
+    return f'<h2 id="result">What came out</h2>\n<ul class="results">\n{items}\n</ul>\n{notes}'
 
 
-def figure(svg: str, description: str, caption: str, wide: bool = False) -> str:
-    """A drawing with its caption."""
-    image = base64.b64encode(svg.encode()).decode()
-    kind = ' class="wide"' if wide else ""
-    return (
-        f'<figure{kind}><div class="sheet">'
-        f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{image}"></div>\n'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _labels(results: Results) -> list[str]:
+    return [setting.label for setting in results.settings]
 
 
-def html_table(head: Iterable[str], rows: Iterable[str]) -> str:
-    """Rows of a table, below a head."""
-    header = "".join(head)
-    body = "\n".join(rows)
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-
-
-def _head(results: Results, first: str = "Method") -> list[str]:
-    return [f"<th>{first}</th>", *(f'<th class="number">{setting.label}</th>' for setting in results.settings)]
-
-
-def _row(results: Results, name: str, cells: Iterable[str]) -> str:
+def _named(results: Results, name: str, cells: Iterable[str]) -> list[str]:
+    """The row of a method."""
     method = results.method(name)
-    dot = f'<span class="dot" style="background:{method.colour}"></span>'
-    return f"<tr><th>{dot}{method.label}</th>{''.join(cells)}</tr>"
+    return [f'<span class="dot" style="--c:{method.colour}"></span>{method.label}', *cells]
 
 
 def _numbers(results: Results) -> str:
-    words = results.experiment.words.numbers.format(reference=results.method(results.experiment.reference).label)
+    words = results.experiment.words.numbers.format(
+        reference=results.method(results.experiment.reference).label, spread=results.spread
+    )
     rows = (
-        _row(results, method.name, (_number(results, results.cells[method.name, s]) for s in results.settings))
+        _named(results, method.name, (_number(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
-    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + html_table(_head(results), rows)
+    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + html_table(
+        ["Method", *_labels(results)], rows, numbers=True
+    )
 
 
 def _number(results: Results, cell: Cell) -> str:
@@ -132,9 +133,9 @@ def _number(results: Results, cell: Cell) -> str:
     if cell.mean is not None:
         train_loss = None if cell.train_loss is None else cell.train_loss.mean
         notes += results.experiment.words.notes(cell.mean.mean, train_loss)
-    below = "".join(f"<br><small>{note}</small>" for note in notes)
-    title = f' title="{escape(cell.reason)}"' if cell.reason else ""
-    return f'<td class="number"{title}>{score_text(results.experiment.score, cell)}{below}</td>'
+    below = "".join(f"<small>{note}</small>" for note in notes)
+    text = score_text(results.experiment.score, cell)
+    return (f'<span title="{escape(cell.reason)}">{text}</span>' if cell.reason else text) + below
 
 
 def _difference(results: Results, difference: Interval | None) -> str:
@@ -151,30 +152,29 @@ def _pairs(results: Results) -> str:
     for ours, theirs in results.experiment.comparisons:
         if {ours, theirs} <= names:
             found = (results.difference(ours, theirs, setting) for setting in results.settings)
-            cells = "".join(f'<td class="number">{_difference(results, difference)}</td>' for difference in found)
-            rows.append(f"<tr><th>{results.method(ours).label} − {results.method(theirs).label}</th>{cells}</tr>")
+            pair = f"{results.method(ours).label} − {results.method(theirs).label}"
+            rows.append([pair, *(_difference(results, difference) for difference in found)])
     words = (
-        f"<p>The pairs that the verdict speaks of: difference in {results.experiment.words.difference_unit}, paired by "
-        "seed, mean ± 95% interval.</p>\n"
+        f"<p>The pairs that the sentences above speak of: difference in {results.experiment.words.difference_unit}, "
+        f"paired by seed, {results.spread}.</p>\n"
     )
-    return words + html_table(_head(results, "Pair"), rows) if rows else ""
+    return words + html_table(["Pair", *_labels(results)], rows, numbers=True) if rows else ""
 
 
 def _changes(results: Results) -> str:
     """The same method at two settings."""
     if not results.setting_pairs:
         return ""
-    head = [f'<th class="number">{left.label} − {right.label}</th>' for left, right in results.setting_pairs]
+    head = [f"{left.label} − {right.label}" for left, right in results.setting_pairs]
     rows = []
     for method in results.methods:
         found = (results.change(method.name, *pair) for pair in results.setting_pairs)
-        cells = [f'<td class="number">{_difference(results, change)}</td>' for change in found]
-        rows.append(_row(results, method.name, cells))
+        rows.append(_named(results, method.name, (_difference(results, change) for change in found)))
     words = (
         f"<p>Each method at one setting less itself at another, in {results.experiment.words.difference_unit}, paired "
-        "by seed, mean ± 95% interval.</p>\n"
+        f"by seed, {results.spread}.</p>\n"
     )
-    return words + html_table(["<th>Method</th>", *head], rows)
+    return words + html_table(["Method", *head], rows, numbers=True)
 
 
 def _section(results: Results) -> str:
@@ -182,25 +182,25 @@ def _section(results: Results) -> str:
     section = results.section
     if section is None:
         return ""
-    head = (f"<th>{escape(name)}</th>" for name in section.head)
-    rows = (
-        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in rest)}</tr>"
-        for first, *rest in section.rows
+    rows = ([escape(text) for text in row] for row in section.rows)
+    return (
+        f"<h3>{escape(section.title)}</h3>\n<p>{escape(section.text)}</p>\n"
+        + html_table([escape(name) for name in section.head], rows)
+        + "\n<h3>Every method and setting</h3>"
     )
-    return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n" + html_table(head, rows)
 
 
 def _rates(results: Results) -> str:
     grid = sorted({rate for cell in results.cells.values() for rate in cell.tuning})
     rows = (
-        _row(results, method.name, (_rate(results, results.cells[method.name, s]) for s in results.settings))
+        _named(results, method.name, (_rate(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
     return (
         f"<p>Grid: {', '.join(f'{rate:g}' for rate in grid)}. Each method got, at each setting, the rate with "
         f"{results.experiment.words.chosen_by}. An arrow marks a best rate at the edge of the grid. "
         "The last number is the largest rate that still trains: with a validation score nearer to the best one than to "
-        "guessing.</p>\n" + html_table(_head(results), rows)
+        "guessing.</p>\n" + html_table(["Method", *_labels(results)], rows, numbers=True)
     )
 
 
@@ -208,10 +208,9 @@ def _rate(results: Results, cell: Cell) -> str:
     value = results.experiment.score.value
     arrow = {"lowest": "↓ ", "highest": "↑ ", None: ""}[cell.edge]
     if cell.rate is None:
-        return '<td class="number">–</td>'
+        return "–"
     largest = results.largest_rate(cell)
-    notes = f"<br><small>{value(cell.tuning[cell.rate])}</small><br><small>up to {largest:g}</small>"
-    return f'<td class="number">{arrow}{cell.rate:g}{notes}</td>'
+    return f"{arrow}{cell.rate:g}<small>{value(cell.tuning[cell.rate])}</small><small>up to {largest:g}</small>"
 
 
 def _protocol(results: Results) -> str:

@@ -16,7 +16,8 @@ from streamnorm_lab.analysis.results import Results
 from streamnorm_lab.analysis.table1 import CRITERION, Judged, judge, read_table
 from streamnorm_lab.common.files import write_text
 from streamnorm_lab.experiments.table1 import TECHNIQUES, Scenario, Table1
-from streamnorm_lab.reports.report import REPORT, document, html_table
+from streamnorm_lab.reports.page import document, html_table
+from streamnorm_lab.reports.report import REPORT
 from streamnorm_lab.reports.tables import score_text
 
 Judgements = dict[Scenario, dict[str, Judged]]
@@ -60,11 +61,9 @@ def agrees(judged: Judged, claim: str) -> bool:
 
 def page(judgements: Judgements, parts: Mapping[str, str], commands: list[str]) -> str:
     """The table, the criterion, and where each part is."""
-    head = ["<th>Scenario</th>", *(f"<th>{label}</th>" for label in TECHNIQUES.values())]
     rows = (
-        f"<tr><th>{scenario.label}<br><small>{scenario.experiment} {scenario.setting}</small></th>"
-        + "".join(_html(judged, claimed(scenario, name)) for name, judged in row.items())
-        + "</tr>"
+        [f"{scenario.label}<small>{scenario.experiment} {scenario.setting}</small>"]
+        + [_html(judged, claimed(scenario, name)) for name, judged in row.items()]
         for scenario, row in judgements.items()
     )
     results = {scenario.experiment: next(iter(row.values())).results for scenario, row in judgements.items()}
@@ -73,11 +72,11 @@ def page(judgements: Judgements, parts: Mapping[str, str], commands: list[str]) 
         Table1.title,
         [
             f"<h1>{Table1.title}</h1>",
+            f'<p class="headline">{summary(judgements)}</p>',
             '<p class="lead">streamnorm experiment <b>table1</b> · the paper\'s table 1</p>',
-            f'<section class="verdict"><h2>What came out</h2><p>{summary(judgements)}</p></section>',
             f"<p>{CRITERION} Smaller: test accuracy or loss with its 95% interval, the share of the best gain, and the "
             "paper's own judgement.</p>",
-            html_table(head, rows),
+            html_table(["Scenario", *TECHNIQUES.values()], rows),
             "<p>Without time steps, time-specific Batch Normalization is Batch Normalization, and the same runs stand "
             "for both. The text's losses are in nats per character.</p>",
             f"<h2>The parts</h2>\n<ul>\n{items}\n</ul>",
@@ -96,8 +95,8 @@ def _html(judged: Judged, claim: str) -> str:
     reason = f' title="{escape(judged.cell.reason)}"' if judged.cell.reason else ""
     mark = "" if agrees(judged, claim) else " ≠"
     return (
-        f'<td{reason}><b class="{_CLASS[judged.verdict]}">{judged.verdict}</b><br>'
-        f"<small>{score_text(judged.results.experiment.score, judged.cell)}{share}<br>paper: {claim}{mark}</small></td>"
+        f'<b{reason} class="{_CLASS[judged.verdict]}">{judged.verdict}</b>'
+        f"<small>{score_text(judged.results.experiment.score, judged.cell)}{share}; paper: {claim}{mark}</small>"
     )
 
 

@@ -53,7 +53,7 @@ def _changes(results: Results) -> Table:
 
 def _table(results: Results, title: str, first: str, columns: Iterable[str] | None = None) -> Table:
     table = Table(
-        title=title,
+        title=f"{title}, {results.spread}",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import streamnorm as sn
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.files import write_text
-from streamnorm_lab.reports.report import document
+from streamnorm_lab.reports.page import document, html_table
 
 WATCH = "watch"
 """The folder of watched runs below that of an experiment."""
@@ -54,18 +54,17 @@ def write_index(folder: Path, live: bool = False) -> Path:
     """Write a page that names every watched run below a folder and leads to its own; a ``live`` one reloads itself."""
     entries = [entry for log in sorted(folder.rglob(LOG)) if (entry := _glance(log, folder)) is not None]
     rows = [
-        f'<tr><th><a href="{escape(entry.place)}/{PAGE}">{escape(entry.name)}</a></th>'
-        f'<td class="number">{entry.layers}</td><td class="number">{entry.updates:,}</td>'
-        f"<td>{escape(entry.status)}</td></tr>"
+        [
+            f'<a href="{escape(entry.place)}/{PAGE}">{escape(entry.name)}</a>',
+            *(str(entry.layers), f"{entry.updates:,}", escape(entry.status)),
+        ]
         for entry in entries
     ]
-    head = '<thead><tr><th>run</th><th class="number">layers</th><th class="number">updates</th><th></th></tr></thead>'
-    table = f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    table = html_table(["run", "layers", "updates", "status"], rows, numbers=True)
     nothing = "<p>Nothing yet. Runs come here once they train, as far as they have streaming layers.</p>"
-    style = "<style>tbody th { white-space: normal; font-weight: 400; } td.number { width: 5rem; }</style>"
     reload = "<script>setTimeout(() => location.reload(), 3000)</script>" if live else ""
     path = folder / INDEX
-    write_text(path, document("Watched runs", [style, "<h1>Watched runs</h1>", table if rows else nothing, reload]))
+    write_text(path, document("Watched runs", ["<h1>Watched runs</h1>", table if rows else nothing, reload]))
     return path
 
 

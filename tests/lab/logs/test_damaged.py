@@ -16,12 +16,12 @@ from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.experiments.adapt import Adapt
 from streamnorm_lab.experiments.char import CharRNN
 from streamnorm_lab.experiments.experiment import Experiment
-from streamnorm_lab.reports.figures import curves, rates, summary
+from streamnorm_lab.reports.charts import charts
+from streamnorm_lab.reports.figures import save_figures
 from streamnorm_lab.reports.report import page
 from streamnorm_lab.reports.tables import save_tables
 from streamnorm_lab.running.sweep import run_sweep
 
-DRAWINGS = dict.fromkeys(("summary", "curves", "rates"), "<svg/>")
 KINDS: dict[str, Experiment[Any]] = {
     "images": Adapt(
         methods=("batch", "layer"),
@@ -64,7 +64,7 @@ def report_or_refuse(folder: Path, named: str) -> bool:
     """Whether there is a report; otherwise a refusal that names the file."""
     try:
         results = open_results(folder)
-        page(results, DRAWINGS)
+        page(results)
         save_tables(results, folder)
     except UserError as error:
         said = str(error)
@@ -114,8 +114,7 @@ def test_figures_of_numbers_without_measure(finished, value):
 
     change_logs(finished, change)
     results = open_results(finished)
-    for draw in (summary, curves, rates):
-        draw(results)
+    save_figures(charts(results), finished / "figures")
 
 
 @pytest.mark.parametrize(

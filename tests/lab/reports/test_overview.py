@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 from support.lab import Page, set_scores
 
-from streamnorm_lab.analysis.claims import CLAIMS, FALSE, HOLDS, OPEN, Claim, Contrast, between, everywhere, verdict
+from streamnorm_lab.analysis.claims import (
+    CLAIMS,
+    FALSE,
+    HOLDS,
+    OPEN,
+    UNMEASURED,
+    Contrast,
+    between,
+    everywhere,
+    verdict,
+)
 from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.analysis.results import Cell, Results
 from streamnorm_lab.commands.main import main
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.catalogue import EXPERIMENTS
-from streamnorm_lab.reports.overview import Measured, describe, load_overview
+from streamnorm_lab.reports.overview import describe, load_overview, tightest
 
 BATCH, ONLINE = Setting(4, 1), Setting(1, 4)
 
@@ -81,8 +92,7 @@ def test_a_claim_falls_with_one_contrast_and_stays_open_with_one(root):
     holds, false = Contrast(results, streaming, batch, 0), Contrast(results, batch, streaming, 0)
     assert verdict([holds, holds]) == HOLDS
     assert verdict([holds, false]) == FALSE
-    claim = Claim("", "", (), everywhere("streaming-l1", "batch", above=0))
-    assert Measured(claim, "", results, [holds, false]).tightest is false
+    assert tightest([holds, false]) is false
 
 
 def test_contrasts_are_taken_where_both_were_run(root):
@@ -122,12 +132,19 @@ def test_the_page_over_all_results(root, capsys):
     page = Page((root / "report.html").read_text())
     text = " ".join(" ".join(page.words).split())
     assert "Streaming L1 − Layer at 4×1: −40.0 [−40.0, −40.0] points, bound −0.5" in text
-    count = len(load_overview(root).not_measured) + 1  # and table 1
-    assert text.count("not measured") == count + 1
-    assert f"{count} claims are not measured" in text
+    standings = load_overview(root).standings
+    count = sum(standing.verdict == UNMEASURED for standing in standings)
+    assert f"{count} are not measured" in text
+    assert f"Of {len(standings)} claims" in text
+    assert len(re.findall(r'<details class="claim"', (root / "report.html").read_text())) == len(standings)
     assert "threads 1" in text
     assert "streamnorm run online-fc" in text
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not page.sources
+    files = {link for link in page.links if not link.startswith("#")}
+    assert files == {"online-fc-digits/report.html", "online-fc-digits/figures/summary.svg"}
+    assert all((root / link).exists() for link in files)
+    anchors = {link for link in page.links if link.startswith("#")}
+    assert all(f'id="{link[1:]}"' in (root / "report.html").read_text() for link in anchors)
     assert (folder / "report.html").read_bytes() == before
     measured = {m.claim.text: m.verdict for m in load_overview(root).measured}
     assert measured[next(claim.text for claim in CLAIMS if "at least as well as Layer" in claim.text)] == FALSE
@@ -137,3 +154,9 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path)]) == 2
     assert "name a folder that `streamnorm run` wrote" in capsys.readouterr().err
+
+
+def test_the_experiments_that_a_page_leads_to_are_built(root):
+    (root / "online-fc-digits" / "report.html").unlink()
+    assert main(["report", str(root)]) == 0
+    assert (root / "online-fc-digits" / "report.html").exists()
