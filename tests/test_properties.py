@@ -417,7 +417,7 @@ def test_finite_values_have_finite_gradients(
         assert all(buffer.isfinite().all() for buffer in layer.buffers())
 
 
-@pytest.mark.filterwarnings("ignore:.* runs away. .*NaN and infinity were all")  # for p = 10 a gradient of m ≈ 0 overflows
+@pytest.mark.filterwarnings("ignore:.* runs away. .*NaN and infinity were all")  # of p = 10, m near 0
 @every_engine
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, 7, 10])
 @pytest.mark.parametrize("center", ["mean", "zero"])
