@@ -582,28 +582,36 @@ KINDS: dict[str, tuple[type[Player], Callable[[int], tuple[Any, torch.dtype]]]] 
 
 
 def check(kind: str, seed: int, engines: list[str] | None = None) -> None:
-    """Let every engine carry out the sequence of a seed, and compare with the reference.
+    """Let every engine carry out the sequence of a seed, and compare with the reference in float64.
+
+    What is float32 may also be what the reference gives in float32.
 
     Raises:
         AssertionError: where they differ.
     """
+    _, dtype = KINDS[kind][1](seed)
+    expected = _play(kind, seed, "plain", torch.float64)
+    for engine in engines or engines_to_run():
+        results = _play(kind, seed, engine, dtype)
+        try:
+            _compare(f"{kind} {seed}, {engine}", results, expected)
+        except AssertionError:
+            if dtype == torch.float64:
+                raise
+            # A deviation of nearly 0 may round to the other sign, of which for p = 1 a gradient is made.
+            _compare(f"{kind} {seed}, {engine}", results, _play(kind, seed, "plain", dtype))
+
+
+def _play(kind: str, seed: int, engine: str, dtype: torch.dtype) -> Results:
+    """The sequence of a seed on one engine."""
     player, make = KINDS[kind]
-    count = random.Random(seed).randint(4, 16)
+    model, values_dtype = make(seed)
     threads = torch.get_num_threads()
-    runs: dict[str, Results] = {}
-    for engine in ("plain", *(engines or engines_to_run())):
-        model, dtype = make(seed)
-        own = torch.float64 if engine == "plain" else dtype
-        with ops.force(engine):
-            try:
-                runs[engine] = player(seed, model.to(own), own, dtype).play(count)
-            finally:
-                torch.set_num_threads(threads)
-    expected = runs.pop("plain")
-    for engine, results in runs.items():
-        assert len(results) == len(expected), f"{engine}: {len(results)} results, not {len(expected)}"
-        for (label, ours), (_, theirs) in zip(results, expected):
-            _compare(f"{kind} {seed}, {engine}, {label}", ours, theirs)
+    with ops.force(engine):
+        try:
+            return player(seed, model.to(dtype), dtype, values_dtype).play(random.Random(seed).randint(4, 16))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def engines_to_run() -> list[str]:
@@ -611,7 +619,13 @@ def engines_to_run() -> list[str]:
     return [name for name in ENGINES if not ops.engines()[name].startswith("not available") and name != "triton"]
 
 
-def _compare(where: str, ours: Tensor | None, theirs: Tensor | None) -> None:
+def _compare(where: str, results: Results, expected: Results) -> None:
+    assert len(results) == len(expected), f"{where}: {len(results)} results, not {len(expected)}"
+    for (label, ours), (_, theirs) in zip(results, expected):
+        _compare_tensors(f"{where}, {label}", ours, theirs)
+
+
+def _compare_tensors(where: str, ours: Tensor | None, theirs: Tensor | None) -> None:
     assert (ours is None) == (theirs is None), f"{where}: {ours} is not {theirs}"
     if ours is None or theirs is None:
         return

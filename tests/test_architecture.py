@@ -7,6 +7,7 @@ knowledge of what lies above, too. Exceptions are listed until they are gone; on
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -118,3 +119,32 @@ def test_the_library_never_imports_the_laboratory():
 def test_the_laboratory_uses_public_names():
     ours = {(a, b) for a, b in EDGES if a.split(".")[0] == "streamnorm_lab" and b.split(".")[0] == "streamnorm"}
     assert {(a, b) for a, b in ours if b not in PUBLIC} == PRIVATE
+
+
+SOURCES = SOURCE / "streamnorm" / "csrc"
+"""The C++ sources, and the README that lists the files of each folder from below."""
+FILES = {path.relative_to(SOURCES).as_posix(): path.read_text(encoding="utf-8") for path in SOURCES.glob("*/*")}
+
+
+def test_cpp_includes_run_downwards():
+    places: dict[str, int] = {}
+    for line in (SOURCES / "README.md").read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"`(\w+)/`, ", line):
+            folder = heading[1]
+        elif row := re.match(r"\| `(.+?)` \|", line):
+            places[f"{folder}/{row[1]}"] = len(places)
+    assert places.keys() == FILES.keys()
+    for name, text in FILES.items():
+        for found in re.findall(r'^#(?:include|define KERNELS) "(.*)"', text, re.M):
+            assert places[found] < places[name], f"{name} includes {found}, which stands below it in the README"
+            assert found.split("/")[0] in ("common", name.split("/")[0]), f"{name} includes {found}"
+            if name.endswith("-inl.h"):
+                assert found.endswith("-inl.h"), f"{name} includes {found}"
+
+
+def test_cpp_files_are_short():
+    assert not {name for name, text in FILES.items() if text.count("\n") >= 600}
+
+
+def test_instruction_sets_are_listed_once():
+    assert [name for name, text in FILES.items() if "#pragma GCC target" in text] == ["common/targets.h"]

@@ -338,3 +338,13 @@ def test_instruction_sets_agree_to_the_last_bit() -> None:
         outcomes[instructions] = run.stdout.split()[-1]
     assert "baseline" in outcomes
     assert len(set(outcomes.values())) == 1, outcomes
+
+
+def test_setup_wants_each_object_by_its_name() -> None:
+    exchange = Tensor.__dlpack_c_exchange_api__
+    with pytest.raises(TypeError, match=r"setup\(\) wants exchange"):
+        ops.native.extension.setup({}, "", None)
+    with pytest.raises(TypeError, match=r"setup\(\) wants Tensor"):
+        ops.native.extension.setup({"exchange": exchange}, "", None)
+    layer = sn.StreamingNorm1d(4)
+    layer(torch.randn(2, 4)).sum().backward()  # what was there before is there still

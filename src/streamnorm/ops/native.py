@@ -67,23 +67,28 @@ def _load() -> tuple[Any, str]:
         from . import _native as extension  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"not available: it was not built ({error}); install streamnorm where there is a C++ compiler"
-    functions = (
-        _empty_strided,
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-        _copy_like,
-        torch.get_num_threads,
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-        torch._C._get_tracing_state,
-        torch.is_grad_enabled,
-        Tensor.is_neg,
-        vars(forward_ad),
-        Tensor.untyped_storage,
-        Tensor.storage_offset,
-    )
+    objects = {
+        "exchange": exchange,
+        "Tensor": Tensor,
+        "Parameter": torch.nn.Parameter,
+        "dtypes": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        "empty_strided": _empty_strided,
+        "copy_like": _copy_like,
+        "is_neg": Tensor.is_neg,
+        "untyped_storage": Tensor.untyped_storage,
+        "storage_offset": Tensor.storage_offset,
+        "get_num_threads": torch.get_num_threads,
+        "is_grad_enabled": torch.is_grad_enabled,
+        "tracing_state": torch._C._get_tracing_state,
+        "dispatch_modes": torch._C._len_torch_dispatch_stack,
+        "function_modes": torch._C._len_torch_function_stack,
+        "forward_ad": vars(forward_ad),
+        "state_fields": State._fields,
+        "formula_fields": Formula._fields,
+    }
     isa = os.environ.get("STREAMNORM_ISA") or None
     try:
-        isa, threads = extension.setup(Tensor, torch.nn.Parameter, exchange, functions, State._fields, LIBRARY, isa)
+        isa, threads = extension.setup(objects, LIBRARY, isa)
     except ImportError as error:
         return None, f"not available: {error}"
     most = _mebibytes_to_keep()

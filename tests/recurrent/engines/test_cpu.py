@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import streamnorm as sn
 from streamnorm import ops
+from streamnorm.recurrent.engines import cpu
 
 GRU: Callable[..., Any] = sn.GRU
 
@@ -109,3 +110,16 @@ def ancestors(node: Any) -> list[Any]:
     """A node of the graph and all behind it."""
     behind = [each for each, _ in node.next_functions if each is not None]
     return [node, *(further for each in behind for further in ancestors(each))]
+
+
+def test_structs_of_other_sources_are_refused() -> None:
+    plan, path = cpu._recurrent.layouts()
+    cpu.check_layouts((plan, path))
+    names = [name for name, _ in path]
+    i = names.index("long")
+    with pytest.raises(ImportError, match=rf"field {i} of _Path is \('long', 'q'\), but .* has \('short', 'q'\)"):
+        cpu.check_layouts((plan, (*path[:i], path[i + 1], path[i], *path[i + 2 :])))
+    with pytest.raises(ImportError, match=r"field 0 of _Plan is \('cell', 'q'\), but .* has \('cell', 'd'\)"):
+        cpu.check_layouts(((("cell", "d"), *plan[1:]), path))
+    with pytest.raises(ImportError, match=r"field \d+ of _Path is \('grad_scale', 'd'\), but .* has None"):
+        cpu.check_layouts((plan, path[:-1]))

@@ -1,92 +1,21 @@
-// The C++ engine of recurrent networks: time steps on CPU memory.
+// The C++ engine of recurrent networks: time steps on CPU memory. These are the functions that Python calls.
 //
 // It knows nothing of PyTorch. recurrent/engines/cpu.py describes a layer's memory once in a Plan, and asks for one time step a
-// call; between the calls PyTorch multiplies matrices. The formulas are in kernels-inl.h.
+// call; between the calls PyTorch multiplies matrices. The formulas are in the kernels (…-inl.h).
 
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+#include "common/limited_api.h"
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
+#include "common/stream.h"
 #include "common/threads.h"
+#include "recurrent/plan.h"
+
+#define KERNELS "recurrent/kernels-inl.h"
+#include "common/targets.h"
 
 namespace {
-
-enum Kind : int64_t { unnormalized, features, sequences };
-enum Cell : int64_t { rnn_tanh, rnn_relu, gru, lstm };
-
-// One path of a layer, from its matrix product to the gates. All members are 8 bytes wide, in the order of native.py.
-struct Path {
-  int64_t kind, p;
-  // The products, later their deviations from mu (with a statistic for each sequence: x̂), for the rows of all steps; and
-  // 1/s, (steps of a block, G) or (rows of all steps).
-  void *values, *inverse;
-  const void *gain, *bias;
-  void *lasting, *recent;
-  int64_t *count, *samples;
-  void *lasting_grad, *recent_grad;
-  int64_t *count_grad, *samples_grad;
-  void *running_mean, *running_var;
-  int64_t running_rows;
-  int64_t* tracked;  // of each step, 1 where the running statistics of a feature moved
-  void* marks;  // of streams, where 1/s is not kept: (1 + 2·blocks, G), see marks_of; or none
-  int64_t samples_before;  // what *samples was before the first step
-  void *dx, *d_gain, *d_bias;
-  double k, eps, window, alpha[3], beta[3], momentum, grad_scale;
-};
-
-// One layer in one direction.
-struct Plan {
-  int64_t cell, gates, hidden, is_double;
-  int64_t block;  // of how many steps 1/s is kept at a time: all, or a block, which backward begins by finding it again
-  const int64_t* starts;  // where the rows of each step begin, and where the last ones end
-  void *output, *cells;
-  const void *h0, *c0;
-  const void* weight;  // (G, H), where the products with the hidden state are made here too
-  const void* panels;  // where there are more than a few rows: it, forward its transpose, as `pack` leaves it
-  const void* d_output;
-  void *d_hidden, *d_cells, *scratch;
-  int64_t first_h_flows, h0_wanted;
-  int64_t threads;
-  Path x, h;
-};
-
-// --- the kernels, once per instruction set ---------------------------------------------------------------------------------
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_X86_VARIANTS 1
-#else
-#define HAS_X86_VARIANTS 0
-#endif
-
-#define ISA baseline
-#define ISA_BYTES 16
-#include "recurrent/kernels-inl.h"
-#undef ISA
-#undef ISA_BYTES
-
-#if HAS_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define ISA avx2
-#define ISA_BYTES 32
-#include "recurrent/kernels-inl.h"
-#undef ISA
-#undef ISA_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
-#define ISA avx512
-#define ISA_BYTES 64
-#include "recurrent/kernels-inl.h"
-#undef ISA
-#undef ISA_BYTES
-#pragma GCC pop_options
-#endif
 
 typedef void (*Kernel)(const Plan&, int64_t);
 struct Variant {
@@ -100,26 +29,9 @@ struct Variant {
   { #isa, {isa::forward_step<float>, isa::forward_step<double>}, {isa::backward_step<float>, isa::backward_step<double>}, \
     {isa::recall<float>, isa::recall<double>}, \
     {isa::pack<float>, isa::pack<double>}, {isa::multiply<float>, isa::multiply<double>} }
-const Variant variants[] = {
-#if HAS_X86_VARIANTS
-    VARIANT(avx512),
-    VARIANT(avx2),
-#endif
-    VARIANT(baseline),
-};
+const Variant variants[] = {TARGETS(VARIANT)};
+#undef VARIANT
 const Variant* variant = nullptr;
-
-bool can_run(const char* name) {
-#if HAS_X86_VARIANTS
-  if (!strcmp(name, "avx512"))
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return !strcmp(name, "baseline");
-}
-
-// --- what Python calls -------------------------------------------------------------------------------------------------------
 
 // The plan and a number; null with an error set where they are not.
 const Plan* arguments(PyObject* const* args, Py_ssize_t nargs, int64_t* number) {
@@ -207,20 +119,34 @@ PyObject* setup(PyObject*, PyObject* args) {
   const char *name, *library;
   if (!PyArg_ParseTuple(args, "zs", &name, &library)) return nullptr;
   find_threads(library);
-  for (const Variant& v : variants)
-    if (can_run(v.name) && (!name || !strcmp(name, v.name))) {
-      variant = &v;
-      bool outruns = false;
+  variant = choose(variants, name);
+  if (!variant) return PyErr_Format(PyExc_ImportError, "STREAMNORM_ISA=%s cannot run here", name ? name : "");
+  bool outruns = false;
 #if HAS_X86_VARIANTS
-      // MKL leaves AVX-512 alone on AMD's processors.
-      outruns = !strcmp(v.name, "avx512") && __builtin_cpu_is("amd");
+  // MKL leaves AVX-512 alone on AMD's processors.
+  outruns = !strcmp(variant->name, "avx512") && __builtin_cpu_is("amd");
 #endif
-      return Py_BuildValue("sO", v.name, outruns ? Py_True : Py_False);
+  return Py_BuildValue("sO", variant->name, outruns ? Py_True : Py_False);
+}
+
+// layouts() -> (fields of a plan, fields of a path), each a tuple of names and struct's letters
+PyObject* tuple_of(const Field* fields, size_t count) {
+  PyObject* tuple = PyTuple_New((Py_ssize_t)count);
+  for (size_t i = 0; tuple && i < count; i++) {
+    PyObject* field = Py_BuildValue("(sC)", fields[i].name, fields[i].kind);
+    if (!field || PyTuple_SetItem(tuple, (Py_ssize_t)i, field)) {
+      Py_DECREF(tuple);
+      return nullptr;
     }
-  return PyErr_Format(PyExc_ImportError, "STREAMNORM_ISA=%s cannot run here", name ? name : "");
+  }
+  return tuple;
+}
+PyObject* layouts(PyObject*, PyObject*) {
+  return Py_BuildValue("(NN)", tuple_of(plan_fields, sizeof plan_fields / sizeof *plan_fields), tuple_of(path_fields, sizeof path_fields / sizeof *path_fields));
 }
 
 PyMethodDef methods[] = {
+    {"layouts", layouts, METH_NOARGS, nullptr},
     {"setup", setup, METH_VARARGS, nullptr},
     {"forward", (PyCFunction)(void*)forward, METH_FASTCALL, nullptr},
     {"backward", (PyCFunction)(void*)backward, METH_FASTCALL, nullptr},

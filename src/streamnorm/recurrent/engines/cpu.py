@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -217,12 +218,32 @@ class _Plan(NamedTuple):
     threads: int = 1
 
 
-def _format(*kinds: type) -> str:
-    """The fields of structs, one after the other, in ``struct``'s letters."""
-    return "".join("d" if field is float else "q" for kind in kinds for field in get_type_hints(kind).values())
+Fields = tuple[tuple[str, str], ...]
+"""The names of a struct's fields, each with its type in ``struct``'s letters."""
 
 
-_bytes = struct.Struct(_format(_Plan, _Path, _Path)).pack
+def _fields(kind: type) -> Fields:
+    return tuple((name, "d" if of is float else "q") for name, of in get_type_hints(kind).items())
+
+
+def check_layouts(theirs: tuple[Fields, Fields]) -> None:
+    """Compare the structs of the extension with those that are packed for it here.
+
+    Raises:
+        ImportError: one has another field in some place; the extension was built from other sources.
+    """
+    for kind, fields in zip((_Plan, _Path), theirs):
+        for place, (here, there) in enumerate(zip_longest(_fields(kind), fields)):
+            if here != there:
+                raise ImportError(
+                    f"field {place} of {kind.__name__} is {here}, but the extension streamnorm.ops._recurrent has "
+                    f"{there}: it was built from other sources, build it again"
+                )
+
+
+if _recurrent is not None:
+    check_layouts(_recurrent.layouts())
+_bytes = struct.Struct("".join(letter for kind in (_Plan, _Path, _Path) for _, letter in _fields(kind))).pack
 
 
 def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | None) -> _Path:

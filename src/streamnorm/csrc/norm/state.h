@@ -1,0 +1,182 @@
+// The state of a stream: its two halves, what a use makes of them beforehand, and the commit.
+
+#pragma once
+
+#include <cmath>
+
+#include "common/stream.h"
+#include "norm/plan.h"
+
+namespace {
+
+// Where tuples from Python have what is looked for; setup() finds out, by name.
+struct Places {
+  int state_size, state[2][4];  // of the forward half and of the gradient half: long, short, count, samples
+  int p, kappa, window;         // in a formula
+} places = {};
+
+// False with an error set where a name is missing.
+bool find_place(PyObject* names, const char* wanted, int& place) {
+  for (Py_ssize_t i = 0; i < PyTuple_Size(names); i++)
+    if (!PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, i), wanted)) {
+      place = (int)i;
+      return true;
+    }
+  if (!PyErr_Occurred()) PyErr_Format(PyExc_ImportError, "the C++ engine looks for %s in %R: build it from these sources", wanted, names);
+  return false;
+}
+bool find_places(PyObject* state_fields, PyObject* formula_fields) {
+  const char* const names[2][4] = {{"long", "short", "count", "samples"}, {"long_grad", "short_grad", "grad_count", "grad_samples"}};
+  Places found = {};
+  found.state_size = (int)PyTuple_Size(state_fields);
+  for (int grad = 0; grad < 2; grad++)
+    for (int i = 0; i < 4; i++)
+      if (!find_place(state_fields, names[grad][i], found.state[grad][i])) return false;
+  if (!find_place(formula_fields, "p", found.p) || !find_place(formula_fields, "kappa", found.kappa) ||
+      !find_place(formula_fields, "window", found.window))
+    return false;
+  places = found;
+  return true;
+}
+
+// The forward or the gradient half of a state, in the order (long, short, count, samples). It owns references: while the GIL is
+// released, another thread may put other tensors in the place of these.
+struct Half {
+  PyObject* tensors[4] = {};
+  DLTensor part[4];
+
+  Half() = default;
+  Half(const Half&) = delete;
+  ~Half() {
+    for (PyObject* tensor : tensors) Py_XDECREF(tensor);
+  }
+
+  // state: a tuple in the order of spec.State, or a module's dict of buffers
+  bool find(PyObject* state, bool grad) {
+    bool tuple = PyTuple_Check(state);
+    if (tuple ? PyTuple_Size(state) != places.state_size : !PyDict_Check(state)) return false;
+    for (int i = 0; i < 4; i++) {
+      const int place = places.state[grad][i];
+      if (!hold(i, tuple ? PyTuple_GetItem(state, place) : PyDict_GetItemWithError(state, PyTuple_GetItem(torch.state_fields, place))))
+        return false;
+    }
+    return true;
+  }
+  bool hold(int i, PyObject* tensor) {
+    Py_XDECREF(tensors[i]);
+    Py_XINCREF(tensor);
+    tensors[i] = tensor;
+    return tensor;
+  }
+  // seen: four places of is_whole
+  bool read(int64_t G, Type wide, const void** seen) {
+    for (int i = 0; i < 4; i++) {
+      DLTensor& t = part[i];
+      if (!borrow_flat(tensors[i], i < 2 ? 2 * G : i == 2 ? G : 1, t) || !is_whole(tensors[i], t, seen[i])) return false;
+      if (i < 2 ? type_of(t) != wide || t.ndim != 2 || t.shape[0] != 2 : !is_int64(t) || t.ndim != 3 - i) return false;
+    }
+    return true;
+  }
+  // Count the samples of this use, which then mixes with these constants or by the window.
+  void use(const Plan& plan, const double* constants, Call& call) {
+    call.lasting = part[0].data;
+    call.recent = part[1].data;
+    call.count = (int64_t*)part[2].data;
+    int64_t& samples = *(int64_t*)part[3].data;
+    samples += plan.samples;
+    mixing_weights(plan.formula.window, constants, (double)samples, call.mix);
+  }
+};
+
+// One half of a commit: the short-term averages of an index that was used move into its long-term ones.
+template <class F> void commit_half(F* lasting, F* recent, int64_t* count, int64_t G, Commit weights) {
+  for (int row = 0; row < 2; row++)
+    for (int64_t i = 0; i < G; i++) {
+      F moved = (F)(weights.keep * lasting[row * G + i] + weights.take * recent[row * G + i]);
+      lasting[row * G + i] = count[i] > 0 ? moved : lasting[row * G + i];
+      recent[row * G + i] = 0;
+    }
+  memset(count, 0, G * sizeof(int64_t));
+}
+// What a commit sees of a stream: the sum of its moments before and after, and how many statistics, and gradients of statistics,
+// met nothing finite since the last one.
+struct Signs {
+  double before, after;
+  int64_t missed[2];
+  bool leapt(double p) const { return after > 10 * before && after > pow(10, p) * before; }
+};
+template <class F> double sum(const F* values, int64_t n) {
+  F a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;  // one sum would wait for itself at every addition
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const F* v = values + i;
+    a += v[0], b += v[1], c += v[2], d += v[3], e += v[4], f += v[5], g += v[6], h += v[7];
+  }
+  for (; i < n; i++) a += values[i];
+  return (double)((a + b) + (c + d)) + ((e + f) + (g + h));
+}
+int64_t zeros(const int64_t* counts, int64_t n) {
+  int64_t a = 0, b = 0, c = 0, d = 0, i = 0;  // none is below 0: less one, only 0 has the sign
+  for (; i + 4 <= n; i += 4) a |= counts[i] - 1, b |= counts[i + 1] - 1, c |= counts[i + 2] - 1, d |= counts[i + 3] - 1;
+  for (; i < n; i++) a |= counts[i] - 1;
+  if ((a | b | c | d) >= 0) return 0;
+  int64_t found = 0;
+  for (i = 0; i < n; i++) found += counts[i] == 0;
+  return found;
+}
+template <class F> void commit_stream(const DLTensor* part, int64_t G, Commit weights, bool grad, Signs& signs) {
+  F *lasting = (F*)part[0].data, *recent = (F*)part[1].data;
+  int64_t *count = (int64_t*)part[2].data, *samples = (int64_t*)part[3].data;
+  signs.missed[grad] = *samples > 0 ? zeros(count, G) : 0;
+  if (!grad) signs.before = sum(lasting + G, G);
+  commit_half(lasting, recent, count, G, weights);
+  if (!grad) signs.after = sum(lasting + G, G);
+  *samples = 0;
+}
+// False, with nothing changed, for a state that is not in plain CPU memory.
+bool commit_state(PyObject* state, const double* kappa, double window, Signs& signs) {
+  Half halves[2];
+  DLTensor lasting, count;
+  if (!halves[0].find(state, false) || !halves[1].find(state, true)) return false;
+  if (!borrow(halves[0].tensors[0], lasting) || !borrow(halves[0].tensors[2], count)) return false;
+  Type type = type_of(lasting);
+  const int64_t G = size_of(count);
+  static const void* known[256][8];  // see is_whole; a layer has its place by where its memory is
+  const void** whole = known[(uintptr_t)lasting.data / 64 % 256];
+  if (type != Type::f32 && type != Type::f64) return false;
+  if (!halves[0].read(G, type, whole) || !halves[1].read(G, type, whole + 4)) return false;
+  for (int grad = 0; grad < 2; grad++) {
+    const DLTensor* part = halves[grad].part;
+    const Commit weights = commit_weights(window, kappa + 2 * grad, (double)*(int64_t*)part[3].data);
+    if (type == Type::f64) commit_stream<double>(part, G, weights, grad, signs);
+    else commit_stream<float>(part, G, weights, grad, signs);
+  }
+  return true;
+}
+
+// commit([(state, formula), ...]) -> (those that it does not take, signs of a training that runs away: tuples of the use's number and
+// what was seen)
+PyObject* commit(PyObject*, PyObject* uses) {
+  if (!PyList_Check(uses)) return refuse("uses that are no list");
+  Reference rest(PyList_New(0)), signs(PyList_New(0));
+  for (Py_ssize_t i = 0; rest && signs && i < PyList_Size(uses); i++) {
+    PyObject *use = PyList_GetItem(uses, i), *state_object = PyTuple_GetItem(use, 0), *formula = PyTuple_GetItem(use, 1);
+    if (!formula) return nullptr;
+    PyObject *order = PyTuple_GetItem(formula, places.p), *constants = PyTuple_GetItem(formula, places.kappa),
+             *span = PyTuple_GetItem(formula, places.window);
+    if (!order || !constants || !span) return nullptr;
+    double p = PyFloat_AsDouble(order), kappa[4] = {}, window = span == Py_None ? 0 : PyFloat_AsDouble(span);
+    for (int k = 0; span == Py_None && k < 4; k++) kappa[k] = PyFloat_AsDouble(PyTuple_GetItem(constants, k));
+    if (PyErr_Occurred()) return nullptr;
+    Signs seen = {};
+    if (!commit_state(state_object, kappa, window, seen)) {
+      if (PyErr_Occurred() || PyList_Append(rest, use)) return nullptr;
+    } else if (seen.leapt(p) || seen.missed[0] || seen.missed[1]) {
+      Reference sign(Py_BuildValue("(nddLL)", i, seen.before, seen.after, (long long)seen.missed[0], (long long)seen.missed[1]));
+      if (!sign || PyList_Append(signs, sign)) return nullptr;
+    }
+  }
+  return rest && signs ? Py_BuildValue("(OO)", (PyObject*)rest, (PyObject*)signs) : nullptr;
+}
+
+}  // namespace
