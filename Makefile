@@ -98,7 +98,8 @@ reports: install
 cuda: install
 	PYTHON=$(abspath $(BIN)/python) .ci/cuda cuda
 
-docs: $(DOCS_INSTALLED)
+# The site holds the reports, which are built from their logs first.
+docs: $(DOCS_INSTALLED) reports
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
 	$(BIN)/python -m pytest -q tests/test_site.py
 	@echo "Open docs/_build/html/index.html"

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urldefrag, urlparse
 import pytest
 
 SITE = Path(__file__).parents[1] / "docs" / "_build" / "html"
-PAGES = sorted(page for page in SITE.rglob("*.html") if "_downloads" not in page.parts)
+PAGES = sorted(SITE.rglob("*.html"))
 pytestmark = pytest.mark.skipif(not PAGES, reason="no site is built: make docs")
 
 
@@ -57,6 +57,15 @@ def test_no_link_is_dead() -> None:
         link for link in parsed(page).links if is_dead(link, page)
     })}  # fmt: skip
     assert not dead
+
+
+def test_reports_are_pages_of_the_site() -> None:
+    reports = [page for page in PAGES if page.name == "report.html"]
+    assert len(reports) > 20
+    assert not list((SITE / "_downloads").rglob("*.html")), "a link downloads a report"
+    for page in (*reports, SITE / "gallery.html"):
+        assert "index.html" in {link.rpartition("/")[2] for link in parsed(page).links}
+    assert {link for link in parsed(SITE / "gallery.html").links if link.endswith("report.html")}
 
 
 def test_the_crawl_sees_links() -> None:

@@ -107,7 +107,7 @@ def adapt(model: nn.Module, window: float | None = None) -> Adaptation:
             constants, which forget within a few single samples.
 
     Returns:
-        What ends it: a context manager with a method ``stop``.
+        A context manager with a method ``stop``; either ends the adaptation.
 
     Raises:
         ValueError: if the model holds no streaming layer, or ``window`` is not above 0.

@@ -48,7 +48,7 @@ class LpMoment:
 
     @property
     def k(self) -> float:
-        """The factor before the root: 1, or 1 / E|N(0,1)|^p^(1/p)."""
+        """The factor before the root, which is 1 or 1 / E|N(0,1)|^p^(1/p)."""
         if self.scale == "raw" or self.p == 2:
             return 1.0
         if self.p == 1:

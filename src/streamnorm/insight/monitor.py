@@ -152,7 +152,7 @@ class Monitor:
 
     @property
     def record(self) -> Record:
-        """What was seen: of the run that goes on, or of the last one."""
+        """The samples and events of the run that goes on, or of the last one."""
         if self._run is not None:
             self._run.evaluate()
         return self._record

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,19 @@ def span(values: Sequence[float], margin: float = 0.06) -> tuple[float, float]:
 
 
 def fit(lines: Iterable[Line]) -> tuple[float, float]:
-    """The range of an axis around these lines' values; an interval that reaches far beyond all values is cut."""
+    """The range of an axis around these lines; an interval much wider than most is cut."""
     lines = list(lines)
     values = [value for line in lines for value in line.y]
-    bounds = [value for line in lines for value in (*line.y, *line.low, *line.high)]
-    if not values:
-        return span(())
-    beyond = 0.4 * (max(values) - min(values)) or float("inf")
-    return span((max(min(bounds), min(values) - beyond), min(max(bounds), max(values) + beyond)))
+    below = [value - low for line in lines for value, low in zip(line.y, line.low)]
+    above = [high - value for line in lines for value, high in zip(line.y, line.high)]
+    most = 4 * median([*below, *above] or [0.0])
+    if not below:
+        return span(values)
+    lows, highs = (
+        [value + sign * min(half, most) for value, half in zip(values, halves, strict=True)]
+        for sign, halves in ((-1, below), (1, above))
+    )
+    return span([*lows, *highs])
 
 
 def _rounded(value: object) -> object:
