@@ -101,6 +101,14 @@ class Results:
         chance: Mapping[str, Any] = self.experiment.kind.guess(self.config["data"]["classes"])
         return float(chance[self.experiment.score.key])
 
+    @property
+    def grid(self) -> list[float]:
+        """All rates that were tried; those for one sample per weight update, if that is how they were named."""
+        tried = ((rate, cell.setting) for cell in self.cells.values() for rate in cell.tuning)
+        if not self.experiment.per_sample:
+            return sorted({rate for rate, _ in tried})
+        return sorted({float(f"{rate / setting.update:.4g}") for rate, setting in tried})
+
     def largest_rate(self, cell: Cell) -> float | None:
         """The largest rate tried that still trains: its validation score is nearer to the best one than to guessing."""
         if cell.rate is None:

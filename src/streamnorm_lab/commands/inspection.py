@@ -21,11 +21,15 @@ from streamnorm_lab.data.sources import open_source
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "matplotlib", "tyro", "rich")
 
-FORMATS = """A folder given with --data may hold, at any depth:
-  Parquet files in the layout of the Hub's cifar10: train*.parquet and test*.parquet with a column img (or image) of
-  structs with bytes, an encoded image, and a column label, 0 to 9; or
-  CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin and test_batch.bin, which
-  `streamnorm data --download FOLDER` fetches (162 MB)."""
+FORMATS = """A folder given with --data may hold:
+  Parquet files in the layout of the Hub's cifar10, at any depth: train*.parquet and test*.parquet with a column img (or
+  image) of structs with bytes, an encoded image, and a column label, from 0 on;
+  CIFAR-10's binary version, at any depth: data_batch_1.bin to data_batch_5.bin and test_batch.bin, which
+  `streamnorm data --download FOLDER` fetches (162 MB); or
+  images in folders of their classes: train/CLASS and test/CLASS, or CLASS alone, a fifth of which is tested on.
+
+--data MODULE:FUNCTION takes the data sets that a function gives without arguments, to train on and to test on, with
+items (input, label). Modules of the current folder are found."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class DataOptions:
 
     folder: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[FOLDER]", help_behavior_hint="")] = None
     """A folder to look into. It may hold Parquet files in the Hub's cifar10 layout (train*.parquet and test*.parquet
-    with the columns img and label), or CIFAR-10's binary files (data_batch_1.bin to 5, test_batch.bin)."""
+    with the columns img and label), CIFAR-10's binary files (data_batch_1.bin to 5, test_batch.bin), or images in
+    folders of their classes (train/CLASS and test/CLASS, or CLASS alone). Or MODULE:FUNCTION, which gives two data
+    sets."""
 
     download: Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Fetch CIFAR-10's binary files into this folder. Nothing is ever downloaded unasked."""

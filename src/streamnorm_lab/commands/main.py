@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "run": Command("streamnorm_lab.commands.run:run", "run an experiment and write a report"),
+    "compare": Command("streamnorm_lab.commands.compare:compare", "compare normalizations in a network of your own"),
     "list": Command("streamnorm_lab.commands.run:list_experiments", "show all experiments"),
     "report": Command("streamnorm_lab.commands.run:report", "rebuild a report from the logs in a folder"),
     "watch": Command("streamnorm_lab.commands.run:watch", "rebuild the pages of watched runs from their logs"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,16 @@ def run(words: Sequence[str]) -> int:
     kind = _find(words[0])
     experiment = tyro.cli(kind, args=list(words[1:]), prog=f"streamnorm run {kind.name}")
     command = shlex.join(["streamnorm", "run", *words])
+    return carry_out(run_table if isinstance(experiment, Table1) else run_sweep, experiment, command)
+
+
+def carry_out(do: Callable[[Any, str], tuple[Path, int]], experiment: Any, command: str) -> int:
+    """Do all runs of an experiment and show its report; the exit code."""
     try:
         with together.joined() as leads:
             if not leads:
                 return 0
-            folder, failed = (run_table if isinstance(experiment, Table1) else run_sweep)(experiment, command)
+            folder, failed = do(experiment, command)
     except KeyboardInterrupt:
         print(f"\nStopped. What is done is kept; continue with: {command}", file=sys.stderr)
         return 130
@@ -89,6 +94,9 @@ def list_experiments(words: Sequence[str]) -> int:
     console = Console()
     console.print(table)
     console.print("\nstreamnorm run EXPERIMENT --help shows the options of one.", highlight=False)
+    console.print(
+        "streamnorm compare MODULE:FUNCTION compares normalizations in a network of your own.", highlight=False
+    )
     return 0
 
 

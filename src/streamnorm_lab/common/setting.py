@@ -60,6 +60,11 @@ class Setting:
         return size if self.batches == 1 else f"{size}, {self.batches} per weight update"
 
     @property
+    def update(self) -> int:
+        """Samples of a weight update."""
+        return self.samples * self.batches
+
+    @property
     def difficulty(self) -> tuple[int, int]:
         """A sorting key: many samples per weight update first, and of those large mini-batches first."""
-        return (-self.samples * self.batches, -self.samples)
+        return (-self.update, -self.samples)

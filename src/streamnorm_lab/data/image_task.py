@@ -16,7 +16,8 @@ from streamnorm_lab.common.forms import Size
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.data.augment import Shifts
 from streamnorm_lab.data.images import Data, Split, load, prepare, split_sizes
-from streamnorm_lab.data.sources import Source, open_source
+from streamnorm_lab.data.source import Source
+from streamnorm_lab.data.sources import open_source
 from streamnorm_lab.data.task import Batch, Scores, Task
 from streamnorm_lab.logs.records import DataRecord
 
@@ -28,9 +29,13 @@ class _ImageFacts(DataRecord):
 
 
 class ImageFacts(_ImageFacts, total=False):
-    """The facts that identify images; folders of earlier versions have no short runs, ``tune``."""
+    """The facts that identify images; folders of earlier versions have no short runs, ``tune``.
+
+    Samples that are no images have a ``dtype``.
+    """
 
     tune: Size
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class ImageTask(Task[Data]):
         curve_images: test images for the points of a curve.
         device: where they are held and trained on.
         augment: whether they are shifted by up to an eighth of their size, and those in colour mirrored.
+        size: height and width that they are scaled to; None leaves them as they are.
     """
 
     path: str | None
@@ -75,6 +81,7 @@ class ImageTask(Task[Data]):
     curve_images: int
     device: str
     augment: bool = False
+    size: int | None = None
 
     unit: ClassVar[str] = "images"
     form: ClassVar[type] = ImageFacts
@@ -86,7 +93,7 @@ class ImageTask(Task[Data]):
 
     def open(self, settings: Sequence[Setting]) -> Images:
         """Find the images, without reading them."""
-        source = open_source(self.path)
+        source = open_source(self.path, self.size)
         images, _ = split_sizes(source, self.limit, self.validation, self.tune_limit)
         images = self.tune_limit or images
         for setting in settings:

@@ -18,19 +18,22 @@ import torch
 from torch import Tensor
 
 from streamnorm_lab.common.errors import UserError
-from streamnorm_lab.data.sources import Source
+from streamnorm_lab.data.source import Source
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images kept as bytes, and standardized per channel whenever a batch of them is asked for."""
+    """Images kept as bytes, and standardized per channel whenever a batch of them is asked for.
+
+    Samples of another kind, which have no ``mean`` and ``std``, are given as they are.
+    """
 
     pixels: Tensor
     labels: Tensor
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None
+    std: Tensor | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,11 +45,14 @@ class Split:
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Standardized images, float32 of shape (n, C, H, W), and their labels."""
+        if self.mean is None or self.std is None:
+            return self.pixels[index].clone(), self.labels[index]
         return self.pixels[index].float().sub_(self.mean).div_(self.std), self.labels[index]
 
     def to(self, device: str) -> Split:
         """The same images on a device."""
-        return Split(*(t.to(device) for t in (self.pixels, self.labels, self.mean, self.std)))
+        mean, std = (None if t is None else t.to(device) for t in (self.mean, self.std))
+        return Split(self.pixels.to(device), self.labels.to(device), mean, std)
 
     def first(self, count: int) -> Split:
         """The first ``count`` images."""
@@ -119,8 +125,9 @@ def prepare(
     information = {
         "name": source.name,
         "description": source.description,
-        "classes": len(source.classes),
+        "classes": source.classes or _classes(source.name, *(targets for _, targets in arrays.values())),
         "shape": list(pixels.shape[1:]),
+        **({} if pixels.dtype == np.uint8 else {"dtype": str(pixels.dtype)}),
         **{split: len(targets) for split, (_, targets) in arrays.items()},
         "tune": tune,
         "fingerprint": digest.hexdigest()[:16],
@@ -133,23 +140,42 @@ def prepare(
 def load(folder: Path) -> Data:
     """Map the prepared arrays into memory; one copy serves every run of a worker."""
     about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    pixels = {s: _mapped(folder / f"{s}.pixels", np.uint8, (about[s], *about["shape"])) for s in SPLITS}
-    labels = {s: _mapped(folder / f"{s}.labels", np.int64, (about[s],)) for s in SPLITS}
-    mean, std = _channel_statistics(pixels["train"])
+    kind = np.dtype(about.get("dtype", "uint8"))
+    pixels = {s: _mapped(folder / f"{s}.pixels", kind, (about[s], *about["shape"])) for s in SPLITS}
+    labels = {s: _mapped(folder / f"{s}.labels", np.dtype(np.int64), (about[s],)) for s in SPLITS}
+    mean, std = standardization(pixels["train"])
     splits = {s: Split(pixels[s], labels[s], mean, std) for s in SPLITS}
     return Data(about["classes"], **splits)
 
 
-def _mapped(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> Tensor:
+def _classes(name: str, *labels: np.ndarray) -> int:
+    """The number of classes that labels from 0 on are of.
+
+    Raises:
+        UserError: there cannot be so many.
+    """
+    lowest, highest = min(int(part.min()) for part in labels), max(int(part.max()) for part in labels)
+    count = sum(map(len, labels))
+    if lowest < 0 or highest >= count:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(
+            f"{name}: label {wrong} found among {count} samples; labels are 0, 1, and so on: damaged, or no labels"
+        )
+    return max(2, highest + 1)
+
+
+def _mapped(path: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> Tensor:
     # Copy on write, for torch wants memory that it may write to.
     return torch.from_numpy(np.memmap(path, dtype=kind, mode="c", shape=shape))
 
 
-def _channel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, of shape (C, 1, 1), from a thousand images at a time."""
+def standardization(pixels: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Mean and standard deviation per channel, of shape (C, 1, 1), or nothing for samples that are no images."""
+    if pixels.dtype != torch.uint8:
+        return None, None
     total = torch.zeros(pixels.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for part in pixels.split(1000):
+    for part in pixels.split(1000):  # a thousand images at a time
         values = part.double()
         total += values.sum((0, 2, 3))
         squares += values.square().sum((0, 2, 3))

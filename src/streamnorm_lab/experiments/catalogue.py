@@ -8,6 +8,7 @@ from streamnorm_lab.common.errors import unknown
 from streamnorm_lab.experiments.adapt import Adapt
 from streamnorm_lab.experiments.char import CharGRU, CharLSTM, CharRNN
 from streamnorm_lab.experiments.coefficients import Coefficients
+from streamnorm_lab.experiments.compare import Compare
 from streamnorm_lab.experiments.conv import Conv
 from streamnorm_lab.experiments.dau import DAU
 from streamnorm_lab.experiments.experiment import Experiment
@@ -32,15 +33,17 @@ _ALL: tuple[type[Experiment[Any]], ...] = (
     Adapt,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
+"""What ``streamnorm run`` runs."""
 
 
 def find(name: str) -> type[Experiment[Any]]:
-    """The experiment of this name or alias.
+    """The experiment of this name or alias, that of ``streamnorm compare`` among them.
 
     Raises:
         UserError: there is none.
     """
-    for experiment in EXPERIMENTS.values():
+    known: list[type[Experiment[Any]]] = [*EXPERIMENTS.values(), Compare]
+    for experiment in known:
         if name in (experiment.name, experiment.alias):
             return experiment
     raise unknown("experiment", name, EXPERIMENTS)

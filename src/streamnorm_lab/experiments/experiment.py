@@ -104,6 +104,8 @@ class Experiment(ABC, Generic[DataT]):
     """What reports and figures say about the data."""
     end_form: ClassVar[type] = End
     """The last line of a log, as a TypedDict."""
+    per_sample: ClassVar[bool] = False
+    """Whether ``rates`` are for one sample per weight update, and scaled with the number of samples."""
 
     data: Folder = None
     """Where the data lie."""
@@ -151,6 +153,11 @@ class Experiment(ABC, Generic[DataT]):
     in watch/index.html below the output folder. The numbers stay the same."""
 
     @property
+    def label(self) -> str:
+        """What the default output folder is called, before the name of the data."""
+        return self.name
+
+    @property
     @abstractmethod
     def task(self) -> Task[DataT]:
         """The learning task, with these options."""
@@ -194,6 +201,19 @@ class Experiment(ABC, Generic[DataT]):
         check_options(self)
         trainable(self.methods, self.catalogue)
         self.parsed_settings()
+
+    def rehearse(self, facts: Mapping[str, Any]) -> None:
+        """Look at the options once the data are known, before the first run.
+
+        Raises:
+            UserError: they do not fit the data.
+        """
+
+    def rates_at(self, setting: Setting) -> list[float]:
+        """The learning rates to try at a setting."""
+        if not self.per_sample:
+            return list(self.rates)
+        return [float(f"{rate * setting.update:.6g}") for rate in self.rates]
 
     def parsed_settings(self) -> list[Setting]:
         """The settings."""

@@ -134,7 +134,7 @@ class ImageWords(Words):
         return [
             f"Images: {data['description']}; {shape} values each. Trained on the first {data['train']:,}, rates chosen "
             f"{self._rates(data)}, tested on {data['test']:,} others.",
-            "Inputs are standardized per channel with the training images' mean and deviation. " + self.augmentation,
+            self._inputs(data),
             f"{self.optimizer(config)} With several mini-batches per update their gradients are averaged, and the "
             "weights change once (DAU).",
             "All methods start from the same weights and see the same images in the same order at a given seed.",
@@ -144,6 +144,12 @@ class ImageWords(Words):
             else "",
         ]
 
+    def _inputs(self, data: Mapping[str, Any]) -> str:
+        """What is done to an image before the network sees it; other samples have a dtype."""
+        if "dtype" in data:
+            return "Inputs are as the data sets give them, each read once."
+        return f"Inputs are standardized per channel with the training images' mean and deviation. {self.augmentation}"
+
     def optimizer(self, config: Config) -> str:
         """The optimizer."""
         return "SGD with momentum, constant learning rate."
@@ -151,6 +157,16 @@ class ImageWords(Words):
     def loss_axis(self, losses: Sequence[float], guessing: float) -> tuple[float, float]:
         """The axis from 0 to a little above guessing."""
         return 0.0, 1.15 * guessing
+
+
+class CompareWords(ImageWords):
+    """Classifying with a network of the user's own."""
+
+    def protocol(self, config: Config, methods: Sequence[Method]) -> list[str]:
+        """The network, then as for images."""
+        options = config["options"]
+        changed = f" (code {options['code']})" if options.get("code") else ""
+        return [f"Network: what {options['function']} builds{changed}.", *super().protocol(config, methods)]
 
 
 class AugmentedWords(ImageWords):

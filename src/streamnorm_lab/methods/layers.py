@@ -20,7 +20,7 @@ from streamnorm_lab.methods.streaming_pixels import StreamingPixels
 from streamnorm_lab.methods.streaming_sigma import StreamingSigma
 
 NormFactory = Callable[[int, int], nn.Module]
-"""Makes a layer from the number of features and the number of spatial axes (0, or 2 for images)."""
+"""Makes a layer from the number of features and the number of spatial axes (0, or 2 for images, up to 3)."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def _none(features: int, axes: int) -> nn.Module:
 
 
 def _batch(features: int, axes: int, **options: Any) -> nn.Module:
-    return (nn.BatchNorm2d if axes == 2 else nn.BatchNorm1d)(features, **options)
+    return {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}.get(axes, nn.BatchNorm1d)(features, **options)
 
 
 def _layer(features: int, axes: int) -> nn.Module:
-    return nn.GroupNorm(1, features) if axes == 2 else nn.LayerNorm(features)
+    return nn.GroupNorm(1, features) if axes else nn.LayerNorm(features)
 
 
 def _group(features: int, axes: int, groups: int = 8) -> nn.Module:
@@ -74,7 +74,7 @@ def _group(features: int, axes: int, groups: int = 8) -> nn.Module:
 
 
 def _streaming(features: int, axes: int, **options: Any) -> nn.Module:
-    return (sn.StreamingNorm2d if axes == 2 else sn.StreamingNorm1d)(features, **options)
+    return {2: sn.StreamingNorm2d, 3: sn.StreamingNorm3d}.get(axes, sn.StreamingNorm1d)(features, **options)
 
 
 def _of_any_rank(name: str, label: str, colour: str, marker: str, layer: Callable[..., nn.Module]) -> LayerMethod:

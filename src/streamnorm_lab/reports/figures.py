@@ -202,7 +202,6 @@ def _grid(chart: Chart) -> Figure:
     figure = Figure(figsize=(max(9.2, 3.0 * count), 3.0 * len(chart.rows)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)  # type: ignore[union-attr,call-arg]
     grid: Any = figure.subplots(len(chart.rows), count, sharex="col", sharey="row", squeeze=False)
-    places = sorted({place for line in all_lines(chart) for place in line.x})
     for row, panels in zip(chart.rows, grid, strict=True):
         for panel, axes in zip(row.panels, panels, strict=True):
             for line in panel.lines:
@@ -211,7 +210,8 @@ def _grid(chart: Chart) -> Figure:
                 axes.set_title(panel.title)
         panels[0].set_ylim(*row.span)
         _value_axis(panels[0], row)
-    for axes in grid[-1]:
+    for column, axes in enumerate(grid[-1]):
+        places = sorted({place for row in chart.rows for line in row.panels[column].lines for place in line.x})
         axes.set_xlabel(chart.x)
         if not chart.log:
             axes.xaxis.set_major_locator(MaxNLocator(3))
@@ -219,7 +219,7 @@ def _grid(chart: Chart) -> Figure:
         else:
             axes.set_xscale("log")
             if places and places[-1] < 100 * places[0]:  # the usual ticks, at each digit, would overlap
-                axes.set_xticks(places, [f"{place:g}" for place in places])
+                axes.set_xticks(places, [f"{place:.3g}" for place in places])
                 axes.xaxis.set_minor_locator(NullLocator())
     _legend(figure, chart)
     return figure

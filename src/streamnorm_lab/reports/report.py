@@ -191,13 +191,14 @@ def _section(results: Results) -> str:
 
 
 def _rates(results: Results) -> str:
-    grid = sorted({rate for cell in results.cells.values() for rate in cell.tuning})
+    scaled = ", times the samples of a weight update" if results.experiment.per_sample else ""
+    grid = ", ".join(f"{rate:g}" for rate in results.grid) + scaled
     rows = (
         _named(results, method.name, (_rate(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
     return (
-        f"<p>Grid: {', '.join(f'{rate:g}' for rate in grid)}. Each method got, at each setting, the rate with "
+        f"<p>Grid: {grid}. Each method got, at each setting, the rate with "
         f"{results.experiment.words.chosen_by}. An arrow marks a best rate at the edge of the grid. "
         "The last number is the largest rate that still trains: with a validation score nearer to the best one than to "
         "guessing.</p>\n" + html_table(["Method", *_labels(results)], rows, numbers=True)

@@ -21,7 +21,12 @@ def cells(experiment: Experiment[Any]) -> list[tuple[str, str]]:
 def tune_runs(experiment: Experiment[Any]) -> list[Run]:
     """The runs that choose the rates."""
     seeds = range(TUNE_SEED, TUNE_SEED + experiment.tune_seeds)
-    return [Run("tune", *cell, rate, seed) for cell in cells(experiment) for rate in experiment.rates for seed in seeds]
+    return [
+        Run("tune", method, setting, rate, seed)
+        for method, setting in cells(experiment)
+        for rate in experiment.rates_at(Setting.parse(setting))
+        for seed in seeds
+    ]
 
 
 def final_runs(experiment: Experiment[Any], rates: Mapping[tuple[str, str], Sequence[float]]) -> list[Run]:

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -58,13 +58,30 @@ def run_sweep(experiment: Experiment[Any], command: str) -> tuple[Path, int]:
     experiment.check()
     together.check(experiment.settings)
     material = experiment.task.open(experiment.parsed_settings())
-    folder = output_folder(typed_path(experiment.out or f"runs/{experiment.name}-{material.name}"))
-    with locked(folder), _prepared(material, folder) as (cache, information):
+    folder = output_folder(place_of(experiment, material))
+    with _removed_if_empty(folder), locked(folder), _prepared(material, folder) as (cache, information):
+        experiment.rehearse(information)
         for torn in folder.rglob(".*.tmp"):  # left by a kill in the middle of a write
             torn.unlink()
         _write_config(experiment, information, command, folder)
         failed = _Sweep(experiment, folder, cache, information).run()
     return folder, failed
+
+
+def place_of(experiment: Experiment[Any], material: Material) -> Path:
+    """The output folder."""
+    return typed_path(experiment.out or f"runs/{experiment.label}-{material.name}")
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove a folder that holds nothing, if what was asked cannot be done."""
+    try:
+        yield
+    except UserError:
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from streamnorm_lab.common.errors import UserError
+from streamnorm_lab.data.images import prepare
 from streamnorm_lab.data.sources import CIFAR10_RECORD, open_source
 
 
 def random_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-    return pixels, rng.integers(0, 10, count)
+    return pixels, rng.integers(0, min(10, count), count)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -204,10 +205,29 @@ def test_images_of_different_sizes(parquet):
     assert "different sizes" in refusal(parquet)
 
 
-def test_labels_beyond_the_classes(parquet):
+@pytest.mark.parametrize("label", [-1, 255])
+def test_labels_that_cannot_be(parquet, label):
     pixels, labels = random_images(3)
-    write_parquet(parquet / "train.parquet", pixels, labels + 10)
-    assert "labels are 0 to 9" in refusal(parquet)
+    labels[1] = label
+    write_parquet(parquet / "train.parquet", pixels, labels)
+    with pytest.raises(UserError, match=f"label {label} found among 9 samples; labels are 0, 1, and so on"):
+        prepare(open_source(str(parquet)), 2, 1, parquet / "cache")
+
+
+def test_binary_labels_beyond_the_classes(tmp_path):
+    pixels, labels = random_images(3)
+    for name in ("data_batch_1", "test_batch"):
+        write_binary(tmp_path / f"{name}.bin", pixels, labels + 10)
+    assert "labels are 0 to 9" in refusal(tmp_path)
+
+
+def test_the_labels_tell_the_classes(tmp_path):
+    pixels, _ = random_images(9)
+    for name, classes in (("four", 4), ("two", 2)):
+        for split in ("train", "test"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_parquet(tmp_path / name / f"{split}.parquet", pixels, np.arange(9) % classes)
+        assert prepare(open_source(str(tmp_path / name)), 5, 2, tmp_path / "cache")["classes"] == classes
 
 
 def test_binary_file_cut_short(tmp_path):

@@ -12,7 +12,7 @@ from streamnorm_lab.networks.images import fully_connected
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
-@pytest.mark.parametrize(("axes", "shape"), [(0, (4, 6)), (2, (4, 6, 5, 5))])
+@pytest.mark.parametrize(("axes", "shape"), [(0, (4, 6)), (1, (4, 6, 7)), (2, (4, 6, 5, 5)), (3, (4, 6, 3, 4, 2))])
 def test_every_method_makes_a_layer_for_features_and_for_images(method, axes, shape):
     if (method.name, axes) == ("instance", 0):
         pytest.skip("Instance Normalization is for images")

@@ -26,11 +26,13 @@ def group_norm(num_features: int, groups: int = 8) -> nn.GroupNorm:
     return nn.GroupNorm(max(g for g in range(1, most + 1) if num_features % g == 0), num_features)
 
 
-class InstanceNorm(nn.InstanceNorm2d):
-    """Instance Normalization with gain and bias; it refuses an input that has no places."""
+class InstanceNorm(nn.Module):
+    """Instance Normalization with gain and bias, with any number of axes; it refuses an input that has no places."""
 
     def __init__(self, num_features: int) -> None:
-        super().__init__(num_features, affine=True)
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each channel of each image."""
@@ -39,7 +41,7 @@ class InstanceNorm(nn.InstanceNorm2d):
                 "Instance Normalization averages over the places of an image, and a fully connected layer has one "
                 f"value per channel and sample; a value less its own mean is 0. Got an input of shape {tuple(x.shape)}"
             )
-        return super().forward(x)
+        return F.instance_norm(x, weight=self.weight, bias=self.bias)
 
 
 class RMSNorm(nn.Module):
