@@ -93,7 +93,14 @@ class ImageTask(Task[Data]):
 
     def open(self, settings: Sequence[Setting]) -> Images:
         """Find the images, without reading them."""
-        source = open_source(self.path, self.size)
+        return self._of(open_source(self.path, self.size), settings)
+
+    def _of(self, source: Source, settings: Sequence[Setting]) -> Images:
+        """As many images of a source as are asked for.
+
+        Raises:
+            UserError: they do not fit the settings, or there are too few.
+        """
         images, _ = split_sizes(source, self.limit, self.validation, self.tune_limit)
         images = self.tune_limit or images
         for setting in settings:

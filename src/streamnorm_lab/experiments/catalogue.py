@@ -12,6 +12,7 @@ from streamnorm_lab.experiments.compare import Compare
 from streamnorm_lab.experiments.conv import Conv
 from streamnorm_lab.experiments.dau import DAU
 from streamnorm_lab.experiments.experiment import Experiment
+from streamnorm_lab.experiments.finetune import Finetune
 from streamnorm_lab.experiments.lp import Lp
 from streamnorm_lab.experiments.online_fc import OnlineFC
 from streamnorm_lab.experiments.recurrent_conv import RecurrentConv
@@ -31,6 +32,7 @@ _ALL: tuple[type[Experiment[Any]], ...] = (
     CharLSTM,
     ResNet,
     Adapt,
+    Finetune,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 """What ``streamnorm run`` runs."""

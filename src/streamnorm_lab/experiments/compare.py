@@ -62,7 +62,7 @@ class Compare(ImageExperiment):
 
     Default: scikit-learn's digits, 8×8 pixels of 10 classes. `streamnorm data --help` tells more."""
 
-    size: Annotated[int | None, conf.arg(metavar="INT", help_behavior_hint=""), FREE, Between(1)] = None
+    size: Annotated[int | None, conf.arg(metavar="INT", help_behavior_hint=""), Between(1)] = None
     """Scale images to this height and width. Default: as they are."""
 
     methods: MethodNames = ("batch", "group", "layer", "streaming-l1")

@@ -24,10 +24,9 @@ from streamnorm_lab.methods.layers import METHODS, LayerMethod, NormFactory
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageExperiment(Experiment[Data]):
+class ImageTraining(Experiment[Data]):
     """Classifying images with SGD; whole passes over the training images, judged by accuracy."""
 
-    catalogue: ClassVar[Mapping[str, LayerMethod]] = METHODS
     score: ClassVar[Score] = ACCURACY
     kind: ClassVar[type[ImageTask]] = ImageTask
     words: ClassVar[Words] = ImageWords()
@@ -61,10 +60,6 @@ class ImageExperiment(Experiment[Data]):
     curve_images: Positive = 1000
     """Test images used for the points of a curve; the final accuracy always uses all of them."""
 
-    @abstractmethod
-    def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
-        """The network for images of ``shape`` (C, H, W), with layers made by ``norm``."""
-
     def check(self) -> None:
         """Look at the options before anything is read or written."""
         super().check()
@@ -84,11 +79,6 @@ class ImageExperiment(Experiment[Data]):
             self.augment,
         )
 
-    def model(self, data: Data, method: str) -> nn.Module:
-        """The network with layers of this method."""
-        chosen = self.catalogue[method]
-        return chosen.finish(self.network(data.shape, data.classes, chosen.make)).to(self.device)
-
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """SGD with momentum."""
         return torch.optim.SGD(parameters, lr=rate, momentum=self.momentum, fused=True)
@@ -96,6 +86,22 @@ class ImageExperiment(Experiment[Data]):
     def work(self, setting: Setting) -> float:
         """The mini-batch, and its share of a weight update."""
         return 1 + 1 / setting.batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageExperiment(ImageTraining):
+    """The same with a network made for the experiment, from layers of each method."""
+
+    catalogue: ClassVar[Mapping[str, LayerMethod]] = METHODS
+
+    @abstractmethod
+    def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
+        """The network for images of ``shape`` (C, H, W), with layers made by ``norm``."""
+
+    def model(self, data: Data, method: str) -> nn.Module:
+        """The network with layers of this method."""
+        chosen = self.catalogue[method]
+        return chosen.finish(self.network(data.shape, data.classes, chosen.make)).to(self.device)
 
 
 def _check_device(device: str) -> None:

@@ -169,6 +169,31 @@ class CompareWords(ImageWords):
         return [f"Network: what {options['function']} builds{changed}.", *super().protocol(config, methods)]
 
 
+class FinetuneWords(ImageWords):
+    """Classifying images with a network that was trained on others."""
+
+    def protocol(self, config: Config, methods: Sequence[Method]) -> list[str]:
+        """The network and where its weights are from, then as for images."""
+        return [self._network(config), *super().protocol(config, methods)]
+
+    def _network(self, config: Config) -> str:
+        options, data = config["options"], config["data"]
+        head = (
+            "Its last layer is replaced by a new one, with other random weights for each seed; all weights are trained."
+        )
+        if "first_accuracy" not in data:
+            return f"Network: {options['backbone']} with trained weights. {head}"
+        return (
+            "Network: that of `streamnorm run conv`, trained with Batch Normalization on the first half of the classes "
+            f"({options['first_epochs']} passes at 32×1, {100 * data['first_accuracy']:.1f}% of their test images), "
+            f"the same for all runs. {head}"
+        )
+
+    def _inputs(self, data: Mapping[str, Any]) -> str:
+        """As the trained network has learnt to expect it."""
+        return f"Inputs are standardized as they were when the network was trained. {self.augmentation}"
+
+
 class AugmentedWords(ImageWords):
     """Classifying images with ResNet-20, as it is usually trained."""
 
