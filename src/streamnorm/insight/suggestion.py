@@ -43,6 +43,9 @@ FURTHEST = 2
 FEWEST, MOST = 20, 500
 """Weight updates of a training. Fewer do not show which rates diverge."""
 
+USUAL = 0.7
+"""As many of the trainings are usually made, as a share; the others would be at rates that are too high."""
+
 HELD_OUT = 0.25
 """As many mini-batches to evaluate on, as a share of those that are trained on."""
 
@@ -114,7 +117,7 @@ def suggest(
     accumulate: int = 1,
     rates: Sequence[float] = RATES,
     updates: int | None = None,
-    seconds: float = 60.0,
+    seconds: float = 90.0,
 ) -> Suggestion:
     """Find a learning rate and a memory to begin with: a range test.
 
@@ -178,7 +181,8 @@ def suggest(
     with _random_numbers_kept(model, loader):
         course = _Course(model, batches, loss, optimizer, per_update)
         windows = _with_windows(model)
-        course.updates = updates or _fitting(course, rates, len(rates) + 2 * FURTHEST * bool(windows), seconds)
+        most = len(rates) + 2 * FURTHEST * bool(windows)
+        course.updates = updates or _fitting(course, rates, math.ceil(USUAL * most), seconds)
         by_rate = _climb(course, rates)
         rate = _smallest_of_the_best(by_rate)
         by_memory = _memories(course, rate, by_rate[rate]) if windows else {}
@@ -369,8 +373,8 @@ def _fitting(course: _Course, rates: Sequence[float], trainings: int, seconds: f
     fitting = int(0.9 * seconds / trainings / each)
     if fitting < FEWEST:
         raise ValueError(
-            f"seconds={seconds:g} are enough for {fitting} weight updates in each of {trainings} trainings, and fewer "
-            f"than {FEWEST} say little: give seconds={math.ceil(1.2 * FEWEST * trainings * each)}, or fewer rates"
+            f"seconds={seconds:g} are enough for {fitting} weight updates in each of about {trainings} trainings, and "
+            f"fewer than {FEWEST} say little: give seconds={math.ceil(1.2 * FEWEST * trainings * each)}, or fewer rates"
         )
     return min(fitting, MOST)
 

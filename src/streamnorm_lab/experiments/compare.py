@@ -38,6 +38,7 @@ class Compare(ImageExperiment):
     that rate and evaluated on the test data.
 
     streamnorm compare mine:build
+
     streamnorm compare mine:build --data mine:data --methods group streaming-l1 --settings 1x1 --minutes 30
     """
 
