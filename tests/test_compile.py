@@ -318,6 +318,38 @@ def test_a_graph_inside_a_checkpoint(name: str) -> None:
     assert counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*context_fn is passed")
+@pytest.mark.parametrize("regions", ["none", "in the graph", "around the graph"])
+def test_a_second_backward_pass_counts_no_sample_twice(regions: str) -> None:
+    """As in eager mode (``test_another_pass.py``), over several updates, one of them between the passes."""
+    model = REGIONS["streaming"]().double()
+    twin = model.without_regions()
+    run: Any = model
+    if regions == "around the graph":
+        block = torch.compile(model.block, backend="aot_eager", fullgraph=True)
+        model.run = lambda region, x: checkpointed(block, x)
+    else:
+        model.run = checkpointed if regions == "in the graph" else twin.run
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for number in range(4):
+        x = torch.randn(5, 6, dtype=torch.float64)
+        dys = torch.randn(2, 5, 6, dtype=torch.float64)
+        ends = []
+        for forward, each in ((run, model), (twin, twin)):
+            leaf = x.clone().requires_grad_()
+            y = forward(leaf)
+            y.backward(dys[0], retain_graph=True)
+            if number == 2:
+                sn.commit(each)
+            y.backward(dys[1])
+            ends.append([leaf.grad, *(p.grad for p in each.parameters()), *(b.clone() for b in each.buffers())])
+            each.zero_grad()
+            if number % 2:
+                sn.commit(each)
+        for ours, theirs in zip(*ends, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_a_region_with_both_kinds_of_layers() -> None:
     """A part of it compiled, regions within regions, a graph that is gone through backward twice."""
     model = Twice(sn.StreamingNorm1d(6)).double()
@@ -376,7 +408,7 @@ def test_a_region_that_changes_its_order_is_refused() -> None:
 
     def region(x: Tensor) -> Tensor:
         for _ in range(times.pop(0)):
-            x = x + torch.ops.streamnorm.hold(x.detach())
+            x = x + torch.ops.streamnorm.hold(x.detach())[0]
         return x.sin()
 
     y = checkpointed(region, torch.randn(3, 2, requires_grad=True))

@@ -29,12 +29,13 @@ class AnotherPass:
         state: the stream.
         n: elements behind each statistic.
         samples: samples of the use.
+        first: whether it is the first pass after all, where only a tensor can tell.
     """
 
-    def __init__(self, state: State, n: int | Tensor, samples: int | Tensor) -> None:
+    def __init__(self, state: State, n: int | Tensor, samples: int | Tensor, first: bool | Tensor = False) -> None:
         self.state = state
-        self.is_new = state.grad_count < n
-        counts_again = state.grad_samples < samples
+        self.is_new = (state.grad_count < n) | first
+        counts_again = (state.grad_samples < samples) | first
         self.scratch = state._replace(
             long_grad=torch.where(self.is_new, state.long_grad, 0),
             short_grad=torch.where(self.is_new, state.short_grad, 0),

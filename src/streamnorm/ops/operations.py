@@ -20,10 +20,10 @@ from torch.compiler import is_compiling
 from ..core.half import gradients_half, statistics_half
 from ..core.spec import Formula, State, View
 from . import plain
-from .another_pass import counting_once
+from .another_pass import AnotherPass, counting_once
 from .checks import check_backward
 from .derivatives import Again, any_order
-from .graph import hold
+from .graph import hold, is_another_pass
 from .plain import at_least_one, elements, hide, num_samples, wide
 
 
@@ -123,8 +123,9 @@ class Normalize(torch.autograd.Function):
         rows = mu, inverse, _slope(m, inverse, finite, formula)
         saved = torch.stack(rows if stats is None else (*rows, m))
         counts = None
+        passed: list[Tensor] = []  # in a graph, what its backward part asks
         if is_compiling() and (state is not None or stats is not None):
-            saved, counts = hold(saved)
+            saved, counts, *passed = hold(saved)
             mu, inverse = saved[0], saved[1]
             from_mu = v - mu.view(view.stats_shape)
 
@@ -140,7 +141,7 @@ class Normalize(torch.autograd.Function):
         half.close((short_mu, short_m), finite, counts)
         if stats is not None:
             stats.copy_(saved[::3] if counts is None else torch.where(counts, saved[::3], torch.nan))
-        ctx.save_for_backward(x, weight, mask, saved)
+        ctx.save_for_backward(x, weight, mask, saved, *passed)
         ctx.view, ctx.formula, ctx.state, ctx.grad_scale, ctx.over = view, formula, state, grad_scale, over
         ctx.n, ctx.samples, ctx.has_bias = reduction.n, reduction.samples, bias is not None
         return y.to(x.dtype)
@@ -161,7 +162,7 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     ``ctx`` is what a forward pass left: ``saved_tensors`` with x, gain, mask and the rows mu, 1/s and slope, and what
     else is read here.
     """
-    x, weight, mask, saved = ctx.saved_tensors
+    x, weight, mask, saved, *passed = ctx.saved_tensors
     view: View = ctx.view
     if not (is_compiling() or getattr(ctx, "checked", False)):
         check_backward(x, dy, weight, saved, view, ctx.state)
@@ -189,7 +190,14 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
             g = g * gain.view(view.channel_shape)
             sums = None if sums is None else (sums[0] * gain, sums[1] * gain)
         d = from_mu if ctx.formula.centered else v.to(g.dtype)
-        dx = _input_gradient(ctx, g, _sums(g, from_mu, view) if sums is None else sums, d, inverse, slope)
+        sums = _sums(g, from_mu, view) if sums is None else sums
+        another = None
+        if passed and ctx.state is not None:
+            first = ~is_another_pass(passed[0], sums[1])
+            another = AnotherPass(ctx.state, ctx.n, ctx.samples, first)
+        dx = _input_gradient(ctx, ctx.state if another is None else another.scratch, g, sums, d, inverse, slope)
+        if another is not None:
+            another.finish()
         dx = hide(dx, keep).reshape(x.shape).to(x.dtype)
     return dx, dweight, dbias
 
@@ -208,7 +216,7 @@ def _sums(g: Tensor, from_mu: Tensor, view: View) -> tuple[Tensor, Tensor]:
 
 
 def _input_gradient(
-    ctx: Any, g: Tensor, sums: tuple[Tensor, Tensor], d: Tensor, inverse: Tensor, slope: Tensor
+    ctx: Any, state: State | None, g: Tensor, sums: tuple[Tensor, Tensor], d: Tensor, inverse: Tensor, slope: Tensor
 ) -> Tensor:
     """dx = dx̂/s + ĝ_mu + ĝ_m·p·u, with the gradients of the statistics streamed; g is dx̂."""
     view, formula, p = ctx.view, ctx.formula, ctx.formula.p
@@ -220,7 +228,7 @@ def _input_gradient(
         u = u.masked_fill(cut.view(view.stats_shape), 0)
 
     reduction: Reduction = Here(ctx.n, ctx.samples) if ctx.over is None else ctx.over
-    half = gradients_half(ctx.state, formula, ctx.n, ctx.samples)
+    half = gradients_half(state, formula, ctx.n, ctx.samples)
     along, mean_g, *q = reduction.means(*sums, *((u.sum(view.reduced).flatten(),) if formula.centered else ()))
     g_m, g_mu = -along * slope, -mean_g * inverse
     if ctx.grad_scale is not None:
@@ -232,7 +240,7 @@ def _input_gradient(
     if formula.centered:
         g_mu = g_mu - through_m * p * q[0]
     through_mu, short_mu = half.mixed(0, g_mu)
-    if ctx.state is not None:
+    if state is not None:
         half.close((short_mu, short_m), g_m.isfinite() & g_mu.isfinite())
     if ctx.grad_scale is not None:
         through_m, through_mu = through_m * unscale, through_mu * unscale

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ..ops.graph import Held
 from .streaming import Streaming
 
 _READ_FORWARD = ("long", "short", "count", "samples")
@@ -61,7 +62,7 @@ class Tape:
     def __init__(self) -> None:
         self.starts: list[tuple[Streaming, dict[str, Tensor]]] = []
         """In eager mode: the layer, and copies of the buffers that it started from."""
-        self.statistics: list[Tensor] = []
+        self.held: list[Held] = []
         """In compiled graphs."""
 
 
@@ -72,7 +73,7 @@ class _Pass:
         self.tape, self.replays = tape, replays
 
     def __enter__(self) -> None:
-        self.starts, self.statistics = iter(self.tape.starts), iter(self.tape.statistics)
+        self.starts, self.held = iter(self.tape.starts), iter(self.tape.held)
         self.token: Token[tuple[_Pass, ...]] = passes.set((*passes.get(), self))
 
     def __exit__(self, *_: object) -> None:
@@ -90,10 +91,10 @@ class _Pass:
             raise RuntimeError(_ANOTHER_ORDER.format(type(layer).__name__))
         return {name: buffer.clone() for name, buffer in start.items()}
 
-    def replay_statistics(self, like: Tensor) -> Tensor:
-        """The statistics of the next use in a graph."""
-        noted = next(self.statistics, None)
-        if noted is None or noted.shape != like.shape:
+    def replay_held(self, like: Tensor) -> Held:
+        """What the next use in a graph held."""
+        noted = next(self.held, None)
+        if noted is None or noted[0].shape != like.shape:
             raise RuntimeError(_ANOTHER_ORDER.format("a compiled layer"))
         return noted
 
@@ -146,16 +147,17 @@ def use(layers: Iterable[Streaming]) -> Iterator[None]:
             buffers.update(before)
 
 
-def use_in_graph(statistics: Tensor) -> Tensor | None:
-    """As ``use``, for a use in a compiled graph that runs: its statistics, if it has been there before."""
+def use_in_graph(held: Held) -> Held | None:
+    """As ``use``, for a use in a compiled graph that runs: what it held, if it has been there before."""
     if not concerns():
         return None
     replaying, recording = _roles()
-    noted = None if replaying is None else replaying.replay_statistics(statistics)
+    noted = None if replaying is None else replaying.replay_held(held[0])
     if noted is None and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(_UNANNOUNCED.format("a compiled streamnorm layer"))
     for each in recording:
-        each.tape.statistics.append((statistics if noted is None else noted).clone())  # a graph reuses its memory
+        values, passed = held if noted is None else noted
+        each.tape.held.append((values.clone(), passed))  # a graph reuses the memory of the values
     return noted
 
 
