@@ -25,7 +25,7 @@ help:
 	@echo "make compatibility      the same, and rebuild the table in docs/compatibility.md"
 	@echo "make format  put the code in the form that 'make test' asks for"
 	@echo "make bench   measure the layers against torch.nn's own"
-	@echo "make reports    build the pages of all results from their logs; results/report.html leads to them"
+	@echo "make reports    build the pages of all results from their logs, and what README and docs/ take from them"
 	@echo "make cuda    tests and measurements on an NVIDIA GPU, within ten minutes; writes cuda/"
 	@echo "make docs    build the documentation into docs/_build/html"
 	@echo "make wheel   build the source distribution and this platform's wheel, and test the wheel by itself"
@@ -94,6 +94,8 @@ REPORTED := $(sort $(patsubst %/,%,$(dir $(shell find results -name experiment.j
 
 reports: install
 	$(BIN)/streamnorm report $(REPORTED)
+	$(BIN)/python -m streamnorm_lab.reports.facts
+	$(BIN)/python -m streamnorm_lab.reports.pictures
 
 cuda: install
 	PYTHON=$(abspath $(BIN)/python) .ci/cuda cuda

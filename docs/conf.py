@@ -76,7 +76,7 @@ def make_gallery(app: Sphinx) -> None:
 
 
 def lead_to_reports(app: Sphinx, name: str, source: list[str]) -> None:
-    """Links to a folder of results lead to its report, and to the table of claims to the page over all results."""
+    """Links to a folder of results lead to its report, and those to the claims to the page over all results."""
 
     def hosted(link: re.Match[str]) -> str:
         place = link[1].rstrip("/")
@@ -84,7 +84,7 @@ def lead_to_reports(app: Sphinx, name: str, source: list[str]) -> None:
             return "](results:report.html)"
         return f"](results:{place}/report.html)" if (RESULTS / place).is_dir() else f"](results:{place})"
 
-    source[0] = re.sub(r"\]\(\.\./results/([^)#\s]+)\)", hosted, source[0])
+    source[0] = re.sub(r"\]\(\.\./results/([^)#\s]+(?<!\.svg))\)", hosted, source[0])
 
 
 def host_results(app: Sphinx, error: Exception | None) -> None:

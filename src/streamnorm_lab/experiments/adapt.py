@@ -129,6 +129,12 @@ class Adapt(ConvExperiment):
             modes["adapting"] = partial(_adapting, window=self.window)
         return modes
 
+    @staticmethod
+    def evaluated(finals: Iterable[Finals]) -> list[Evaluated]:
+        """The accuracies of each training in each way of evaluating."""
+        found = ((one, mode, _means(one.ends, mode)) for one in finals for mode in MODES)
+        return [Evaluated(one, mode, means) for one, mode, means in found if means]
+
     @classmethod
     def section(cls, config: Mapping[str, Any], finals: Iterable[Finals]) -> Section:
         """The table of corruptions."""

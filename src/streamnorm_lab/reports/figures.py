@@ -53,12 +53,17 @@ def save_figures(charts: Mapping[str, Chart], folder: Path) -> None:
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
-    """Write a figure as PNG and SVG; the latter has dark colours, too."""
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        with replacing(stem.with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, format=suffix[1:], dpi=160, metadata=metadata)
-            if suffix == ".svg":
-                temporary.write_text(_with_dark_colours(temporary.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write a figure as PNG and SVG."""
+    with replacing(stem.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+    save_drawing(figure, stem.with_suffix(".svg"))
+
+
+def save_drawing(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, with dark colours for readers of dark pages."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+        temporary.write_text(_with_dark_colours(temporary.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _with_dark_colours(svg: str) -> str:

@@ -217,7 +217,7 @@ def test_results_are_few_files():
     listed = done.stdout.split()
     allowed = {".json", ".gz", ".csv", ".svg", ".txt"}
     others = [path for path in listed if Path(path).suffix not in allowed]
-    assert others == ["results/online-fc-cifar10/figures/summary.png"]
+    assert not others
     assert len(listed) < 400
     assert not [path for path in listed if path.endswith(("runs.csv", "report.html"))]
     assert sum((RESULTS.parent / path).stat().st_size for path in listed) < 15e6

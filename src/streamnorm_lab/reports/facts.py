@@ -1,0 +1,308 @@
+"""Sentences and tables of the README and the documentation that results decide, written into their pages.
+
+A page marks the place of each: between ``<!-- computed: NAME -->`` and ``<!-- /computed -->`` stands what the function
+of that name in ``FACTS`` makes of the results. ``make reports`` writes them all, and a test compares them.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from streamnorm_lab.analysis.claims import FALSE, MIXED, OPEN, PARTLY
+from streamnorm_lab.analysis.folders import open_results
+from streamnorm_lab.analysis.headline import plain
+from streamnorm_lab.analysis.results import Cell, Results
+from streamnorm_lab.common.errors import UserError
+from streamnorm_lab.common.files import write_text
+from streamnorm_lab.common.setting import Setting
+from streamnorm_lab.reports.overview import in_short, load_overview
+from streamnorm_lab.reports.tables import difference_text, score_text
+
+OURS = "streaming-l1"
+MARKED = re.compile(r"(<!-- computed: (?P<name>[a-z-]+) -->\n).*?(<!-- /computed -->)", re.S)
+
+
+@cache
+def results_of(folder: Path) -> Results:
+    """The results of a folder, read once."""
+    return open_results(folder)
+
+
+def page_with(text: str, root: Path) -> str:
+    """A page's text with every marked place written from the results below ``root``.
+
+    Raises:
+        UserError: a mark names nothing that is computed.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        if match["name"] not in FACTS:
+            raise UserError(f"{match['name']!r} is not computed: one of {', '.join(FACTS)}")
+        return f"{match[1]}{FACTS[match['name']](root)}\n{match[3]}"
+
+    return MARKED.sub(written, text)
+
+
+def marked_pages(home: Path) -> list[Path]:
+    """The pages of a checkout that have a marked place."""
+    pages = [home / "README.md", *sorted((home / "docs").glob("*.md"))]
+    return [page for page in pages if MARKED.search(page.read_text(encoding="utf-8"))]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+SMALL_BATCHES = (("online-fc-cifar10", "fully connected"), ("conv-cifar10", "convolutional"))
+SIZES = ("32x1", "2x1", "1x1")
+
+
+def picture(root: Path) -> str:
+    """The picture of small mini-batches and of adaptation, with its words for those who do not see it."""
+    parts = []
+    for folder, kind in SMALL_BATCHES:
+        results = results_of(root / folder)
+        values = [f"{label} {_sizes(results, name)}" for name, label in (("batch", "Batch"), (OURS, "Streaming"))]
+        parts.append(f"{kind} network: {' and '.join(values)} with 32, two and one images in a mini-batch")
+    words = f"Test accuracy on CIFAR-10, {'; '.join(parts)}. {adaptation_sentence(root)}"
+    return f"![{words}](docs/figures/evidence.svg)"
+
+
+def _sizes(results: Results, method: str) -> str:
+    cells = [results.cells[method, Setting.parse(size)] for size in SIZES]
+    return ", ".join("not at all" if cell.mean is None else _value(results, cell) for cell in cells)
+
+
+def small_batches(root: Path) -> str:
+    """Test accuracy with mini-batches of 32, two and one, by normalization, in two kinds of networks."""
+    names = {
+        "batch": "`nn.BatchNorm`",
+        "layer": "`nn.LayerNorm`",
+        "group": "`nn.GroupNorm`",
+        OURS: "`sn.StreamingNorm`",
+    }
+    rows = []
+    for folder, kind in SMALL_BATCHES:
+        results = results_of(root / folder)
+        for size in SIZES:
+            words = f"{kind}, {Setting.parse(size).samples}"
+            rows.append([words, *(_accuracy(results, name, size) for name in names)])
+    return _table(["network, images in a mini-batch", *names.values()], rows)
+
+
+def _accuracy(results: Results, method: str, setting: str) -> str:
+    cell = results.cells.get((method, Setting.parse(setting)))
+    if cell is None:
+        return "–"
+    return "cannot train" if cell.mean is None and cell.reason else score_text(results.experiment.score, cell)
+
+
+SITUATIONS = (
+    ("Large mini-batches, fully connected", "online-fc-cifar10", "128x1"),
+    ("Mini-batches of 2, fully connected", "online-fc-cifar10", "2x1"),
+    ("One sample at a time, fully connected", "online-fc-cifar10", "1x1"),
+    ("Mini-batches of 32, convolutional", "conv-cifar10", "32x1"),
+    ("Mini-batches of 2, convolutional", "conv-cifar10", "2x1"),
+    ("One sample at a time, convolutional", "conv-cifar10", "1x1"),
+    ("Mini-batches of 32, recurrent convolutional", "recurrent-conv-cifar10", "32x1"),
+    ("One sample at a time, recurrent convolutional", "recurrent-conv-cifar10", "1x1"),
+    ("32 sequences, GRU on text", "char-gru-shakespeare", "32x1"),
+    ("One sequence at a time, GRU on text", "char-gru-shakespeare", "1x4"),
+    ("32 sequences, LSTM on text", "char-lstm-shakespeare", "32x1"),
+)
+
+
+def situations(root: Path) -> str:
+    """Streaming Normalization beside the best of the others, where it was measured."""
+    rows = []
+    for words, folder, size in SITUATIONS:
+        results, setting = results_of(root / folder), Setting.parse(size)
+        ours = results.cells[OURS, setting]
+        others = [cell for cell in _best_first(results, setting) if not cell.method.name.startswith("streaming")]
+        difference = results.difference(OURS, others[0].method.name, setting)
+        score = results.experiment.score
+        reading = "no result" if difference is None else score.outcome(difference).split()[0]
+        rows.append(
+            [
+                f"[{words}](../results/{folder}/)",
+                _value(results, ours),
+                f"{plain(others[0].method)}, {_value(results, others[0])}",
+                f"{difference_text(score, difference)} {score.unit}: {'not clear' if reading == 'not' else reading}",
+            ]
+        )
+    return _table(["situation", "Streaming L1", "best of the others", "difference, paired by seed, and reading"], rows)
+
+
+def _best_first(results: Results, setting: Setting) -> list[Cell]:
+    cells = [cell for (_, at), cell in results.cells.items() if at == setting and cell.mean is not None]
+    sign = 1 if results.experiment.score.lower_is_better else -1
+    return sorted(cells, key=lambda cell: sign * (cell.mean.mean if cell.mean else 0.0))
+
+
+def _value(results: Results, cell: Cell) -> str:
+    return "no result" if cell.mean is None else results.experiment.score.value(cell.mean.mean)
+
+
+def one_at_a_time(root: Path) -> str:
+    """Convolutional networks one sample at a time, beside themselves with mini-batches."""
+    results = results_of(root / "conv-cifar10-20000")
+    large, small = (results.cells[OURS, Setting.parse(size)] for size in ("32x1", "1x1"))
+    return (
+        f"In a small convolutional network on 20,000 images of CIFAR-10, `sn.StreamingNorm2d` reaches "
+        f"{_value(results, large)} with mini-batches of 32 and {_value(results, small)} with one image at a time, each "
+        f"at its best learning rate, which is {large.rate:g} and {small.rate:g}."
+    )
+
+
+def adaptation(root: Path) -> str:
+    """Accuracies on images that change, in each way of evaluating."""
+    section = results_of(root / "adapt-cifar10").section
+    assert section is not None
+    return _table([name.lower() for name in section.head], section.rows)
+
+
+def adaptation_sentence(root: Path) -> str:
+    """What adapting gave back."""
+    section = results_of(root / "adapt-cifar10").section
+    assert section is not None
+    return section.headline
+
+
+def targets(root: Path) -> str:
+    """The targets of time and memory that the benchmark meets and misses, and the nearest of those met."""
+    aims = list(_aims(root / "bench"))
+    layers = [aim for aim in aims if aim[0] in ("layers", "one-pass")]
+    nearest = sorted((aim for aim in layers if aim[3] <= aim[4]), key=lambda aim: aim[3] / aim[4])[-2:][::-1]
+    met, missed = sum(aim[3] <= aim[4] for aim in layers), [aim for aim in aims if aim[3] > aim[4]]
+    near = " and ".join(f"{what} at {ratio:.2f} of at most {bound:g}" for _, what, _, ratio, bound in nearest)
+    by_kind = {
+        kind: [f"{what} ({ratio:.2f}, target {bound:g})" for _, what, of, ratio, bound in missed if of == kind]
+        for kind in ("time", "saved memory", "peak memory")
+    }
+    parts = [f"\n- {len(found)} of {kind}: {_listed(found)}." for kind, found in by_kind.items() if found]
+    return (
+        f"In [bench](../results/bench/tables.txt) {met} of the {len(layers)} targets of `layers` and `one-pass` are "
+        f"met; the nearest of these are {near}. Over all suites {len(missed)} targets are missed:\n{''.join(parts)}"
+    )
+
+
+def _aims(folder: Path) -> Iterator[tuple[str, str, str, float, float]]:
+    """Suite, what was measured, time or memory, ratio and bound, of each target."""
+    for row in _csv(folder / "times.csv"):
+        if row["target"] and row["part"] == "together":
+            what = f"`{row['case']}` {row['ours']} on {row['threads']} thread{'s' * (row['threads'] != '1')}"
+            what = row["case"] if row["suite"] == "recurrent" else what
+            yield row["suite"], what, "time", float(row["ratio"]), float(row["target"])
+    for row in _csv(folder / "memory.csv"):
+        for kind in ("saved", "peak") if row["target"] else ():
+            yield row["suite"], row["case"], f"{kind} memory", float(row[f"{kind}_ratio"]), float(row["target"])
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def windows_of_images(root: Path) -> str:
+    """Accuracy by memory in a convolutional network: validation images at the best rate, and the test run."""
+    results = results_of(root / "conv-windows")
+    methods = [method for method in results.methods if re.fullmatch(r"streaming-l1,window=\d+", method.name)]
+    ordered = sorted(methods, key=lambda method: int(method.name.rpartition("=")[2]))
+    cells = {(m.name, s): results.cells[m.name, s] for m in ordered for s in results.settings}
+    rows = [
+        [
+            m.name.rpartition("=")[2],
+            *(f"{_tuned(cells[m.name, s])} / {_tested(cells[m.name, s])}" for s in results.settings),
+        ]
+        for m in ordered
+    ]
+    best = [
+        _listed([f"{max(ordered, key=lambda m: (of(cells[m.name, s]), m.name)).name.rpartition('=')[2]} at {s.label}"
+                 for s in results.settings])
+        for of in (_tuned, _tested)
+    ]  # fmt: skip
+    seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "tune"})
+    return (
+        _table(["memory in samples", *(s.label for s in results.settings)], rows)
+        + "\n\nBefore the stroke stands the accuracy on validation images, at the best rate, the mean of "
+        f"{seeds} seeds; behind it that of one run, judged on test images. By the first the best memory is {best[0]}; "
+        f"by the second it is {best[1]}."
+    )
+
+
+def _tuned(cell: Cell) -> str:
+    return f"{100 * max(cell.tuning.values()):.1f}"
+
+
+def _tested(cell: Cell) -> str:
+    return "–" if cell.mean is None else f"{100 * cell.mean.mean:.1f}"
+
+
+def gains(root: Path) -> str:
+    """Test loss of recurrent layers whose gains start at 1 and at 0.1."""
+    results = results_of(root / "char-gru-gain")
+    names = [
+        method.name for method in results.methods if f"{method.name},gain=0.1" in {m.name for m in results.methods}
+    ]
+    head = ["method", *(f"{s.label}, gain {gain}" for s in results.settings for gain in ("1", "0.1"))]
+    return _table(head, (
+        [name, *(score_text(results.experiment.score, results.cells[method, s])
+                 for s in results.settings for method in (name, f"{name},gain=0.1"))]
+        for name in names
+    ))  # fmt: skip
+
+
+def claims(root: Path) -> str:
+    """The number of claims with each verdict, and those that do not hold everywhere."""
+    overview = load_overview(root)
+    blocks = [in_short(overview)]
+    titles = {FALSE: "do not hold", MIXED: "hold in some results and not in others", OPEN: "are open"}
+    for verdict, words in titles.items():
+        texts = [standing.claim.text for standing in overview.standings if standing.verdict == verdict]
+        if texts:
+            blocks.append(f"These {words}:\n\n" + "\n".join(f"- {text}" for text in texts))
+    partly = sum(standing.verdict == PARTLY for standing in overview.standings)
+    return "\n\n".join(blocks) + (
+        f"\n\n{partly} more hold in some results and are open in the others." if partly else ""
+    )
+
+
+FACTS: dict[str, Callable[[Path], str]] = {
+    "picture": picture,
+    "small-batches": small_batches,
+    "situations": situations,
+    "one-at-a-time": one_at_a_time,
+    "adaptation": adaptation,
+    "adaptation-sentence": adaptation_sentence,
+    "targets": targets,
+    "windows-of-images": windows_of_images,
+    "gains": gains,
+    "claims": claims,
+}
+
+
+def write_pages(home: Path) -> list[Path]:
+    """Write every marked place of a checkout's pages; the pages that changed."""
+    changed = []
+    for page in marked_pages(home):
+        before = page.read_text(encoding="utf-8")
+        after = page_with(before, home / "results")
+        if after != before:
+            write_text(page, after)
+            changed.append(page)
+    return changed
+
+
+if __name__ == "__main__":
+    for page in write_pages(Path(sys.argv[1] if len(sys.argv) > 1 else ".")):
+        print(f"{page} was written")

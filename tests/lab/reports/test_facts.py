@@ -1,0 +1,85 @@
+"""What README and documentation say of results is what the results say: each computed place is that of the logs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from streamnorm_lab.common.errors import UserError
+from streamnorm_lab.experiments.adapt import Adapt
+from streamnorm_lab.reports.facts import FACTS, MARKED, marked_pages, page_with, results_of, write_pages
+from streamnorm_lab.reports.pictures import PICTURE, save_picture
+
+HOME = Path(__file__).parents[3]
+pytestmark = pytest.mark.skipif(not (HOME / "results").is_dir(), reason="needs the results of a checkout")
+PAGES = marked_pages(HOME) if (HOME / "results").is_dir() else []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_says_what_the_results_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert page_with(text, HOME / "results") == text, "write it with: make reports"
+
+
+def test_everything_computed_has_its_place() -> None:
+    used = {match["name"] for page in PAGES for match in MARKED.finditer(page.read_text(encoding="utf-8"))}
+    assert used == FACTS.keys()
+
+
+def test_a_number_changed_by_hand_is_found_and_written(tmp_path: Path) -> None:
+    text = (HOME / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").symlink_to(HOME / "results")
+    changed = re.sub(r"(\| fully connected, 32 \| )[0-9.]+", r"\g<1>99.9", text)
+    assert changed != text
+    (tmp_path / "README.md").write_text(changed, encoding="utf-8")
+    assert write_pages(tmp_path) == [tmp_path / "README.md"]
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    assert write_pages(tmp_path) == []
+
+
+def test_a_mark_that_names_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="'no-such' is not computed: one of picture"):
+        page_with("<!-- computed: no-such -->\n<!-- /computed -->", HOME / "results")
+
+
+def test_what_pages_say_in_prose_of_large_mini_batches() -> None:
+    """README and "When to use it": with large mini-batches nothing is lost and nothing is won."""
+    rows = [row.split(" | ") for row in FACTS["situations"](HOME / "results").splitlines()]
+    large = [row[-1] for row in rows if "Large mini-batches" in row[0] or "Mini-batches of 32, convolutional" in row[0]]
+    assert len(large) == 2
+    assert all("not clear" in reading for reading in large)
+
+
+def test_what_the_guide_says_in_prose_of_adaptation() -> None:
+    """Adapting is level with statistics of 64 images and costs nothing on clean ones; one image says too little."""
+    results = results_of(HOME / "results" / "adapt-cifar10")
+    found = {(one.finals.method.name, one.mode): one.means for one in Adapt.evaluated(results.finals)}
+    adapting = found["streaming-l1", "adapting"]
+    for kind, mean in found["batch", "64 images"].items():
+        assert mean.low < adapting[kind].high, kind
+        assert adapting[kind].low < mean.high, kind
+    trained = found["streaming-l1", "as trained"]
+    assert adapting["clean"].high > trained["clean"].mean
+    assert all(mean.mean < 0.15 for mean in found["batch", "each image"].values())
+    layer = found["layer", "as trained"]
+    for kind in ("noise", "blur"):
+        assert layer["clean"].mean - layer[kind].mean < trained["clean"].mean - trained[kind].mean
+
+
+def test_the_picture_is_drawn_from_the_results(tmp_path: Path) -> None:
+    committed = (HOME / PICTURE).read_text(encoding="utf-8")
+    save_picture(HOME, tmp_path / "evidence.svg")
+    assert (tmp_path / "evidence.svg").read_text(encoding="utf-8") == committed, "draw it with: make reports"
+
+
+def test_a_picture_of_other_results_is_another(tmp_path: Path) -> None:
+    for name in ("online-fc-cifar10", "conv-cifar10", "adapt-cifar10"):
+        shutil.copytree(HOME / "results" / name, tmp_path / "results" / name)
+    shutil.rmtree(tmp_path / "results" / "conv-cifar10")
+    shutil.copytree(HOME / "results" / "conv-digits", tmp_path / "results" / "conv-cifar10")
+    save_picture(tmp_path, tmp_path / "evidence.svg")
+    assert (tmp_path / "evidence.svg").read_text(encoding="utf-8") != (HOME / PICTURE).read_text(encoding="utf-8")
