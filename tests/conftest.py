@@ -63,7 +63,7 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[engine.NAME for engine in ops.ENGINES])
+@pytest.fixture(params=[engine.name for engine in ops.ENGINES])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once with each engine."""
     with ops.force(request.param):

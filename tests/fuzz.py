@@ -28,7 +28,7 @@ import streamnorm as sn
 from streamnorm import ops
 from streamnorm.core.spec import State
 
-ENGINES = [engine.NAME for engine in ops.ENGINES if engine.NAME != "plain"]
+ENGINES = [engine.name for engine in ops.ENGINES if engine.name != "plain"]
 TOLERANCE = {torch.float64: (1e-8, 1e-11), torch.float32: (2e-3, 3e-5)}
 """Relative to the largest value of a tensor, and absolutely."""
 STREAMS: list[dict[str, Any]] = [

@@ -37,9 +37,7 @@ LABORATORY = (
 UPWARDS: set[tuple[str, str]] = set()
 """Imports from a room above, in ``streamnorm``, that have yet to go."""
 
-CIRCULAR = {
-    ("streamnorm.ops.native", "streamnorm.ops"),
-}
+CIRCULAR: set[tuple[str, str]] = set()
 """Imports that close a circle and have yet to go."""
 
 PUBLIC = {"streamnorm", "streamnorm.ops"}

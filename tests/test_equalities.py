@@ -26,7 +26,7 @@ STREAMING: dict[int, Any] = {2: sn.StreamingNorm1d, 3: sn.StreamingNorm1d, 4: sn
 Function = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(params=[engine.NAME for engine in ops.ENGINES], autouse=True)
+@pytest.fixture(params=[engine.name for engine in ops.ENGINES], autouse=True)
 def _engine(request: pytest.FixtureRequest) -> Iterator[None]:
     with ops.force(request.param):
         yield

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import streamnorm as sn
 from streamnorm import ops
 
-ENGINES = [engine.NAME for engine in ops.ENGINES]
+ENGINES = [engine.name for engine in ops.ENGINES]
 
 
 # Constants

@@ -25,7 +25,7 @@ from torch import Tensor
 import streamnorm as sn
 from streamnorm import NormRef, ops
 
-ENGINES = [engine.NAME for engine in ops.ENGINES]
+ENGINES = [engine.name for engine in ops.ENGINES]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 # The fixture that seeds PyTorch may run once for all examples: they draw their own seeds.
 examples = lambda n: settings(max_examples=n, suppress_health_check=[HealthCheck.function_scoped_fixture])  # noqa: E731

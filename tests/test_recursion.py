@@ -21,7 +21,7 @@ import streamnorm as sn
 from streamnorm import ops
 
 UPDATES = 200
-ENGINES = [engine.NAME for engine in ops.ENGINES]
+ENGINES = [engine.name for engine in ops.ENGINES]
 
 # As the layer takes them, and as the oracle does: the recursion may rely on no default.
 WINDOW: list[tuple[dict[str, Any], dict[str, Any]]] = [

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.ops import processes
+from streamnorm.ops import Call, processes
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -267,4 +267,4 @@ def test_processes_that_join_their_batches_refuse_before_they_wait() -> None:
     with forward_ad.dual_level():
         x = forward_ad.make_dual(torch.randn(3, 4), torch.randn(3, 4))
         with pytest.raises(RuntimeError, match="streaming or synchronized layer"):
-            processes.normalize(x, None, None, None, view, layer.formula, None, None, None, None)
+            processes.normalize(Call(x, None, None, None, view, layer.formula), None)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import streamnorm as sn
 from streamnorm import ops
+from streamnorm.ops import Call
+from streamnorm.ops.native import ENGINE
 
 pytestmark = pytest.mark.skipif(
     ops.engines()["native"].startswith("not available"), reason="the C++ extension was not built"
@@ -169,7 +171,7 @@ def takes(x: Tensor, layer: sn.Norm) -> bool:
     """Whether the engine normalizes x, which must change no state if it does not."""
     twin = copy.deepcopy(layer)
     view = layer.ref.view(tuple(x.shape))
-    y = ops.native.normalize(x, twin.weight, twin.bias, None, view, twin.formula, twin.state)
+    y = ENGINE.normalize(Call(x, twin.weight, twin.bias, None, view, twin.formula, twin.state))
     assert int(twin.samples) == (0 if y is NotImplemented else len(x))
     return y is not NotImplemented
 
@@ -183,9 +185,8 @@ def test_what_is_not_a_plain_tensor_goes_to_pytorch() -> None:
     assert takes(x, layer)
     assert not takes(x.as_subclass(Special), layer)
     assert not takes(x.to("meta"), layer)
-    assert not ops.native.supports(
-        x, torch.ones(3, dtype=torch.bool), layer.ref.view((3, 4)), layer.formula, layer.state
-    )
+    mask = torch.ones(3, dtype=torch.bool)
+    assert not ENGINE.takes(Call(x, None, None, mask, layer.ref.view((3, 4)), layer.formula, layer.state))
     layer(x.as_subclass(Special)).sum().backward()
     assert int(layer.samples) == 3
 

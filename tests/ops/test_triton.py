@@ -25,11 +25,11 @@ from torch.overrides import BaseTorchFunctionMode
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.ops import gpu
+from streamnorm.ops import Call, gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(gpu.status().startswith("not available"), reason=gpu.status()),
+    pytest.mark.skipif(gpu.ENGINE.status().startswith("not available"), reason=gpu.ENGINE.status()),
     # NumPy, by which the interpreter computes, warns of what is not finite.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     *([pytest.mark.cuda] if DEVICE == "cuda" else []),
@@ -363,7 +363,8 @@ def test_which_inputs_it_takes() -> None:
     x = torch.randn(2, 4, 3, 3, device=DEVICE)
 
     def takes(x: Tensor, ref: sn.NormRef = layer.ref, mask: Tensor | None = None) -> bool:
-        return gpu.supports(x, mask, ref.view(tuple(x.shape)), layer.formula, layer.to(DEVICE).state)
+        view = ref.view(tuple(x.shape))
+        return gpu.ENGINE.takes(Call(x, None, None, mask, view, layer.formula, layer.to(DEVICE).state))
 
     class Special(Tensor):
         pass
@@ -508,7 +509,7 @@ def test_statistics_of_a_call_are_given_out() -> None:
     stats = torch.empty(2, 3, device=DEVICE)
     view = layer.ref.view((5, 3))
     formula = layer.formula._replace(alpha=(0.0, 0.0, 1.0), window=None)
-    gpu.normalize(x, None, None, None, view, formula, layer.state, None, stats)
+    gpu.ENGINE.normalize(Call(x, None, None, None, view, formula, layer.state, stats=stats))
     assert near(stats, torch.stack((x.mean(0), (x - x.mean(0)).abs().mean(0))), 1e-6)
 
 
@@ -518,13 +519,12 @@ def test_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     try:
-        assert "finds no CUDA device; GPU tensors take the PyTorch engine" in gpu.status()
+        assert "finds no CUDA device; GPU tensors take the PyTorch engine" in gpu.ENGINE.status()
         gpu._missing.cache_clear()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert "Triton is not installed" in ops.engines()["triton"]
-        assert not gpu.supports(
-            torch.randn(2, 3), None, sn.NormRef.batch("channel").view((2, 3)), sn.StreamingNorm1d(3).formula, None
-        )
+        view, formula = sn.NormRef.batch("channel").view((2, 3)), sn.StreamingNorm1d(3).formula
+        assert not gpu.ENGINE.takes(Call(torch.randn(2, 3), None, None, None, view, formula))
     finally:
         gpu._missing.cache_clear()
 

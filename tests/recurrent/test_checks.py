@@ -25,7 +25,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "LSTM": partial(sn.LSTM, 3, 4),
     "LSTM, projected": partial(sn.LSTM, 3, 4, proj_size=2, norm_cell=True),
 }
-ENGINES = [engine.NAME for engine in ops.ENGINES if engine.NAME != "triton"]
+ENGINES = [engine.name for engine in ops.ENGINES if engine.name != "triton"]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 every_layer = pytest.mark.parametrize("name", LAYERS)
 

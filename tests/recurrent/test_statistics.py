@@ -366,7 +366,7 @@ def test_with_fixed_statistics_it_is_a_layer_of_torchs(network: str, options: di
         model.train(train)
         for inputs in (x, pack_sequence([x[:n, 0] for n in (5, 3, 1)])):
             results = []
-            for engine in (ops.ENGINES[0].NAME, "plain"):
+            for engine in (ops.ENGINES[0].name, "plain"):
                 with ops.force(engine):
                     output, final = model(inputs)
                 parts = [output if isinstance(output, Tensor) else output.data, hidden(final)]

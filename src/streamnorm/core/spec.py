@@ -1,19 +1,11 @@
-"""What an engine is told: the view of the input, the formula, and the state to advance.
-
-An engine is a module of ``streamnorm.ops`` with one function,
-
-    normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats) -> y
-
-that does all of a training step's normalization: statistics, output, the change of ``state``, and the same
-for the gradients when autograd delivers them. ``plain.normalize`` is the reference and says what each
-argument means; the other engines give what it gives, faster, or NotImplemented with nothing changed.
-"""
+"""What an engine is told of one use of a layer: the view of the input, the formula, and the state to advance."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Mix = tuple[float, float, float]
@@ -143,6 +135,20 @@ class State(NamedTuple):
     grad_samples: Tensor
 
 
+class Call(NamedTuple):
+    """One use of a layer, all that an engine is told; ``ops.plain.normalize`` explains the fields."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    view: View
+    formula: Formula
+    state: State | None = None
+    grad_scale: Tensor | None = None
+    stats: Tensor | None = None
+
+
 class Sign(NamedTuple):
     """What a commit saw of a stream where training may be running away.
 
@@ -156,3 +162,8 @@ class Sign(NamedTuple):
     after: float
     missed: int
     missed_gradients: int
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and state: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import ops
 from ..core import arguments
 from ..core.moment import LpMoment
 from ..core.reference import NormRef, RefName
 from ..core.spec import View
 from ..ops import checks
+from ..ops.plain import elements
 from .construction import check_groups, state_dtype
 from .evaluation import affine_map
 from .norm import Norm
@@ -133,7 +133,7 @@ class GeneralBatchNorm(Norm):
             y, n = self._normalize_jointly(x, mask, view, stats)
         else:
             y = self._normalize_alone(x, mask, view, stats)
-            n = ops.plain.elements(view, None if mask is None else mask.view(view.mask_shape))
+            n = elements(view, None if mask is None else mask.view(view.mask_shape))
         self._track(stats, n)
         return y
 

@@ -9,6 +9,7 @@ from torch.compiler import is_exporting
 
 from .. import ops
 from ..core.compiler import guard_on
+from ..core.spec import Call
 from . import inputs
 
 
@@ -29,7 +30,7 @@ def forward(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     if layer.stream is None:
         return layer._train(x, mask, view)
     formula = layer._formula_in_graph()
-    return ops.normalize(x, layer.weight, layer.bias, mask, view, formula, layer.state, layer._ties.grad_scale)
+    return ops.normalize(Call(x, layer.weight, layer.bias, mask, view, formula, layer.state, layer._ties.grad_scale))
 
 
 _NOT_EXPORTED = (

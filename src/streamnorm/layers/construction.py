@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from ..core import arguments
 from ..core.moment import LpMoment
 from ..core.reference import NormRef, RefName
+from ..core.spec import wide
 from ..core.stream import Stream
 
 _TO_BATCHNORM = "streamnorm.to_batchnorm(model) writes a BatchNorm that has it"
@@ -73,4 +73,4 @@ def check_kinds(ref: Any, moment: Any, stream: Any, dtype: Any) -> None:
 
 def state_dtype(dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of statistics beside parameters of this dtype."""
-    return ops.plain.wide(dtype or torch.get_default_dtype())
+    return wide(dtype or torch.get_default_dtype())

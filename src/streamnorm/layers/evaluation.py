@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..core.spec import Formula, View
+from ..core.spec import Call, Formula, View
 from ..training.streaming import Streaming
 
 _GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
@@ -41,7 +41,7 @@ def adapt(layer: Streaming, x: Tensor, mask: Tensor | None, view: View, formula:
     state = layer.state
     with torch.no_grad():
         used = state.long.new_empty(2, view.num_stats)
-        ops.normalize(x.detach(), None, None, mask, view, formula, state, stats=used)
+        ops.normalize(Call(x.detach(), None, None, mask, view, formula, state, stats=used))
         nothing = {name: torch.zeros_like(getattr(state, name)) for name in _GRADIENT_STATE}
         ops.commit([(state._replace(**nothing), formula)])
         variance = formula.k**2 * used[1] ** (2 / formula.p)

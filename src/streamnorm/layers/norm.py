@@ -14,9 +14,9 @@ from ..core import arguments
 from ..core.compiler import as_constant, as_leaf, is_symbolic
 from ..core.moment import LpMoment
 from ..core.reference import NormRef
-from ..core.spec import Formula, View
+from ..core.spec import Call, Formula, View
 from ..core.stream import Stream
-from ..ops import processes
+from ..ops import graph, processes
 from ..training import agreement, checkpoint, updates
 from ..training.streaming import streaming_modules
 from ..training.ties import Ties
@@ -152,7 +152,7 @@ class Norm(Stateful):
 
     def _pass_empty(self, x: Tensor) -> Tensor:
         if self.training and self.stream is not None:  # without data too, a process takes part in weight updates
-            ops.graph.take_part(self.state) if is_compiling() else updates.notice(self)
+            graph.take_part(self.state) if is_compiling() else updates.notice(self)
         return inputs.empty(self, x)
 
     def _view(self, x: Tensor) -> View:
@@ -176,7 +176,7 @@ class Norm(Stateful):
             self._planned_shape = None if y is NotImplemented or ties.sync.every == "batch" else x.shape
             if y is not NotImplemented:
                 return y
-        return ops.normalize(x, weight, bias, mask, view, self.formula, self.state, ties.grad_scale)
+        return ops.normalize(Call(x, weight, bias, mask, view, self.formula, self.state, ties.grad_scale))
 
     def _train_again(self, x: Tensor) -> Any:
         """Fast path for one more input of a shape: for small layers, Python overhead dominates the step.
@@ -206,7 +206,7 @@ class Norm(Stateful):
                 f"{type(self).__name__} has one value per statistic for an input of shape {tuple(x.shape)}, and a "
                 "value less its own mean is 0. Use StreamingNorm, which remembers earlier samples, or a wider reference"
             )
-        return ops.normalize(x, self.weight, self.bias, mask, view, formula, stats=stats)
+        return ops.normalize(Call(x, self.weight, self.bias, mask, view, formula, stats=stats))
 
     @property
     def _joins_batches(self) -> bool:
@@ -225,10 +225,8 @@ class Norm(Stateful):
         if self.stream is not None:
             updates.notice(self)
         state = None if self.stream is None else self.state
-        group = agreement.group_of(self)
-        return processes.normalize(
-            x, self.weight, self.bias, mask, view, self.formula, state, self._ties.grad_scale, stats, group
-        )
+        call = Call(x, self.weight, self.bias, mask, view, self.formula, state, self._ties.grad_scale, stats)
+        return processes.normalize(call, agreement.group_of(self))
 
     def _evaluate(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         if self.stream is None:

@@ -12,30 +12,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..core.spec import State, View
-from .plain import wide
+from ..core.spec import Call, State, View, wide
 
 _has_storage = torch._C._has_storage
 
 
-def check_call(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, view: View, state: State | None, stats: Tensor | None
-) -> None:
+def check_call(call: Call) -> None:
     """Check that the tensors of a use fit its view and each other.
-
-    Args:
-        x: input.
-        weight: gain, or None.
-        bias: or None.
-        view: how x is seen.
-        state: the stream, or None.
-        stats: room for the statistics that the call uses, or None.
 
     Raises:
         RuntimeError: if a tensor has another size, dtype or device, or its storage was freed or shrunk.
     """
+    x, view, stats = call.x, call.view, call.stats
     check_memory((("the input", x), ("the statistics", stats)))
-    check_layer(weight, bias, state, view.num_channels, view.num_stats, wide(x.dtype), x.get_device())
+    check_layer(call.weight, call.bias, call.state, view.num_channels, view.num_stats, wide(x.dtype), x.get_device())
     if stats is not None and stats.numel() != 2 * view.num_stats:
         raise RuntimeError(f"room for statistics has the shape (2, {view.num_stats}), got {tuple(stats.shape)}")
 

@@ -9,25 +9,12 @@ import torch
 from torch import Tensor
 
 from ..core.half import Scalar
-from ..core.spec import Formula, State, View
-from .operations import normalize
-
-__all__ = ["NAME", "commit", "normalize", "status", "supports"]
-
-NAME = "torch"
+from ..core.spec import Call, Formula, State
+from . import operations
+from .base import Committed, Engine, Uses
 
 
-def status() -> str:
-    """What this engine is, for ``streamnorm.engines()``."""
-    return "available: PyTorch operations, on every device"
-
-
-def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
-    """Every input."""
-    return True
-
-
-def commit(uses: Sequence[tuple[State, Formula]]) -> None:
+def commit(uses: Uses) -> None:
     """As ``plain.commit``, for all layers at once: the number of kernel launches does not grow with the layers."""
     for fixed in (True, False):
         group = [(state, formula) for state, formula in uses if (formula.kappa is not None) == fixed]
@@ -64,3 +51,24 @@ def _rates(state: State, formula: Formula) -> tuple[tuple[Scalar, Scalar], tuple
         exponent = samples.to(state.long.dtype) / -formula.window
         rates.append((exponent.expm1(), -exponent.expm1()))
     return rates[0], rates[1]
+
+
+class _Eager(Engine):
+    name = "torch"
+    function = operations.Normalize
+
+    def status(self) -> str:
+        return "available: PyTorch operations, on every device"
+
+    def takes(self, call: Call) -> bool:
+        return True
+
+    def normalize(self, call: Call) -> Tensor:
+        return operations.normalize(call)
+
+    def commit(self, uses: Uses) -> Committed:
+        commit(uses)
+        return Committed(())
+
+
+ENGINE = _Eager()

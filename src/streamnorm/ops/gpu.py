@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import ModuleType
@@ -33,14 +32,12 @@ from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ..core.spec import PRESENT_ONLY, Formula, State, View
-from . import eager, operations
+from ..core.spec import PRESENT_ONLY, Call, Formula, State, View, wide
+from . import operations
 from .another_pass import counting_once
+from .base import Committed, Engine, Uses
 from .checks import check_backward
 from .derivatives import any_order
-from .plain import wide
-
-NAME = "triton"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
@@ -87,16 +84,6 @@ def _missing() -> str | None:
     return None
 
 
-def status() -> str:
-    """What this engine is, for ``streamnorm.engines()``."""
-    missing = _missing()
-    if missing is not None:
-        return f"not available: {missing}; GPU tensors take the PyTorch engine"
-    if INTERPRETED:
-        return "available: Triton's interpreter on CPU tensors (TRITON_INTERPRET=1); only used when forced, for tests"
-    return f"available: Triton on {torch.cuda.get_device_name()}"
-
-
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType:
     """The kernels, imported when they are needed: Triton takes a while to import."""
@@ -106,24 +93,6 @@ def _kernels() -> ModuleType:
 
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
-    """Plain tensors on the device without a mask, with statistics that belong to whole channels of the mini-batch."""
-    return (
-        _on_device(x)
-        and mask is None
-        and x.dtype in _DTYPES
-        and not x.is_neg()  # its memory holds the values with the other sign
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not is_watched()
-        and torch._C._get_tracing_state() is None
-        and _channels_per_statistic(view) > 0
-        and (state is None or fits(state))
-        and (state is not None or formula.alpha == formula.beta == PRESENT_ONLY)
-    )
 
 
 def fits(state: State) -> bool:
@@ -343,22 +312,6 @@ def _mix(letter: str, weights: tuple[float, float, float] | None, window: float 
     """α or β as the kernels take them."""
     numbers = weights or (0.0, 0.0, 0.0)
     return {**{f"{letter}{i + 1}": number for i, number in enumerate(numbers)}, "WINDOW": window or 0.0}
-
-
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    view: View,
-    formula: Formula,
-    state: State | None = None,
-    grad_scale: Tensor | None = None,
-    stats: Tensor | None = None,
-) -> Tensor:
-    """As ``plain.normalize``; the mask is None, see :func:`supports`."""
-    y: Tensor = _Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale, stats)
-    return y
 
 
 class _Normalize(torch.autograd.Function):
@@ -630,18 +583,11 @@ def _launch(
     kernel[grid](*arguments, **wanted, num_warps=4 if cut is None else cut.warps)
 
 
-def commit(uses: Sequence[tuple[State, Formula]]) -> None:
-    """As ``plain.commit``, in one kernel for all layers on a device, whatever their number; others go to PyTorch."""
+def commit(uses: Uses) -> None:
+    """As ``plain.commit``, in one kernel for all layers on a device, whatever their number."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[State, Formula]]] = {}
-    others = []
     for use in uses:
-        long = use[0].long
-        if fits(use[0]):
-            groups.setdefault((long.device, long.dtype), []).append(use)
-        else:
-            others.append(use)
-    if others:
-        eager.commit(others)
+        groups.setdefault((use[0].long.device, use[0].long.dtype), []).append(use)
     for (device, dtype), group in groups.items():
         rows = tuple(map(_row, group))
         pointers, rates, largest = _table(rows, device)
@@ -695,3 +641,49 @@ _captured: dict[tuple[_Row, ...], tuple[Tensor, Tensor]] = {}
 def _is_capturing() -> bool:
     """Whether kernels go into a CUDA graph at present."""
     return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+
+
+class _Gpu(Engine):
+    name = "triton"
+    by_name_only = INTERPRETED  # the interpreter is thousands of times slower than the engines after this one
+    function = _Normalize
+
+    def status(self) -> str:
+        missing = _missing()
+        if missing is not None:
+            return f"not available: {missing}; GPU tensors take the PyTorch engine"
+        if INTERPRETED:
+            return (
+                "available: Triton's interpreter on CPU tensors (TRITON_INTERPRET=1); only used when forced, for tests"
+            )
+        return f"available: Triton on {torch.cuda.get_device_name()}"
+
+    def takes(self, call: Call) -> bool:
+        """Plain tensors on the device without a mask, with statistics of whole channels of the mini-batch."""
+        x, state, formula = call.x, call.state, call.formula
+        return (
+            _on_device(x)
+            and call.mask is None
+            and x.dtype in _DTYPES
+            and not x.is_neg()  # its memory holds the values with the other sign
+            and type(x) in (Tensor, torch.nn.Parameter)
+            and not is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+            and not is_watched()
+            and torch._C._get_tracing_state() is None
+            and _channels_per_statistic(call.view) > 0
+            and (state is None or fits(state))
+            and (state is not None or formula.alpha == formula.beta == PRESENT_ONLY)
+        )
+
+    def normalize(self, call: Call) -> Tensor:
+        y: Tensor = _Normalize.apply(*call)
+        return y
+
+    def commit(self, uses: Uses) -> Committed:
+        fitting = [fits(state) for state, _ in uses]
+        commit([use for use, fit in zip(uses, fitting) if fit])
+        return Committed([use for use, fit in zip(uses, fitting) if not fit])
+
+
+ENGINE = _Gpu()

@@ -10,27 +10,17 @@ import os
 import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..core.spec import PRESENT_ONLY, Formula, Sign, State, View
-from . import eager, operations, plain
+from ..core.spec import PRESENT_ONLY, Call, Formula, Sign, State, View, wide
+from . import operations, plain
 from .another_pass import AnotherPass
+from .base import Committed, Engine, Plan, Uses
 from .derivatives import Again, any_order
-from .plain import wide
-
-NAME = "native"
-
-
-class Plan(NamedTuple):
-    """What the C++ engine needs to know beforehand about inputs of one shape; see :func:`plan`."""
-
-    capsule: Any
-    view: View
-    formula: Formula
 
 
 def _copy_like(x: Tensor, dy: Tensor) -> Tensor:
@@ -64,7 +54,7 @@ def _load() -> tuple[Any, str]:
     if exchange is None:
         return None, f"not available: PyTorch {torch.__version__} has no DLPack exchange table, later ones do"
     try:
-        from . import _native as extension  # type: ignore[attr-defined]
+        import streamnorm.ops._native as extension
     except ImportError as error:
         return None, f"not available: it was not built ({error}); install streamnorm where there is a C++ compiler"
     objects = {
@@ -101,11 +91,6 @@ _native, _status = _load()
 extension = _native
 
 
-def status() -> str:
-    """What this engine is, for ``streamnorm.engines()``."""
-    return _status
-
-
 def keep_memory(most: int) -> int:
     """Let at most so many bytes of freed outputs wait for the next ones; the setting before."""
     before: int = 0 if _native is None else _native.keep_memory(most)
@@ -118,21 +103,11 @@ def waiting_memory() -> int:
     return waiting
 
 
-def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
-    """Inputs without a mask, as far as can be told without a look at the tensors."""
-    return _native is not None and mask is None and len(view.split) <= _MOST_AXES
-
-
 _MOST_AXES = 16
 _AFTER_A_COPY = 2
 """What the extension's ``accepts`` says of an input that it takes in another layout."""
 
 _plans: dict[tuple[int, int], Plan] = {}
-
-
-def prepare(view: View, formula: Formula) -> Plan | None:
-    """The plan that :func:`attempt` takes, or None where this engine is of no use."""
-    return plan(view, formula) if _native is not None and len(view.split) <= _MOST_AXES else None
 
 
 def plan(view: View, formula: Formula) -> Plan:
@@ -147,25 +122,6 @@ def plan(view: View, formula: Formula) -> Plan:
         mixes = (formula.alpha or PRESENT_ONLY, formula.beta or PRESENT_ONLY)
         found = _plans[key] = Plan(_native.plan(*shape, *constants, *mixes), view, formula)
     return found
-
-
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    view: View,
-    formula: Formula,
-    state: State | None = None,
-    grad_scale: Tensor | None = None,
-    stats: Tensor | None = None,
-) -> Any:
-    """As ``plain.normalize``; NotImplemented, with nothing changed, for what is not plain tensors in CPU memory."""
-    use = plan(view, formula), state, grad_scale, stats
-    y = attempt(x, weight, bias, use)
-    if y is NotImplemented and _native.accepts(use[0], x) == _AFTER_A_COPY:
-        return attempt(x.contiguous(), weight, bias, use)
-    return y
 
 
 def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Plan, Any, Any, Any]) -> Any:
@@ -287,9 +243,36 @@ if _native is not None:
 _apply = super(torch.autograd.Function, _Normalize).apply
 
 
-def commit(uses: Sequence[tuple[State, Formula]]) -> list[Sign]:
-    """As ``plain.commit``, in one call for all layers; and what signs there are of training that runs away."""
-    rest, signs = _native.commit(list(uses))
-    if rest:
-        eager.commit(rest)
-    return [Sign(*sign) for sign in signs]
+class _Native(Engine):
+    name = "native"
+    attempt = staticmethod(attempt)  # called in every step: without self
+
+    def status(self) -> str:
+        return _status
+
+    def takes(self, call: Call) -> bool:
+        """Without a mask; more is seen on the way."""
+        return _native is not None and call.mask is None and len(call.view.split) <= _MOST_AXES
+
+    def normalize(self, call: Call) -> Any:
+        use = plan(call.view, call.formula), call.state, call.grad_scale, call.stats
+        y = attempt(call.x, call.weight, call.bias, use)
+        if y is NotImplemented and _native.accepts(use[0], call.x) == _AFTER_A_COPY:
+            return attempt(call.x.contiguous(), call.weight, call.bias, use)
+        return y
+
+    def prepare(self, view: View, formula: Formula) -> Plan | None:
+        return plan(view, formula) if _native is not None and len(view.split) <= _MOST_AXES else None
+
+    def commit(self, uses: Uses) -> Committed:
+        """In one call for all layers."""
+        if _native is None or (uses and uses[0][0].long.is_cuda):
+            return Committed(uses)
+        rest, signs = _native.commit(list(uses))
+        return Committed(rest, [Sign(*sign) for sign in signs])
+
+    def tells_signs(self, state: State) -> bool:
+        return state.long.is_cpu
+
+
+ENGINE = _Native()

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..core.half import gradients_half, statistics_half
-from ..core.spec import Formula, State, View
+from ..core.spec import Call, Formula, State, View, wide
 from . import plain
 from .another_pass import AnotherPass, counting_once
 from .checks import check_backward
 from .derivatives import Again, any_order
 from .graph import hold, is_another_pass
-from .plain import at_least_one, elements, hide, num_samples, wide
+from .plain import at_least_one, elements, hide, num_samples
 
 
 class Reduction(Protocol):
@@ -60,20 +60,9 @@ class Here(NamedTuple):
         return tuple(total / divisor for total in sums)
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    view: View,
-    formula: Formula,
-    state: State | None = None,
-    grad_scale: Tensor | None = None,
-    stats: Tensor | None = None,
-    over: Reduction | None = None,
-) -> Tensor:
+def normalize(call: Call, over: Reduction | None = None) -> Tensor:
     """As ``plain.normalize``; ``over`` makes the means, in place of this process alone."""
-    y: Tensor = Normalize.apply(x, weight, bias, mask, view, formula, state, grad_scale, stats, over)
+    y: Tensor = Normalize.apply(*call, over)
     return y
 
 

@@ -8,28 +8,18 @@ gradient. All other derivatives are autograd's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..core.spec import Formula, Mix, State, View
+from ..core.spec import Call, Formula, Mix, State, View, wide
 from .another_pass import AnotherPass
+from .base import Committed, Engine, Uses
+from .checks import check_before_backward
 from .derivatives import first_order_only
 
-NAME = "plain"
-
 Scalar = float | Tensor
-
-
-def status() -> str:
-    """What this engine is, for ``streamnorm.engines()``."""
-    return "available: the reference, autograd over the formulas; only used when forced"
-
-
-def supports(x: Tensor, mask: Tensor | None, view: View, formula: Formula, state: State | None) -> bool:
-    """The reference takes every input."""
-    return True
 
 
 def normalize(
@@ -168,7 +158,7 @@ class _Streamed(torch.autograd.Function):
         return ctx.use.gradient(grad, ctx.row), None, None
 
 
-def commit(uses: Sequence[tuple[State, Formula]]) -> None:
+def commit(uses: Uses) -> None:
     """Say that the weights changed: move every stream's short-term averages into its long-term ones."""
     for state, formula in uses:
         keep, take, keep_grad, take_grad = formula.kappa or (
@@ -257,6 +247,25 @@ def hide(t: Tensor, keep: Tensor | None) -> Tensor:
     return t if keep is None else t.masked_fill(~keep, 0)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and state: float64 for float64, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class _Reference(Engine):
+    name = "plain"
+
+    def status(self) -> str:
+        return "available: the reference, autograd over the formulas; only used when forced"
+
+    def takes(self, call: Call) -> bool:
+        return True
+
+    def normalize(self, call: Call) -> Tensor:
+        y = normalize(*call)
+        if y.grad_fn is not None:  # the other engines look for themselves
+            check = partial(check_before_backward, call.x, call.weight, call.view, call.state)
+            y.grad_fn.register_prehook(check)
+        return y
+
+    def commit(self, uses: Uses) -> Committed:
+        commit(uses)
+        return Committed(())
+
+
+ENGINE = _Reference()

@@ -12,34 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.spec import Formula, State, View
+from ..core.spec import Call
 from . import operations
 from .checks import check_call
 from .derivatives import is_recorded, refuse
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    view: View,
-    formula: Formula,
-    state: State | None,
-    grad_scale: Tensor | None,
-    stats: Tensor | None,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
+def normalize(call: Call, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """As ``plain.normalize``, over all processes of ``group``; x may be empty in some of them.
 
     Returns:
         y, and how many elements of all processes are behind each statistic, ``(G,)``.
     """
     if is_recorded():
-        refuse(x, weight, bias)
-    check_call(x, weight, bias, view, state, stats)
-    over = OverProcesses(operations.Here.of(x, mask, view), view.num_stats, group)
-    y = operations.normalize(x, weight, bias, mask, view, formula, state, grad_scale, stats, over)
+        refuse(call.x, call.weight, call.bias)
+    check_call(call)
+    over = OverProcesses(operations.Here.of(call.x, call.mask, call.view), call.view.num_stats, group)
+    y = operations.normalize(call, over)
     return y, over.n
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..core.spec import wide
 from ..layers import GeneralBatchNorm, Norm
 from ..ops import native
 from ..ops.checks import check_layer, check_memory
-from ..ops.plain import wide
 from .steps import GATES, Hidden, Norms, Weights
 
 

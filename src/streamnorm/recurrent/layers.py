@@ -192,7 +192,7 @@ class _Layer(Normalized, nn.RNNBase):
 
     def _runs_in_torch(self) -> bool:
         """Whether the layer is torch.nn's with other weights now, see ``engines.folded``."""
-        return ops._active[0] is not ops.plain and self._is_fixed()
+        return ops.is_active("torch") and self._is_fixed()
 
     def _run(self, data: Tensor, sizes: list[int], hidden: Hidden) -> tuple[Tensor, Hidden]:
         """All layers and directions over packed data, see ``engines.loop.run``."""

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
+from ..ops import graph
 from . import agreement, checkpoint, runaway, watchdog
 from .streaming import Streaming, streaming_modules
 from .surroundings import (
@@ -113,7 +114,7 @@ class _AroundGraphs:
     notice = staticmethod(notice_in_graph)
 
 
-ops.graph.set_surroundings(_AroundGraphs())
+graph.set_surroundings(_AroundGraphs())
 
 
 def adopt(ddp: DistributedDataParallel) -> None:

@@ -176,7 +176,7 @@ def test_every_contestant_trains() -> None:
         steps.together[0]()
 
 
-@pytest.mark.skipif(gpu.status().startswith("not available"), reason=gpu.status())
+@pytest.mark.skipif(gpu.ENGINE.status().startswith("not available"), reason=gpu.ENGINE.status())
 def test_the_gru_is_timed_on_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted where there is no GPU, which has to be forced."""
     launched = []

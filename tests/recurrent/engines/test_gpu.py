@@ -24,7 +24,7 @@ from streamnorm.recurrent.engines import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(engine.status().startswith("not available"), reason=engine.status()),
+    pytest.mark.skipif(engine.ENGINE.status().startswith("not available"), reason=engine.ENGINE.status()),
     # NumPy, by which the interpreter computes, warns of what is not finite.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     *([pytest.mark.cuda] if DEVICE == "cuda" else []),

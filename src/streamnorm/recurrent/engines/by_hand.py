@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...core.spec import State
+from ...core.spec import Call, State, wide
 from ...layers import GeneralBatchNorm, Norm
 from ...ops.checks import check_state
-from ...ops.plain import wide
 from ..norms import PerStepBatchNorm
 from ..steps import Hidden, Norms
 from . import sequence
@@ -57,9 +56,9 @@ class Path:
         tracks = isinstance(norm, GeneralBatchNorm)
         stats = x.new_empty(2, view.num_stats) if tracks else None
         state = None if norm.stream is None else norm.state
-        use.function = ops.function(x, view, norm.formula, state)
-        arguments = (x, self.gain, self.bias, None, view, norm.formula, state, norm._ties.grad_scale, stats)
-        y: Tensor = use.function.forward(use, *arguments)
+        call = Call(x, self.gain, self.bias, None, view, norm.formula, state, norm._ties.grad_scale, stats)
+        use.function = ops.function(call)
+        y: Tensor = use.function.forward(use, *call)
         self.uses.append(use)
         if isinstance(norm, PerStepBatchNorm):
             norm.select(number)

@@ -1,8 +1,9 @@
-"""Which engine runs a layer over a sequence."""
+"""The table of engines that run a layer over a sequence, and the choice between them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,37 +16,42 @@ from ..steps import Hidden, Norms, Weights
 from . import by_hand, cpu, gpu, loop, sequence
 
 
+class Engine(NamedTuple):
+    """An engine that takes a whole sequence; what ``takes`` and ``run`` are given, ``loop.run`` explains."""
+
+    name: str
+    """That of the engine of ``streamnorm.ops`` which goes with it: :func:`streamnorm.ops.force` leaves out both."""
+
+    takes: Callable[..., bool]
+    run: Callable[..., tuple[Tensor, Hidden]]
+    checks: bool = False
+    """Whether ``takes`` looks whether the tensors fit each other."""
+
+
+ENGINES = (
+    Engine("native", cpu.supports, cpu.run, checks=True),
+    Engine("triton", gpu.supports, gpu.run),
+    Engine("torch", lambda kind, *rest: sequence.supports(*rest), by_hand.run),
+)
+"""From the fastest. After them comes the loop over the steps of the cells, which takes everything."""
+
+
 def run(
     kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
 ) -> tuple[Tensor, Hidden]:
-    """Run one layer in one direction; ``loop.run`` explains the arguments.
-
-    Where an engine of ``streamnorm.ops`` is forced, ``plain`` means the loop over the steps here.
-    """
+    """Run one layer in one direction; ``loop.run`` explains the arguments."""
+    use = kind, data, sizes, hidden, weights, norms
     if is_recorded():
-        return loop.run(kind, data, sizes, hidden, weights, norms)
-    engine = _choose(kind, data, sizes, hidden, weights, norms)
-    if engine is loop.run:  # step by step: the norms' own forward does the rest
-        output, finals = loop.run(kind, data, sizes, hidden, weights, norms)
+        return loop.run(*use)
+    engine = next((each for each in ENGINES if ops.is_active(each.name) and each.takes(*use)), None)
+    if engine is None or not engine.checks:
+        check_forward(*use)
+    if engine is None:  # step by step: the norms' own forward does the rest
+        output, finals = loop.run(*use)
         of_norms = (t for norm in norms if norm is not None for t in (*norm.parameters(), *norm.buffers()))
         check_before_backward((output, *finals), (data, *hidden, *weights, *of_norms))
         return output, finals
     if checkpoint.concerns():
         with checkpoint.use(norm for norm in norms if isinstance(norm, Norm)):
-            return engine(kind, data, sizes, hidden, weights, norms)
-    return engine(kind, data, sizes, hidden, weights, norms)
-
-
-def _choose(
-    kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
-) -> Callable[..., tuple[Tensor, Hidden]]:
-    """The fastest engine that takes this, once the tensors fit each other."""
-    first = ops._active[0]
-    if first is ops.native and cpu.supports(kind, data, sizes, hidden, weights, norms):
-        return cpu.run  # which looked at them itself
-    check_forward(kind, data, sizes, hidden, weights, norms)
-    if ops.gpu in ops._active and gpu.supports(kind, data, sizes, hidden, weights, norms):
-        return gpu.run
-    if first is not ops.plain and sequence.supports(data, sizes, hidden, weights, norms):
-        return by_hand.run
-    return loop.run
+            return engine.run(*use)
+    return engine.run(*use)
