@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .moment import LpMoment
+from .spec import FIELDS
 
 VERSION = 2
 """Version of the state. Version 1 did not hold the moment."""
@@ -17,8 +18,9 @@ VERSION = 2
 MOMENT = "lp_moment"
 """Name of the buffer with p, centre and scale. It is saved and compared; nothing is computed with it."""
 
-_STATISTICS = ("long", "short", "long_grad", "short_grad", "running_mean", "running_var")
-_COUNTS = ("count", "grad_count", "samples", "grad_samples", "num_batches_tracked")
+_STATISTICS = (*(name for name, field in FIELDS.items() if not field.is_count), "running_mean", "running_var")
+_COUNTS = (*(name for name, field in FIELDS.items() if field.is_count), "num_batches_tracked")
+_WITH_MOMENT = tuple(name for name, field in FIELDS.items() if field.half == "statistics" and field.rows == 2)
 _SAME = 0.004
 """Relative difference up to which two p are the same: a state may have been saved in bfloat16, of 8 bits."""
 
@@ -117,7 +119,7 @@ def _good_values(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
             good = t.isfinite()
             if name == "running_var":
                 good = good & (t >= 0)
-            elif name in ("long", "short"):
+            elif name in _WITH_MOMENT:
                 good[1] &= t[1] >= 0
             yield name, good
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,11 +118,11 @@ class Weights(NamedTuple):
 
 
 class State(NamedTuple):
-    """The long- and short-term averages of a stream, changed in place. Row 0 is mu's, row 1 is the moment's.
+    """The long- and short-term averages of a stream, changed in place; ``FIELDS`` tells their sizes.
 
-    ``long``, ``short``, ``long_grad``, ``short_grad``: ``(2, G)``, float32 or float64.
-    ``count``, ``grad_count``: ``(G,)`` int64, elements since the last weight update.
-    ``samples``, ``grad_samples``: int64 scalars, samples since the last weight update.
+    ``long``, ``short``, ``long_grad``, ``short_grad``: averages; row 0 is mu's, row 1 is the moment's.
+    ``count``, ``grad_count``: elements since the last weight update.
+    ``samples``, ``grad_samples``: samples since the last weight update.
     """
 
     long: Tensor
@@ -133,6 +133,47 @@ class State(NamedTuple):
     grad_count: Tensor
     samples: Tensor
     grad_samples: Tensor
+
+
+class Field(NamedTuple):
+    """What one buffer of a stream is."""
+
+    rows: int
+    """2: ``(2, G)``, for mu and the moment; 1: ``(G,)``; 0: a scalar."""
+
+    is_count: bool
+    """int64; other buffers have the dtype of the statistics, see :func:`wide`."""
+
+    half: Literal["statistics", "gradients"]
+    """Which half of the stream it belongs to: a forward pass moves its statistics, a backward pass its gradients."""
+
+    joined: Literal["same", "average", "sum"]
+    """What several processes have after a weight update: the same as before, since all make the same commits from the
+    same start; the average over the elements of all of them; or the sum."""
+
+    def shape(self, num_stats: int) -> tuple[int, ...]:
+        """The shape for G statistics."""
+        return ((), (num_stats,), (2, num_stats))[self.rows]
+
+    def dtype(self, statistics: torch.dtype) -> torch.dtype:
+        """The dtype beside statistics of this dtype."""
+        return torch.int64 if self.is_count else statistics
+
+
+FIELDS = {
+    "long": Field(2, False, "statistics", "same"),
+    "short": Field(2, False, "statistics", "average"),
+    "long_grad": Field(2, False, "gradients", "same"),
+    "short_grad": Field(2, False, "gradients", "average"),
+    "count": Field(1, True, "statistics", "sum"),
+    "grad_count": Field(1, True, "gradients", "sum"),
+    "samples": Field(0, True, "statistics", "sum"),
+    "grad_samples": Field(0, True, "gradients", "sum"),
+}
+"""The buffers of a stream, by the names and in the order that they have in :class:`State`."""
+
+STATISTICS = tuple(name for name, field in FIELDS.items() if field.half == "statistics")
+GRADIENTS = tuple(name for name, field in FIELDS.items() if field.half == "gradients")
 
 
 class Call(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .spec import Formula, Mix, State
+from .spec import FIELDS, Formula, Mix, State
 
 WINDOW = 200.0
 """The default memory, in samples."""
@@ -98,11 +98,12 @@ class Stream:
 
     def new_state(self, num_stats: int, device: torch.device | str | None, dtype: torch.dtype) -> State:
         """The state of a stream that has seen nothing: the prior, and zeros."""
+        zeros = {
+            name: torch.zeros(field.shape(num_stats), device=device, dtype=field.dtype(dtype))
+            for name, field in FIELDS.items()
+        }
         long = torch.tensor(self.prior, device=device, dtype=dtype)[:, None].repeat(1, num_stats)
-        averages = [torch.zeros(2, num_stats, device=device, dtype=dtype) for _ in range(3)]
-        counts = [torch.zeros(num_stats, device=device, dtype=torch.int64) for _ in range(2)]
-        samples = [torch.zeros((), device=device, dtype=torch.int64) for _ in range(2)]
-        return State(long, *averages, *counts, *samples)
+        return State(**zeros)._replace(long=long)
 
     def evaluation(self, state: State) -> Tensor:
         """mu and m for evaluation, ``(2, G)``: long and short in the ratio α1 : α2, or long alone."""

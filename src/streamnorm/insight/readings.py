@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.spec import State
 from ..layers import Norm
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -111,10 +111,10 @@ class Reader:
         counts: list[Tensor] = []
         samples: list[Tensor] = []
         for some in filter(None, members):
-            *rows, count, grad_count, seen, grad_seen = zip(*(self._layers[i].state for i in some))
-            averages += chain.from_iterable(rows)
-            counts += (*count, *grad_count)
-            samples += (*seen, *grad_seen)
+            of = dict(zip(State._fields, zip(*(self._layers[i].state for i in some))))
+            averages += (*of["long"], *of["short"], *of["long_grad"], *of["short_grad"])
+            counts += (*of["count"], *of["grad_count"])
+            samples += (*of["samples"], *of["grad_samples"])
         numbers = _fetched(averages, counts, samples)
         self._taken.append(_Snapshot(update, members, list(commits), commits_now, *numbers))
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..core.spec import Call, Formula, View
+from ..core.spec import GRADIENTS, Call, Formula, View
 from ..training.streaming import Streaming
-
-_GRADIENT_STATE = ("long_grad", "short_grad", "grad_count", "grad_samples")
 
 
 def affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Streaming, mask: Tensor | None, view: View) -> Tensor:
@@ -42,7 +40,7 @@ def adapt(layer: Streaming, x: Tensor, mask: Tensor | None, view: View, formula:
     with torch.no_grad():
         used = state.long.new_empty(2, view.num_stats)
         ops.normalize(Call(x.detach(), None, None, mask, view, formula, state, stats=used))
-        nothing = {name: torch.zeros_like(getattr(state, name)) for name in _GRADIENT_STATE}
+        nothing = {name: torch.zeros_like(getattr(state, name)) for name in GRADIENTS}
         ops.commit([(state._replace(**nothing), formula)])
         variance = formula.k**2 * used[1] ** (2 / formula.p)
     return affine_map(x, used[0], variance, layer, mask, view)

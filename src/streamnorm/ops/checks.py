@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..core.spec import Call, State, View, wide
+from ..core.spec import FIELDS, Call, State, View, wide
 
 _has_storage = torch._C._has_storage
 
@@ -101,11 +101,11 @@ def check_before_backward(
 
 
 def check_state(state: State, num_stats: int, dtype: torch.dtype, device: int) -> None:
-    """Check the buffers of a stream; ``check_layer`` explains the arguments."""
-    averages, counts = (2, num_stats), (num_stats,)
-    shapes = (averages,) * 4 + (counts,) * 2 + ((),) * 2
-    for name, t, shape in zip(State._fields, state, shapes):
-        wanted = dtype if shape is averages else torch.int64
+    """Check the buffers of a stream, or of half of one; ``check_layer`` explains the arguments."""
+    for (name, field), t in zip(FIELDS.items(), state):
+        if t is None:
+            continue
+        shape, wanted = field.shape(num_stats), field.dtype(dtype)
         if t.shape != shape or t.dtype != wanted or t.get_device() != device:
             raise RuntimeError(
                 f"the buffer {name} has to be {wanted} of shape {shape} beside the input, and is {t.dtype} of shape "

@@ -32,7 +32,7 @@ from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ..core.spec import PRESENT_ONLY, Call, Formula, State, View, wide
+from ..core.spec import FIELDS, PRESENT_ONLY, Call, Formula, State, View, wide
 from . import operations
 from .another_pass import counting_once
 from .base import Committed, Engine, Uses
@@ -97,13 +97,10 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def fits(state: State) -> bool:
     """Whether kernels find the buffers of a stream where they look for them."""
-    averages, counts = state[:4], state[4:]
-    size = state.count.numel()
-    return (
-        _on_device(state.long)
-        and [t.numel() for t in state] == [2 * size] * 4 + [size] * 2 + [1] * 2
-        and all(t.is_contiguous() and t.dtype == state.long.dtype for t in averages)
-        and all(t.is_contiguous() and t.dtype == torch.int64 for t in counts)
+    size, dtype = state.count.numel(), state.long.dtype
+    return _on_device(state.long) and all(
+        t.shape == field.shape(size) and t.dtype == field.dtype(dtype) and t.is_contiguous()
+        for t, field in zip(state, FIELDS.values())
     )
 
 

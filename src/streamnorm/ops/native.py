@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..core.spec import PRESENT_ONLY, Call, Formula, Sign, State, View, wide
+from ..core.spec import GRADIENTS, PRESENT_ONLY, Call, Formula, Sign, State, View, wide
 from . import operations, plain
 from .another_pass import AnotherPass
 from .base import Committed, Engine, Plan, Uses
@@ -186,7 +186,7 @@ def _another_pass(ctx: Any, dy: Tensor) -> Any:
     assert state is not None
     another = AnotherPass(state, ctx.kept[0].view.num_elements, saved_tensors[0].shape[0])
     scratch = another.scratch
-    half = scratch.long_grad, scratch.short_grad, scratch.grad_count, scratch.grad_samples
+    half = tuple(getattr(scratch, name) for name in GRADIENTS)
     stand_in = SimpleNamespace(
         kept=(*ctx.kept[:_KEPT_HALF], *half), saved_tensors=saved_tensors, needs_input_grad=ctx.needs_input_grad
     )
@@ -200,11 +200,11 @@ _KEPT_HALF = 5
 
 
 def _gradient_state(kept: tuple[Any, ...]) -> State | None:
-    """A state of which the gradient half may be read, or None where there is no stream."""
+    """A state that has the gradient half alone, or None where there is no stream."""
     if len(kept) == _KEPT_HALF:
         return None
-    lasting, recent, count, samples = kept[_KEPT_HALF:]
-    return State(lasting, recent, lasting, recent, count, count, samples, samples)
+    half: Any = dict(zip(GRADIENTS, kept[_KEPT_HALF:]))
+    return State._make(half.get(name) for name in State._fields)
 
 
 def _saved_values(ctx: Any) -> Tensor:

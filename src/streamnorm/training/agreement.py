@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import saved_state
-from ..core.spec import State
+from ..core.spec import FIELDS, State
 from .streaming import Streaming
 
 FIRST_WORD = timedelta(seconds=30)
@@ -265,8 +265,8 @@ class _Agreement:
 
     def _same_start(self, states: Sequence[State]) -> None:
         """The long-term statistics of the first process become everyone's, as DDP does it with parameters."""
-        kept = [tensor for state in states for tensor in (state.long, state.long_grad)]
-        flat = torch.cat([tensor.flatten() for tensor in kept])
+        kept = [each for name, column in _columns(states).items() if name not in _JOINED for each in column]
+        flat = torch.cat([tensor.flatten().to(torch.float64) for tensor in kept])
         self.group.broadcast(flat, 0).wait()
         for tensor, values in zip(kept, flat.split([tensor.numel() for tensor in kept])):
             tensor.copy_(values.view_as(tensor))
@@ -301,28 +301,34 @@ def _kind(layer: Streaming) -> str:
     return f"{type(layer).__name__} with {layer.state.count.numel()} statistics, {layer.formula}"
 
 
+_JOINED = {name: field for name, field in FIELDS.items() if field.joined != "same"}
+_COUNTS = {field.half: name for name, field in FIELDS.items() if field.is_count and field.rows == 1}
+"""Of each half, the elements that its averages are over."""
+
+
+def _columns(states: Sequence[State]) -> dict[str, list[Tensor]]:
+    """The buffers of several streams by name, each as a matrix with a row for mu and one for the moment, or one row."""
+    columns = dict(zip(FIELDS, zip(*states)))
+    return {name: [each.view(field.rows or 1, -1) for each in columns[name]] for name, field in FIELDS.items()}
+
+
 def _pack(states: Sequence[State]) -> Tensor:
     """All that has to be summed over the processes, as one vector; float64 keeps every count."""
-    parts: list[Tensor] = []
-    for shorts, counts in (
-        ([s.short for s in states], [s.count for s in states]),
-        ([s.short_grad for s in states], [s.grad_count for s in states]),
-    ):
-        count = torch.cat(counts).to(torch.float64)
-        parts += [(torch.cat(shorts, 1) * count).flatten(), count]
-    return torch.cat((*parts, torch.stack([n for s in states for n in (s.samples, s.grad_samples)])))
+    joined = {name: torch.cat(column, 1).to(torch.float64) for name, column in _columns(states).items()}
+    for name, field in _JOINED.items():
+        if field.joined == "average":
+            joined[name] = joined[name] * joined[_COUNTS[field.half]]
+    return torch.cat([joined[name].flatten() for name in _JOINED])
 
 
 def _unpack(total: Tensor, states: Sequence[State]) -> None:
     """Make averages of the sums, and put them where they belong."""
-    sizes = [state.count.numel() for state in states]
-    size = sum(sizes)
-    sums, count, grad_sums, grad_count, samples = total.split([2 * size, size, 2 * size, size, 2 * len(states)])
-    for added, counted, shorts, counts in (
-        (sums, count, [s.short for s in states], [s.count for s in states]),
-        (grad_sums, grad_count, [s.short_grad for s in states], [s.grad_count for s in states]),
-    ):
-        averages = added.view(2, size) / counted.clamp(min=1)
-        torch._foreach_copy_(shorts, list(averages.split(sizes, 1)))
-        torch._foreach_copy_(counts, list(counted.split(sizes)))
-    torch._foreach_copy_([n for s in states for n in (s.samples, s.grad_samples)], list(samples.unbind()))
+    columns = _columns(states)
+    sizes = {name: [each.shape[1] for each in columns[name]] for name in _JOINED}
+    lengths = [(field.rows or 1) * sum(sizes[name]) for name, field in _JOINED.items()]
+    sums = dict(zip(_JOINED, total.split(lengths)))
+    for name, field in _JOINED.items():
+        values = sums[name].view(field.rows or 1, -1)
+        if field.joined == "average":
+            values = values / sums[_COUNTS[field.half]].clamp(min=1)
+        torch._foreach_copy_(columns[name], list(values.split(sizes[name], 1)))

@@ -25,11 +25,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ..core.spec import STATISTICS
 from ..ops.graph import Held
 from .streaming import Streaming
-
-_READ_FORWARD = ("long", "short", "count", "samples")
-"""The part of a state that a forward pass reads; the streams of gradients are backward's."""
 
 
 def checkpoint_context_fn() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -81,7 +79,7 @@ class _Pass:
 
     def record(self, layer: Streaming) -> None:
         """Note what a use starts from."""
-        start = {name: layer._buffers[name].clone() for name in _READ_FORWARD}  # type: ignore[union-attr]
+        start = {name: layer._buffers[name].clone() for name in STATISTICS}  # type: ignore[union-attr]
         self.tape.starts.append((layer, start))
 
     def replay(self, layer: Streaming) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.reference import NormRef
-from ...core.spec import State
+from ...core.spec import FIELDS, GRADIENTS, State
 from ...layers import GeneralBatchNorm, Norm, SampleNorm
 from ...ops.another_pass import AnotherPass, another_pass
 from ...ops.native import LIBRARY
@@ -98,17 +98,9 @@ class _Lent(NamedTuple):
 
     gain: Tensor | None
     bias: Tensor | None
-    long: Tensor | None = None
-    short: Tensor | None = None
-    long_grad: Tensor | None = None
-    short_grad: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    count: Tensor | None = None  # type: ignore[assignment]  # a tuple method of that name is of no use here
-    grad_count: Tensor | None = None
-    samples: Tensor | None = None
-    grad_samples: Tensor | None = None
-    num_batches_tracked: Tensor | None = None
+    state: State | None = None
+    running: tuple[Tensor, Tensor, Tensor] | None = None
+    """Mean, variance and number of batches."""
     steps: int | None = None
     """How many time steps have running statistics of their own; None where they share one set."""
 
@@ -117,27 +109,19 @@ class _Lent(NamedTuple):
         """What this norm has."""
         if isinstance(norm, GeneralBatchNorm):
             steps = norm.max_steps if isinstance(norm, PerStepBatchNorm) else None
-            mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
-            return cls(gain, bias, running_mean=mean, running_var=var, num_batches_tracked=batches, steps=steps)
-        if isinstance(norm, Norm) and norm.stream is not None:
-            s = norm.state
-            averages = (s.long, s.short, s.long_grad, s.short_grad, None, None)
-            return cls(gain, bias, *averages, s.count, s.grad_count, s.samples, s.grad_samples)
-        return cls(gain, bias)
+            return cls(gain, bias, None, (norm.running_mean, norm.running_var, norm.num_batches_tracked), steps)
+        return cls(gain, bias, norm.state if isinstance(norm, Norm) and norm.stream is not None else None)
 
-    @property
-    def state(self) -> State | None:
-        """The stream, if there is one."""
-        return None if self.long is None else State._make(getattr(self, name) for name in State._fields)
-
-    def addresses(self, dtype: torch.dtype, features: int) -> tuple[int, ...] | None:
-        """Where all of it lies, in this order; None if something is not what a layer of so many features has."""
-        each, average = (features,), (2, features)
+    def addresses(self, dtype: torch.dtype, features: int) -> dict[str, int] | None:
+        """Where all of it lies, by the names in ``_Path``; None if something is not what such a layer has."""
         steps = () if self.steps is None else (self.steps,)
-        running = (*steps, features)
-        shapes = (each, each, *(average,) * 4, running, running, each, each, (), (), steps)
-        found: tuple[int, ...] | None = _tensors.lend(dtype == torch.float64, self[:-1], shapes, 5)
-        return found
+        mean, var, batches = self.running or (None, None, None)
+        tensors = (self.gain, self.bias, mean, var, *(getattr(self.state, name, None) for name in _BUFFERS), batches)
+        own, running = (features,), (*steps, features)
+        shapes = (own, own, running, running, *(FIELDS[name].shape(features) for name in _BUFFERS), steps)
+        counts = 1 + sum(FIELDS[name].is_count for name in _BUFFERS)
+        found: tuple[int, ...] | None = _tensors.lend(dtype == torch.float64, tensors, shapes, counts)
+        return None if found is None else dict(zip(("gain", "bias", "running_mean", "running_var", *_BUFFERS), found))
 
 
 def _kind(norm: nn.Module) -> int:
@@ -192,6 +176,10 @@ class _Path(NamedTuple):
     beta3: float = 1.0
     momentum: float = 0.0
     grad_scale: float = 1.0
+
+
+_BUFFERS = sorted((name for name in FIELDS if name in _Path._fields), key=lambda name: FIELDS[name].is_count)
+"""What the kernel has of the buffers of a stream, averages first."""
 
 
 class _Plan(NamedTuple):
@@ -259,8 +247,8 @@ def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | N
     if formula.alpha is not None and formula.beta is not None:
         own.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
     if formula.window is not None:
-        assert lent.samples is not None
-        own.update(window=formula.window, samples_before=int(lent.samples))
+        assert lent.state is not None
+        own.update(window=formula.window, samples_before=int(lent.state.samples))
     return _Path(**own)
 
 
@@ -268,8 +256,7 @@ def _in_scratch(path: _Path, another: AnotherPass | None) -> _Path:
     """Of a backward pass that is not the first through its graph."""
     if another is None:
         return path
-    names = ("long_grad", "short_grad", "grad_count", "grad_samples")
-    return path._replace(**{name: getattr(another.scratch, name).data_ptr() for name in names})
+    return path._replace(**{name: getattr(another.scratch, name).data_ptr() for name in GRADIENTS})
 
 
 def _placed(lent: _Lent, values: Tensor) -> dict[str, int]:
@@ -280,7 +267,7 @@ def _placed(lent: _Lent, values: Tensor) -> dict[str, int]:
             "a gain, a bias or a buffer of a recurrent layer was changed between forward and backward: it has another "
             "size or dtype, or its storage was freed or shrunk"
         )
-    return dict(zip(_Lent._fields[:12], addresses))  # the kernel counts no batches
+    return addresses
 
 
 def _pointer(t: Tensor | None) -> int:
