@@ -37,10 +37,10 @@ PyObject* accepts(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(make_layout(*plan, strides, layout) ? 2 : 0);
 }
 
-bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type, const void*& seen) {
+bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type, const void*& known) {
   if (object == Py_None) return true;
   DLTensor t;
-  if (!borrow_flat(object, channels, t) || t.ndim != 1 || negated(object) || !is_whole(object, t, seen)) return false;
+  if (!borrow_flat(object, channels, t) || t.ndim != 1 || negated(object) || !is_whole(object, t, known)) return false;
   data = t.data;
   type = type_of(t);
   return type != Type::other;
@@ -102,8 +102,8 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
            *stats_object = PyTuple_GetItem(args[4], 3);
   Plan* plan = get_plan(plan_object);
   if (!plan) return nullptr;
-  int seen = watched();
-  if (seen) return seen < 0 ? nullptr : refuse("part in what is traced or watched");
+  const int watching = watched();
+  if (watching) return watching < 0 ? nullptr : refuse("part in what is traced or watched");
   DLTensor x, y, stats = {};
   Call call = {};
   Layout layout;
@@ -155,9 +155,10 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     set_number(stats.data, type_of(stats), i, number(call.saved, wide, i));
     set_number(stats.data, type_of(stats), plan->G + i, call.moments[i]);
   }
-  Reference kept(streams ? PyTuple_Pack(9, plan_object, saved.object, grad_scale, weight, bias, grad_half.tensors[0], grad_half.tensors[1],
-                                        grad_half.tensors[2], grad_half.tensors[3])
-                         : PyTuple_Pack(5, plan_object, saved.object, grad_scale, weight, bias));
+  PyObject* const* grad = grad_half.tensors;
+  Reference kept(streams ? PyTuple_Pack(kept_half + parts, plan_object, saved.object, grad_scale, weight, bias, grad[long_part],
+                                        grad[short_part], grad[count_part], grad[samples_part])
+                         : PyTuple_Pack(kept_half, plan_object, saved.object, grad_scale, weight, bias));
   if (!kept || PyObject_SetAttr(ctx, own.kept, kept)) return nullptr;
   Reference inputs(PyTuple_Pack(1, x_object));
   return inputs && !PyObject_SetAttr(ctx, own.to_save, inputs) ? output.release() : nullptr;
@@ -220,7 +221,7 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object, bool first_only) {
     call.grad_scale = number(t.data, type_of(t), 0);
   }
   Half half;
-  for (int i = 0; streams && i < 4; i++) half.hold(i, PyTuple_GetItem(kept, kept_half + i));
+  for (int i = 0; streams && i < parts; i++) half.hold(i, PyTuple_GetItem(kept, kept_half + i));
   if (streams && !half.read(plan->G, wide, plan->whole + Plan::whole_grad_state)) return refuse("this state");
   if (call.dx) {
     call.mix[2] = 1;
@@ -344,7 +345,7 @@ PyMethodDef methods[] = {
     {"waiting_memory", waiting_memory, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Training steps on CPU tensors; see native.py.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Training steps on CPU tensors; see ops/native.py.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

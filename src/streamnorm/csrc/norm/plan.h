@@ -6,6 +6,9 @@
 
 namespace {
 
+// The tensors of one half of a state: the averages (2, G), the elements counted (G) and the samples of uses.
+enum Part { long_part, short_part, count_part, samples_part, parts };
+
 // What is known of a (view, formula) before any tensor is seen, and the layout of the tensor seen last.
 struct Plan : View {
   Formula formula;
@@ -17,7 +20,7 @@ struct Plan : View {
   int last = 0;
   Description like_input, like_parameter;
   // The tensors that were found whole last, see is_whole.
-  enum { whole_x, whole_dy, whole_weight, whole_bias, whole_state, whole_grad_state = whole_state + 4, whole_end = whole_grad_state + 4 };
+  enum { whole_x, whole_dy, whole_weight, whole_bias, whole_state, whole_grad_state = whole_state + parts, whole_end = whole_grad_state + parts };
   const void* whole[whole_end] = {};
 };
 

@@ -11,7 +11,7 @@ namespace {
 
 // Where tuples from Python have what is looked for; setup() finds out, by name.
 struct Places {
-  int state_size, state[2][4];  // of the forward half and of the gradient half: long, short, count, samples
+  int state_size, state[2][parts];  // of the forward half and of the gradient half
   int p, kappa, window;         // in a formula
 } places = {};
 
@@ -26,11 +26,11 @@ bool find_place(PyObject* names, const char* wanted, int& place) {
   return false;
 }
 bool find_places(PyObject* state_fields, PyObject* formula_fields) {
-  const char* const names[2][4] = {{"long", "short", "count", "samples"}, {"long_grad", "short_grad", "grad_count", "grad_samples"}};
+  const char* const names[2][parts] = {{"long", "short", "count", "samples"}, {"long_grad", "short_grad", "grad_count", "grad_samples"}};
   Places found = {};
   found.state_size = (int)PyTuple_Size(state_fields);
   for (int grad = 0; grad < 2; grad++)
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < parts; i++)
       if (!find_place(state_fields, names[grad][i], found.state[grad][i])) return false;
   if (!find_place(formula_fields, "p", found.p) || !find_place(formula_fields, "kappa", found.kappa) ||
       !find_place(formula_fields, "window", found.window))
@@ -39,11 +39,11 @@ bool find_places(PyObject* state_fields, PyObject* formula_fields) {
   return true;
 }
 
-// The forward or the gradient half of a state, in the order (long, short, count, samples). It owns references: while the GIL is
-// released, another thread may put other tensors in the place of these.
+// The forward or the gradient half of a state. It owns references: while the GIL is released, another thread may put other tensors
+// in the place of these.
 struct Half {
-  PyObject* tensors[4] = {};
-  DLTensor part[4];
+  PyObject* tensors[parts] = {};
+  DLTensor part[parts];
 
   Half() = default;
   Half(const Half&) = delete;
@@ -55,7 +55,7 @@ struct Half {
   bool find(PyObject* state, bool grad) {
     bool tuple = PyTuple_Check(state);
     if (tuple ? PyTuple_Size(state) != places.state_size : !PyDict_Check(state)) return false;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < parts; i++) {
       const int place = places.state[grad][i];
       if (!hold(i, tuple ? PyTuple_GetItem(state, place) : PyDict_GetItemWithError(state, PyTuple_GetItem(torch.state_fields, place))))
         return false;
@@ -68,21 +68,21 @@ struct Half {
     tensors[i] = tensor;
     return tensor;
   }
-  // seen: four places of is_whole
-  bool read(int64_t G, Type wide, const void** seen) {
-    for (int i = 0; i < 4; i++) {
-      DLTensor& t = part[i];
-      if (!borrow_flat(tensors[i], i < 2 ? 2 * G : i == 2 ? G : 1, t) || !is_whole(tensors[i], t, seen[i])) return false;
-      if (i < 2 ? type_of(t) != wide || t.ndim != 2 || t.shape[0] != 2 : !is_int64(t) || t.ndim != 3 - i) return false;
-    }
-    return true;
+  // known: places of is_whole, one for each part
+  bool read(int64_t G, Type wide, const void** known) {
+    auto fits = [&](Part i, int axes, int64_t size) {
+      return borrow_flat(tensors[i], size, part[i]) && part[i].ndim == axes && is_whole(tensors[i], part[i], known[i]);
+    };
+    auto average = [&](Part i) { return fits(i, 2, 2 * G) && part[i].shape[0] == 2 && type_of(part[i]) == wide; };
+    auto integers = [&](Part i, int axes, int64_t size) { return fits(i, axes, size) && is_int64(part[i]); };
+    return average(long_part) && average(short_part) && integers(count_part, 1, G) && integers(samples_part, 0, 1);
   }
   // Count the samples of this use, which then mixes with these constants or by the window.
   void use(const Plan& plan, const double* constants, Call& call) {
-    call.lasting = part[0].data;
-    call.recent = part[1].data;
-    call.count = (int64_t*)part[2].data;
-    int64_t& samples = *(int64_t*)part[3].data;
+    call.lasting = part[long_part].data;
+    call.recent = part[short_part].data;
+    call.count = (int64_t*)part[count_part].data;
+    int64_t& samples = *(int64_t*)part[samples_part].data;
     samples += plan.samples;
     mixing_weights(plan.formula.window, constants, (double)samples, call.mix);
   }
@@ -125,8 +125,8 @@ int64_t zeros(const int64_t* counts, int64_t n) {
   return found;
 }
 template <class F> void commit_stream(const DLTensor* part, int64_t G, Commit weights, bool grad, Signs& signs) {
-  F *lasting = (F*)part[0].data, *recent = (F*)part[1].data;
-  int64_t *count = (int64_t*)part[2].data, *samples = (int64_t*)part[3].data;
+  F *lasting = (F*)part[long_part].data, *recent = (F*)part[short_part].data;
+  int64_t *count = (int64_t*)part[count_part].data, *samples = (int64_t*)part[samples_part].data;
   signs.missed[grad] = *samples > 0 ? zeros(count, G) : 0;
   if (!grad) signs.before = sum(lasting + G, G);
   commit_half(lasting, recent, count, G, weights);
@@ -138,16 +138,16 @@ bool commit_state(PyObject* state, const double* kappa, double window, Signs& si
   Half halves[2];
   DLTensor lasting, count;
   if (!halves[0].find(state, false) || !halves[1].find(state, true)) return false;
-  if (!borrow(halves[0].tensors[0], lasting) || !borrow(halves[0].tensors[2], count)) return false;
+  if (!borrow(halves[0].tensors[long_part], lasting) || !borrow(halves[0].tensors[count_part], count)) return false;
   Type type = type_of(lasting);
   const int64_t G = size_of(count);
-  static const void* known[256][8];  // see is_whole; a layer has its place by where its memory is
+  static const void* known[256][2 * parts];  // see is_whole; a layer has its place by where its memory is
   const void** whole = known[(uintptr_t)lasting.data / 64 % 256];
   if (type != Type::f32 && type != Type::f64) return false;
-  if (!halves[0].read(G, type, whole) || !halves[1].read(G, type, whole + 4)) return false;
+  if (!halves[0].read(G, type, whole) || !halves[1].read(G, type, whole + parts)) return false;
   for (int grad = 0; grad < 2; grad++) {
     const DLTensor* part = halves[grad].part;
-    const Commit weights = commit_weights(window, kappa + 2 * grad, (double)*(int64_t*)part[3].data);
+    const Commit weights = commit_weights(window, kappa + 2 * grad, (double)*(int64_t*)part[samples_part].data);
     if (type == Type::f64) commit_stream<double>(part, G, weights, grad, signs);
     else commit_stream<float>(part, G, weights, grad, signs);
   }
@@ -168,11 +168,11 @@ PyObject* commit(PyObject*, PyObject* uses) {
     double p = PyFloat_AsDouble(order), kappa[4] = {}, window = span == Py_None ? 0 : PyFloat_AsDouble(span);
     for (int k = 0; span == Py_None && k < 4; k++) kappa[k] = PyFloat_AsDouble(PyTuple_GetItem(constants, k));
     if (PyErr_Occurred()) return nullptr;
-    Signs seen = {};
-    if (!commit_state(state_object, kappa, window, seen)) {
+    Signs found = {};
+    if (!commit_state(state_object, kappa, window, found)) {
       if (PyErr_Occurred() || PyList_Append(rest, use)) return nullptr;
-    } else if (seen.leapt(p) || seen.missed[0] || seen.missed[1]) {
-      Reference sign(Py_BuildValue("(nddLL)", i, seen.before, seen.after, (long long)seen.missed[0], (long long)seen.missed[1]));
+    } else if (found.leapt(p) || found.missed[0] || found.missed[1]) {
+      Reference sign(Py_BuildValue("(nddLL)", i, found.before, found.after, (long long)found.missed[0], (long long)found.missed[1]));
       if (!sign || PyList_Append(signs, sign)) return nullptr;
     }
   }

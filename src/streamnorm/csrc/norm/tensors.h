@@ -134,10 +134,10 @@ bool fills_storage(PyObject* tensor, const DLTensor& t) {
 }
 // The same for a tensor that a plan meets again and again in the same place: who shrinks a storage moves it, so that memory which
 // is where it was when it was looked at last is not looked at again.
-bool is_whole(PyObject* tensor, const DLTensor& t, const void*& seen) {
-  if (t.data == seen) return true;
+bool is_whole(PyObject* tensor, const DLTensor& t, const void*& known) {
+  if (t.data == known) return true;
   if (!fills_storage(tensor, t)) return false;
-  seen = t.data;
+  known = t.data;
   return true;
 }
 
