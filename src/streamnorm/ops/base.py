@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 
 class Engine(Protocol):
-    """An engine. Those that say so below may do less: a subclass inherits what stands here."""
+    """An engine. A subclass inherits what has a default here: it may do without."""
 
     name: str
 

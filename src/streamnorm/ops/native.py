@@ -272,7 +272,7 @@ class _Native(Engine):
         return Committed(rest, [Sign(*sign) for sign in signs])
 
     def tells_signs(self, state: State) -> bool:
-        return state.long.is_cpu
+        return _native is not None and state.long.is_cpu
 
 
 ENGINE = _Native()
