@@ -289,6 +289,16 @@ def test_the_number_of_updates_follows_from_the_time() -> None:
     assert len(read) == found.updates + -(-found.updates // 4)
 
 
+def test_evaluation_sees_other_mini_batches_than_training() -> None:
+    """As many as fit, and the last ones of a loader that has too few for a whole training."""
+    read = module._Batches(range(100))
+    assert read.parts(8) == ([*range(8)], [8, 9])
+    assert read.parts(4) == ([*range(4)], [4])
+    few_of_them = module._Batches(range(10))
+    assert few_of_them.parts(20) == ([*range(8), *range(8), *range(4)], [8, 9])
+    assert module._Batches(range(1)).parts(3) == ([0, 0, 0], [0])
+
+
 def test_a_compiled_model_is_tried_as_it_is_without() -> None:
     model = network()
     compiled: Any = torch.compile(model, backend="eager")

@@ -117,7 +117,7 @@ def suggest(
     accumulate: int = 1,
     rates: Sequence[float] = RATES,
     updates: int | None = None,
-    seconds: float = 90.0,
+    seconds: float = 75.0,
 ) -> Suggestion:
     """Find a learning rate and a memory to begin with: a range test.
 
@@ -225,18 +225,28 @@ class _Trial(NamedTuple):
 
 
 class _Batches:
-    """The mini-batches of a loader: read when they are first needed, and kept. After the last comes the first again."""
+    """The mini-batches of a loader: read when they are first needed, and kept."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self._source = iter(_later(loader))
         self._kept: list[Any] = []
 
     def first(self, count: int) -> list[Any]:
-        """Give so many mini-batches."""
-        self._kept += islice(self._source, max(0, count - len(self._kept)))
+        """Give so many mini-batches to train on."""
+        return self.parts(count)[0]
+
+    def parts(self, count: int) -> tuple[list[Any], list[Any]]:
+        """Give so many mini-batches to train on, and others to evaluate on.
+
+        A loader that has too few is trained on several times, but for its last mini-batches.
+        """
+        held = math.ceil(HELD_OUT * count)
+        self._kept += islice(self._source, max(0, count + held - len(self._kept)))
         if not self._kept:
             raise ValueError("there are no mini-batches in loader; a generator that was used up must be made again")
-        return [self._kept[i % len(self._kept)] for i in range(count)]
+        cut = min(count, math.ceil(len(self._kept) / (1 + HELD_OUT)))
+        held_out = self._kept[cut : cut + held]
+        return [self._kept[i % cut] for i in range(count)], held_out or self._kept
 
 
 def _later(loader: Iterable[Any]) -> Iterator[Any]:
@@ -266,16 +276,16 @@ class _Course:
         optimizer = self.optimizer(trained, lr=rate)
         _set_aside(model, optimizer)
         count = self.per_update * (updates or self.updates)
-        batches = self.batches.first(count + math.ceil(HELD_OUT * count))
+        batches, held_out = self.batches.parts(count)
         losses: list[float] = []
         with torch.random.fork_rng(_devices(model)), _quiet():
-            for group in groups_of(batches[:count], self.per_update):
+            for group in groups_of(batches, self.per_update):
                 optimizer.zero_grad()
                 losses.append(self._accumulate(model, group))
                 if not math.isfinite(losses[-1]):
                     return _Trial([math.inf], math.inf)
                 optimizer.step()
-            return _Trial(losses, self._evaluate(model, batches[count:]))
+            return _Trial(losses, self._evaluate(model, held_out))
 
     def _copy(self, memory: float) -> nn.Module:
         try:
