@@ -25,8 +25,8 @@ class SharedBlock(nn.Module):
         super().__init__()
         self.times = times
         self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
-        # Each use counts its samples: the default memory of 50 would be one of 50/times images.
-        self.norm1, self.norm2 = (sn.StreamingNorm2d(channels, window=50 * times) for _ in range(2))
+        # Each use counts its samples: the default memory of 100 would be one of 100/times images.
+        self.norm1, self.norm2 = (sn.StreamingNorm2d(channels, window=100 * times) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(self.times):

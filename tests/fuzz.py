@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import streamnorm as sn
 from streamnorm import ops
 from streamnorm.core.spec import State
+from streamnorm.layers import streaming_layers
 
 ENGINES = [engine.name for engine in ops.ENGINES if engine.name != "plain"]
 TOLERANCE = {torch.float64: (1e-8, 1e-11), torch.float32: (2e-3, 3e-5)}
@@ -40,6 +41,8 @@ STREAMS: list[dict[str, Any]] = [
     {"alpha": (0, 0, 1), "beta": (0, 0, 1)},
     {"alpha": (1, 0, 0), "beta": (1, 0, 0)},
     {"beta": (0, 0, 0)},
+    {"window": 20.0, "grad_window": 3.0, "limit": 1.1},
+    {"alpha": (1, 0, 0), "beta": (0.6, 0.1, 0.3), "limit": 1.2},
 ]
 Results = list[tuple[str, Any]]
 
@@ -554,21 +557,25 @@ def new_recurrent(seed: int) -> tuple[Any, torch.dtype]:
     norm = rng.choice(["streaming"] * 4 + ["batch", "batch-per-step", "layer", "layer"])
     options: dict[str, Any] = {"norm": norm, "p": rng.choice([1, 1, 2, 2, 3]), "gain": 0.3, "dtype": torch.float64}
     options |= {"center": rng.choice(["mean", "mean", "zero"]), "scale": rng.choice(["raw", "gaussian"])}
-    if norm == "streaming":
-        options |= rng.choice(STREAMS)
-    elif norm == "batch-per-step":
+    if norm == "batch-per-step":
         options["max_steps"] = rng.choice([1, 4])
     options |= {"bias": rng.random() < 0.8, "bidirectional": rng.random() < 0.25, "batch_first": rng.random() < 0.25}
     options |= {"num_layers": rng.choice([1, 1, 1, 2])}
     inputs, hidden = rng.choice([1, 3, 8]), rng.choice([1, 2, 4, 5, 8, 16, 19])
     torch.manual_seed(seed)
+    model: Any
     if kind.startswith("RNN"):
-        return sn.RNN(inputs, hidden, nonlinearity="relu" if "relu" in kind else "tanh", **options), _some_dtype(rng)
-    if kind.startswith("GRU"):
-        return sn.GRU(inputs, hidden, reset_after="before" not in kind, **options), _some_dtype(rng)
-    if "projected" in kind and hidden > 1:
-        options["proj_size"] = rng.randint(1, hidden - 1)
-    return sn.LSTM(inputs, hidden, norm_cell="cell" in kind, **options), _some_dtype(rng)
+        model = sn.RNN(inputs, hidden, nonlinearity="relu" if "relu" in kind else "tanh", **options)
+    elif kind.startswith("GRU"):
+        model = sn.GRU(inputs, hidden, reset_after="before" not in kind, **options)
+    else:
+        if "projected" in kind and hidden > 1:
+            options["proj_size"] = rng.randint(1, hidden - 1)
+        model = sn.LSTM(inputs, hidden, norm_cell="cell" in kind, **options)
+    stream = sn.Stream(**rng.choice(STREAMS))
+    for each in streaming_layers(model):
+        each.set_stream(stream)
+    return model, _some_dtype(rng)
 
 
 def _some_dtype(rng: random.Random) -> torch.dtype:

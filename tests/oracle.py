@@ -91,6 +91,8 @@ class Oracle:
         alpha, beta: three weights each; None under the window rule.
         kappa: four numbers; None under the window rule.
         window: W; None with explicit constants.
+        grad_window: the same of gradients.
+        limit: c of the bound on the moment.
     """
 
     def __init__(
@@ -106,12 +108,15 @@ class Oracle:
         beta: Sequence[float] | None = None,
         kappa: Sequence[float] | None = None,
         window: float | None = None,
+        grad_window: float | None = None,
+        limit: float = math.inf,
         gain: Array | None = None,
         bias: Array | None = None,
     ) -> None:
         self.p, self.center, self.eps = p, center, eps
         self.k = {"raw": 1.0, "gaussian": gaussian_factor(p)}[scale]
-        self.alpha, self.beta, self.kappa, self.window = alpha, beta, kappa, window
+        self.alpha, self.beta, self.kappa = alpha, beta, kappa
+        self.window, self.grad_window, self.limit = window, grad_window, limit
         self.gain = np.ones(channels) if gain is None else gain
         self.bias = np.zeros(channels) if bias is None else bias
         g = num_stats
@@ -120,7 +125,7 @@ class Oracle:
         self.long_g_mu, self.short_g_mu = np.zeros(g), np.zeros(g)
         self.long_g_m, self.short_g_m = np.zeros(g), np.zeros(g)
         self.count, self.grad_count = np.zeros(g, int), np.zeros(g, int)
-        self.samples = self.grad_samples = 0
+        self.samples = self.grad_samples = self.seen = 0
 
     def forward(self, x: Array, ids: Array, mask: Array | None = None, *, advances: bool = True) -> tuple[Array, Use]:
         """One use in training.
@@ -153,6 +158,8 @@ class Oracle:
             b_m = (np.abs(d) ** self.p).sum() / n
             new_short_m = running(self.short_m[g], self.count[g], b_m, n)
             m[g] = mix(a, self.long_m[g], new_short_m, b_m)
+            if b_m / self.limit**self.p > m[g]:
+                m[g] = b_m / self.limit**self.p
             sigma = self.k * m[g] ** (1 / self.p)
             s[g] = np.sqrt(sigma**2 + self.eps)
             finite[g] = np.isfinite(b_mu) and np.isfinite(b_m)
@@ -193,16 +200,19 @@ class Oracle:
             slope = (sigma2 / (p * m) if m != 0 else limit) / s**3
             # Another pass with no update since: only what this gradient adds, and no element counts twice.
             past, count = (0, self.grad_count[g] - n) if again and self.grad_count[g] >= n else (1, self.grad_count[g])
-            g_m = -(incoming * (x - mu)).sum() / n * slope
+            # Under the window rule the streams of gradients are in units of 1/s and 1/s^p.
+            unit_mu, unit_m = (1.0, 1.0) if self.window is None else (1 / s, 1 / s**p)
+            g_m = -(incoming * (x - mu)).sum() / n * slope * (1 / unit_m if unit_m > 0 else 0.0)
             new_short_g_m = running(past * self.short_g_m[g], count, g_m, n)
-            hat_g_m = mix(b, past * self.long_g_m[g], new_short_g_m, g_m)
+            hat_g_m = mix(b, past * self.long_g_m[g], new_short_g_m, g_m) * unit_m
             if not use.finite[g]:  # a statistic that overflowed passes nothing through its moment
                 hat_g_m, u, q = 0.0, np.zeros(n), 0.0
             g_mu = -(incoming / s).sum() / n
             if self.center == "mean":
                 g_mu = g_mu - hat_g_m * p * q
+            g_mu *= 1 / unit_mu if unit_mu > 0 else 0.0
             new_short_g_mu = running(past * self.short_g_mu[g], count, g_mu, n)
-            hat_g_mu = mix(b, past * self.long_g_mu[g], new_short_g_mu, g_mu)
+            hat_g_mu = mix(b, past * self.long_g_mu[g], new_short_g_mu, g_mu) * unit_mu
             dx[own] = incoming / s + hat_g_mu + hat_g_m * p * u
             if use.finite[g] and np.isfinite(g_m) and np.isfinite(g_mu):
                 self.short_g_m[g] = (1 - past) * self.short_g_m[g] + new_short_g_m
@@ -222,6 +232,7 @@ class Oracle:
                 self.long_g_mu[g] = k3 * self.long_g_mu[g] + k4 * self.short_g_mu[g]
                 self.long_g_m[g] = k3 * self.long_g_m[g] + k4 * self.short_g_m[g]
                 self.short_g_mu[g] = self.short_g_m[g] = self.grad_count[g] = 0
+        self.seen += self.samples
         self.samples = self.grad_samples = 0
 
     def evaluate(self, x: Array, ids: Array, mask: Array | None = None) -> tuple[Array, Use]:
@@ -249,22 +260,22 @@ class Oracle:
         if self.window is None:
             assert self.alpha is not None
             return tuple(self.alpha)
-        total = self.window + self.samples
-        return (self.window / total, self.samples / total, 0.0)
+        worth = min(self.window, 16 + self.seen)
+        return (worth / (worth + self.samples), self.samples / (worth + self.samples), 0.0)
 
     def _backward_weights(self) -> tuple[float, ...]:
         if self.window is None:
             assert self.beta is not None
             return tuple(self.beta)
-        total = self.window + self.grad_samples
-        return (self.window / total, self.grad_samples / total, 0.0)
+        assert self.grad_window is not None
+        total = self.grad_window + self.grad_samples
+        return (self.grad_window / total, self.grad_samples / total, 0.0)
 
     def _commit_weights(self) -> tuple[float, ...]:
         if self.window is None:
             assert self.kappa is not None
             return tuple(self.kappa)
-        forward, backward = math.exp(-self.samples / self.window), math.exp(-self.grad_samples / self.window)
-        return (forward, 1 - forward, backward, 1 - backward)
+        return (*self._forward_weights()[:2], *self._backward_weights()[:2])
 
     def _affine(self, use: Use) -> Array:
         """x̂·gain + bias; what the mask keeps out is zero."""

@@ -25,8 +25,12 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gru = sn.GRU(3, 4)
-        self.dense = nn.Sequential(nn.Linear(4, 6), sn.StreamingNorm1d(6), nn.Dropout(0.1), sn.GeneralBatchNorm(6))
-        self.conv = nn.Sequential(nn.Conv1d(6, 4, 3, padding=1), sn.StreamingNorm1d(4, kappa=0.7, affine=False))
+        self.dense = nn.Sequential(
+            nn.Linear(4, 6), sn.StreamingNorm1d(6, scale="raw"), nn.Dropout(0.1), sn.GeneralBatchNorm(6)
+        )
+        self.conv = nn.Sequential(
+            nn.Conv1d(6, 4, 3, padding=1), sn.StreamingNorm1d(4, kappa=0.7, affine=False, scale="raw")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, T, 3)`` to a number for each sample."""

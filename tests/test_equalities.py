@@ -211,9 +211,9 @@ def test_short_statistics_over_mini_batches_are_those_of_their_union(center: str
     moments, counts = [], []
     for part in parts:
         layer(part)
-        # Nothing is committed, so that mu is α2·short_mu with α2 = S/(W + S).
+        # Nothing is committed, so that mu is α2·short_mu with α2 = S/(16 + S).
         samples = int(layer.state.samples)
-        mu = (layer.state.short[0] * samples / (200 + samples)).view(1, -1, 1) if center == "mean" else 0.0
+        mu = (layer.state.short[0] * samples / (16 + samples)).view(1, -1, 1) if center == "mean" else 0.0
         moments.append((part - mu).abs().pow(3).mean(reduced).flatten())
         counts.append(part.numel() / len(moments[-1]))
     union, weights = torch.cat(parts), torch.tensor(counts, dtype=torch.float64)

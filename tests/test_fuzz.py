@@ -21,7 +21,7 @@ count = 80 if settings.default is not None and settings.default.derandomize else
 seeds = settings(max_examples=count, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.filterwarnings("ignore:.*runs away")
+@pytest.mark.filterwarnings("ignore:.*runs away", "ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 @given(seed=st.integers(1 << 20, 1 << 30))
 @seeds

@@ -104,7 +104,7 @@ def test_three_uses_and_two_commits_worked_by_hand():
 
 
 def test_window_rule_worked_by_hand():
-    oracle = Oracle(1, 1, p=1, eps=0.0, window=2.0)
+    oracle = Oracle(1, 1, p=1, eps=0.0, window=2.0, grad_window=2.0)
     # S = 2: α = (½, ½, 0); b_mu = 4, mu = 2, d = (0, 4), b_m = 2, m = ½ + 1.
     x = np.array([[2.0], [6.0]])
     ids = elements("channel", x.shape)
@@ -117,8 +117,8 @@ def test_window_rule_worked_by_hand():
     dx, _, _ = oracle.backward(use, np.array([[0.0], [1.5]]))
     np.testing.assert_allclose(dx[:, 0], [-1 / 12, 1 - 1 / 12 - 2 / 3])
     oracle.commit()
-    np.testing.assert_allclose(oracle.long_mu, [(1 - math.exp(-2)) * 4])
-    long_g_mu, long_g_m = (1 - math.exp(-1)) * -1 / 6, (1 - math.exp(-1)) * -4 / 3
+    np.testing.assert_allclose(oracle.long_mu, [8 / 3])  # what the second use saw
+    long_g_mu, long_g_m = 1 / 2 * -1 / 6 * 1.5, 1 / 2 * -4 / 3 * 1.5  # in units of 1/s
     np.testing.assert_allclose([oracle.long_g_mu[0], oracle.long_g_m[0]], [long_g_mu, long_g_m])
     # Two uses and one gradient again, now of zeros: S = 4, S' = 2, every short-term gradient is
     # −ĝ_m·p·q alone (mu) and zero (m); ĝ_m = ½·long_g_m.
@@ -127,9 +127,35 @@ def test_window_rule_worked_by_hand():
     q = np.sign(x - use.mu).mean()
     oracle.backward(use, np.zeros((2, 1)))
     oracle.commit()
-    kept = math.exp(-1)
+    kept = 1 / 2
     np.testing.assert_allclose(oracle.long_g_m, [kept * long_g_m])
     np.testing.assert_allclose(oracle.long_g_mu, [kept * long_g_mu + (1 - kept) * -0.5 * long_g_m * q])
+
+
+def test_the_first_statistics_are_averages_of_what_was_seen():
+    """And of the prior, as if it were 16 samples; a memory is full after as many samples as it holds."""
+    oracle, values = Oracle(1, 1, p=1, window=50.0, grad_window=2.0), np.arange(100.0)
+    for value in values[:34]:
+        oracle.forward(np.array([[value]]), elements("channel", (1, 1)))
+        oracle.commit()
+    np.testing.assert_allclose(oracle.long_mu, [values[:34].sum() / 50])
+    oracle.forward(np.array([[7.0]]), elements("channel", (1, 1)))
+    oracle.commit()
+    np.testing.assert_allclose(oracle.long_mu, [(values[:34].sum() + 7) / 51])
+    oracle.forward(np.array([[7.0]]), elements("channel", (1, 1)))
+    oracle.commit()
+    np.testing.assert_allclose(oracle.long_mu, [((values[:34].sum() + 7) / 51 * 50 + 7) / 51])
+    assert oracle.seen == 36
+
+
+def test_a_bound_worked_by_hand():
+    """An input far out: the moment in use is a quarter of its own, which the stream does not see."""
+    oracle = Oracle(1, 1, p=1, eps=0.0, window=15.0, grad_window=2.0, limit=4.0)
+    x = np.array([[160.0]])
+    y, use = oracle.forward(x, elements("channel", x.shape))  # α = (15, 1, 0)/16: mu = 10, d = 150, m = (15 + 150)/16
+    np.testing.assert_allclose([use.mu[0], use.m[0], y[0, 0]], [10.0, 150 / 4, 4.0])
+    oracle.commit()
+    np.testing.assert_allclose([oracle.long_mu[0], oracle.long_m[0]], [10.0, 165 / 16])
 
 
 @pytest.mark.parametrize(("p", "expected"), [(1, 0.0), (1.5, 0.0), (2, 0.25), (3, 0.0)])

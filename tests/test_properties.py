@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,8 +99,11 @@ def kinds(draw: st.DrawFn, *, sample: bool = False) -> Kind:
 def rules(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     """A stream's constants, as the layer takes them and as the oracle does."""
     if draw(st.booleans()):
-        window = draw(st.sampled_from([3.0, 200.0]))
-        return {"window": window}, {"window": window}
+        window, grad_window, limit = draw(
+            st.sampled_from([(3.0, 50.0, 1.1), (200.0, 32.0, 4.0), (20.0, 2.0, math.inf)])
+        )
+        by_window = {"window": window, "grad_window": grad_window, "limit": limit}
+        return by_window, by_window
     alpha = draw(st.sampled_from([(0.7, 0.3, 0), (0.4, 0.4, 0.2), (0.2, 0, 0.8), (1, 0, 0)]))
     beta = draw(st.sampled_from([(0.7, 0.3, 0), (0.7, 0, 0.3), (0, 0, 1), (0, 0, 0), (0, 1, 0)]))
     kappa = draw(st.sampled_from([(0.7, 0.3, 0.7, 0.3), (0.5, 0.4, 0.9, 0.2)]))
@@ -168,8 +172,9 @@ class Driver:
         self.new_optimizer()
 
     def new_layer(self) -> sn.Norm:
-        options = {**self.kind.moment, **self.rule[0], "affine": self.kind.affine, "dtype": self.kind.dtype}
+        options = {**self.kind.moment, "affine": self.kind.affine, "dtype": self.kind.dtype}
         layer: sn.Norm = LAYERS[2 + len(self.kind.places)](self.kind.channels, ref=self.kind.reference(), **options)
+        layer.set_stream(sn.Stream(**self.rule[0]))
         return layer
 
     def new_optimizer(self) -> None:
@@ -400,7 +405,9 @@ def test_finite_values_have_finite_gradients(
     torch.manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     options: dict[str, Any] = {"p": p, "center": center, "ref": ref, "dtype": wide}
-    layer: sn.Norm = sn.StreamingNorm1d(3, **rule[0], **options) if family == "streaming" else family(3, **options)
+    layer: sn.Norm = (sn.StreamingNorm1d if family == "streaming" else family)(3, **options)
+    if family == "streaming":
+        layer.set_stream(sn.Stream(**rule[0]))
     for n, channels in steps:
         x = torch.randn(n, 3, 4, dtype=dtype)
         x = torch.stack([EXTREMES[name](x[:, c], huge) for c, name in enumerate(channels)], 1).requires_grad_()

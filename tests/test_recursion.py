@@ -8,6 +8,7 @@ forward under ``no_grad``, a forward whose loss is thrown away, and padded batch
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,22 +25,26 @@ UPDATES = 200
 ENGINES = [engine.name for engine in ops.ENGINES]
 
 # As the layer takes them, and as the oracle does: the recursion may rely on no default.
-WINDOW: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"window": 200}, {"window": 200.0}),
-    ({"window": 9.0}, {"window": 9.0}),
-    ({"window": 30}, {"window": 30}),
+WINDOW: list[tuple[sn.Stream, dict[str, Any]]] = [
+    (sn.Stream(window=200), {"window": 200.0, "grad_window": 32.0, "limit": 4.0}),
+    (sn.Stream(window=9.0, grad_window=20, limit=1.1), {"window": 9.0, "grad_window": 20.0, "limit": 1.1}),
+    (sn.Stream(window=30, limit=math.inf), {"window": 30, "grad_window": 32.0, "limit": math.inf}),
 ]
-EXPLICIT: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"alpha": (0.7, 0.3)}, {"alpha": (0.7, 0.3, 0), "beta": (0.7, 0.3, 0), "kappa": (0.7, 0.3, 0.7, 0.3)}),
+EXPLICIT: list[tuple[sn.Stream, dict[str, Any]]] = [
+    (sn.Stream(alpha=(0.7, 0.3)), {"alpha": (0.7, 0.3, 0), "beta": (0.7, 0.3, 0), "kappa": (0.7, 0.3, 0.7, 0.3)}),
     (
-        {"alpha": (0.5, 0.3, 0.2), "beta": (0.7, 0, 0.3), "kappa": 0.9},
+        sn.Stream(alpha=(0.5, 0.3, 0.2), beta=(0.7, 0, 0.3), kappa=0.9),
         {"alpha": (0.5, 0.3, 0.2), "beta": (0.7, 0, 0.3), "kappa": (0.9, 0.1, 0.9, 0.1)},
     ),
     (
-        {"alpha": (0.2, 0.2, 0.6), "beta": (0.3, 0.2, 0.1), "kappa": (0.6, 0.35, 0.8, 0.15)},
+        sn.Stream(alpha=(0.2, 0.2, 0.6), beta=(0.3, 0.2, 0.1), kappa=(0.6, 0.35, 0.8, 0.15)),
         {"alpha": (0.2, 0.2, 0.6), "beta": (0.3, 0.2, 0.1), "kappa": (0.6, 0.35, 0.8, 0.15)},
     ),
-    ({"beta": (0, 0, 0)}, {"alpha": (0.7, 0.3, 0), "beta": (0, 0, 0), "kappa": (0.7, 0.3, 0.7, 0.3)}),
+    (
+        sn.Stream(alpha=(1, 0), limit=1.3),
+        {"alpha": (1, 0, 0), "beta": (0.7, 0.3, 0), "kappa": (0.7, 0.3, 0.7, 0.3), "limit": 1.3},
+    ),
+    (sn.Stream(beta=(0, 0, 0)), {"alpha": (0.7, 0.3, 0), "beta": (0, 0, 0), "kappa": (0.7, 0.3, 0.7, 0.3)}),
 ]
 CASES = list(itertools.product([1, 1.5, 2, 3, 7], ["mean", "zero"], ["raw", "gaussian"], ["window", "explicit"]))
 
@@ -121,11 +126,12 @@ def test_two_hundred_updates(engine: str, p: float, center: str, scale: str, rul
     case = CASES.index((p, center, scale, rule))
     rng = np.random.default_rng(case)
     rules = WINDOW if rule == "window" else EXPLICIT
-    arguments, constants = rules[case // 2 % len(rules)]
+    stream, constants = rules[case // 2 % len(rules)]
 
     def norm(dims: int, channels: int, ref: str | tuple[str, int], **options: Any) -> Beside:
         options |= {"p": p, "center": center, "scale": scale, "ref": ref, "dtype": torch.float64}
-        layer = LAYERS[dims](channels, **options, **arguments)
+        layer = LAYERS[dims](channels, **options)
+        layer.set_stream(stream)
         return Beside(layer, ref, p=p, center=center, scale=scale, **constants)
 
     net = NETWORKS[(case // 2 + case // 8) % len(NETWORKS)](norm).double()

@@ -56,6 +56,7 @@ def test_names_and_shapes(ref: Any, num_stats: int) -> None:
         "grad_count": (num_stats,),
         "samples": (),
         "grad_samples": (),
+        "seen": (),
         "lp_moment": (3,),
     }
 
@@ -64,7 +65,7 @@ def test_a_new_layer_starts_at_the_prior() -> None:
     layer = sn.StreamingNorm1d(3)
     assert layer.long.tolist() == [[0, 0, 0], [1, 1, 1]]
     others = layer.state[1:]
-    assert len(others) == 7
+    assert len(others) == 8
     assert not any(buffer.any() for buffer in others)
 
 
@@ -721,10 +722,10 @@ def refused(layer: nn.Module, state: Any, message: str, **how: Any) -> None:
 
 
 MOMENTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"p": 1}, {"p": 2}, r"collected with p=1, center='mean', scale='raw', and this layer has p=2, center='mean'"),
+    ({"p": 1}, {"p": 2}, r"collected with p=1, center='mean', scale='gaussian', and this layer has p=2, center='mean'"),
     ({"p": 1.5}, {"p": 1.6}, r"p=1\.5.*and this layer has p=1\.6.*Make the layer with p=1\.5"),
-    ({}, {"center": "zero"}, r"center='mean', scale='raw', and this layer has p=1, center='zero'"),
-    ({"scale": "gaussian"}, {}, r"scale='gaussian', and this layer has .*scale='raw'\. Make .*scale='gaussian'"),
+    ({}, {"center": "zero"}, r"center='mean', scale='gaussian', and this layer has p=1, center='zero'"),
+    ({}, {"scale": "raw"}, r"scale='gaussian', and this layer has .*scale='raw'\. Make .*scale='gaussian'"),
 ]
 
 
@@ -761,7 +762,7 @@ def test_for_p_2_both_scales_are_the_same() -> None:
 def test_a_state_that_was_saved_in_another_precision(p: float, dtype: torch.dtype) -> None:
     layer, saved = sn.StreamingNorm1d(4, p=p), filled(sn.StreamingNorm1d(4, p=p), 5, 4).state_dict()
     layer.load_state_dict({name: t.to(dtype) if t.is_floating_point() else t for name, t in saved.items()})
-    assert layer.lp_moment.tolist() == torch.tensor([p, 1.0, 0.0]).tolist()
+    assert layer.lp_moment.tolist() == torch.tensor([p, 1.0, 1.0]).tolist()
 
 
 def test_a_state_holds_tensors_of_their_own() -> None:
@@ -790,17 +791,21 @@ def test_the_ways_of_others_to_take_and_load_a_state() -> None:
 
 def test_states_from_before_the_moment_was_saved() -> None:
     """Of version 1, or of no known version, as files without metadata are."""
-    saved = filled(sn.StreamingNorm1d(4, p=3), 5, 4).state_dict()
-    del saved["lp_moment"]
-    layer = sn.StreamingNorm1d(4, p=3)
+    saved = filled(sn.StreamingNorm1d(4, p=3, scale="raw"), 5, 4).state_dict()
+    del saved["lp_moment"], saved["seen"]
+    layer = sn.StreamingNorm1d(4, p=3, scale="raw")
     with pytest.raises(RuntimeError, match=r"Missing key.*lp_moment"):
         layer.load_state_dict(saved)
     saved._metadata[""]["version"] = 1
     for state in (saved, dict(saved)):
-        layer = sn.StreamingNorm1d(4, p=3, device="meta").to_empty(device="cpu")
+        layer = sn.StreamingNorm1d(4, p=3, scale="raw", device="meta").to_empty(device="cpu")
         layer.load_state_dict(state)
         assert layer.long.equal(saved["long"])
         assert layer.lp_moment.tolist() == [3, 1, 0]
+        assert layer.seen > 1e6
+        with pytest.warns(UserWarning, match=r"of streamnorm 0\.1.*with p=3 and no scale of its own.*scale='raw'"):
+            sn.StreamingNorm1d(4, p=3).load_state_dict(state)
+        sn.StreamingNorm1d(4, p=2).load_state_dict(state)
 
 
 @pytest.mark.parametrize("make", [lambda: sn.StreamingNorm1d(4), lambda: sn.GRU(3, 4)], ids=["layer", "recurrent"])
@@ -823,7 +828,7 @@ SPOILT: dict[str, tuple[Change, str]] = {
     "gradient count": (lambda s: s["grad_count"].fill_(-1), r"grad_count: it holds -1 at \[0\]"),
     "samples": (lambda s: s["samples"].fill_(-3), r"samples: it holds -3; .* strict=False .*streamnorm\.calibrate"),
     "gradient samples": (lambda s: s["grad_samples"].fill_(-3), "grad_samples: it holds -3"),
-    "p": (lambda s: s["lp_moment"][0].fill_(0), r"lp_moment: it is \[0\.0, 1\.0, 0\.0\], and p is .* at least 1"),
+    "p": (lambda s: s["lp_moment"][0].fill_(0), r"lp_moment: it is \[0\.0, 1\.0, 1\.0\], and p is .* at least 1"),
     "size": (lambda s: s.update(short=torch.zeros(2, 3)), r"size mismatch for short: of shape \(2, 3\) in the check"),
     "gain": (lambda s: s.update(weight=torch.ones(3)), r"size mismatch for weight: of shape \(3,\)"),
 }

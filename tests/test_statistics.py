@@ -58,7 +58,8 @@ def test_statistics_are_the_average_over_all_data(engine: str, sizes: tuple[int,
     flat = x.movedim(1, 0).reshape(4, -1)
     torch.testing.assert_close(layer.long[0], flat.mean(1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer.long[1], flat.abs().pow(p).mean(1), rtol=1e-12, atol=1e-12)
-    assert not any(buffer.any() for buffer in layer.state[1:])
+    assert not any(buffer.any() for buffer in layer.state[1:-1])
+    assert layer.seen == 24
 
 
 @pytest.mark.parametrize("sizes", [(24,), (1,) * 24, (5, 1, 10, 8)], ids=str)
@@ -132,7 +133,7 @@ def test_the_rest_of_the_model_evaluates_and_parameters_stay(engine: str) -> Non
     sn.calibrate(model, [torch.randn(5, 3)])
     assert modes == [False]
     changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
-    assert changed == {"2.long"}
+    assert changed == {"2.long", "2.seen"}
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -178,7 +179,13 @@ def test_a_layer_that_saw_nothing_keeps_its_statistics(engine: str) -> None:
     before = snapshot(model)
     sn.calibrate(model, [torch.randn(5, 3)])
     changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
-    assert changed == {"taken.long", "taken.short", "taken.count", "taken.samples"}  # committed, and so cleared
+    assert changed == {
+        "taken.long",
+        "taken.short",
+        "taken.count",
+        "taken.samples",
+        "taken.seen",
+    }  # committed, and so cleared
 
 
 def test_a_dropout_inside_a_layer_evaluates_too() -> None:
@@ -360,8 +367,9 @@ def test_a_calibration_passes_over_a_mini_batch_that_is_not_finite() -> None:
     sn.calibrate(layer, batches[1:])
     expected = copy.deepcopy(layer.state_dict())
     sn.calibrate(layer, [torch.full((4, 3), math.nan), *batches[1:]])
-    for name, value in layer.state_dict().items():
-        torch.testing.assert_close(value, expected[name], msg=name)
+    assert layer.seen == expected.pop("seen") + 4
+    for name, value in expected.items():
+        torch.testing.assert_close(layer.state_dict()[name], value, msg=name)
 
 
 def test_a_place_that_a_mask_hides_in_every_mini_batch_is_no_error() -> None:

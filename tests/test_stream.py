@@ -102,6 +102,7 @@ def state(samples: int, count: list[int]) -> State:
     new.short.copy_(torch.tensor([[5.0, 5.0], [6.0, 6.0]]))
     new.count.copy_(torch.tensor(count))
     new.samples.fill_(samples)
+    new.seen.fill_(1000)
     return new
 
 
@@ -117,6 +118,7 @@ def state(samples: int, count: list[int]) -> State:
         (Stream(window=24), 8, [80, 80], [2, 2]),
         (Stream(window=24), 8, [80, 0], [2, 1]),
         (Stream(window=24), 0, [0, 0], [1, 1]),
+        (Stream(window=3048), 1016, [8, 8], [3, 3]),
     ],
     ids=str,
 )
@@ -138,7 +140,7 @@ def test_evaluation_is_a_fixed_affine_map(p: float, scale: str, ref: Any) -> Non
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    share = 2 / 12
+    share = 2 / 12  # of a memory that is full
     mu, m = (1 - share) * layer.long + share * layer.short
     sigma = LpMoment(p, scale=scale).k * m ** (1 / p)
     channels = torch.arange(4) // (4 // len(mu))
@@ -150,9 +152,12 @@ def test_evaluation_is_a_fixed_affine_map(p: float, scale: str, ref: Any) -> Non
 # Commit
 
 
-def filled(counts: list[int], grad_counts: list[int], dtype: torch.dtype = torch.float64) -> sn.Norm:
+def filled(
+    counts: list[int], grad_counts: list[int], dtype: torch.dtype = torch.float64, stream: Stream | None = None
+) -> sn.Norm:
     """A layer of three indices in the middle of an update: what has no count has no short-term average."""
     layer = sn.StreamingNorm1d(3).to(dtype)
+    layer.set_stream(stream or Stream())
     for name, count in (("", counts), ("_grad", grad_counts)):
         long, short = layer.get_buffer("long" + name), layer.get_buffer("short" + name)
         long.copy_(torch.randn(2, 3))
@@ -160,6 +165,7 @@ def filled(counts: list[int], grad_counts: list[int], dtype: torch.dtype = torch
         layer.get_buffer("grad_count" if name else "count").copy_(torch.tensor(count))
     layer.samples.fill_(6)
     layer.grad_samples.fill_(4)
+    layer.seen.fill_(2)
     return layer
 
 
@@ -175,18 +181,15 @@ def mixed(old: Tensor, short: Tensor, used: list[bool], keep: float, take: float
         (Stream(kappa=(0.9, 0.2, 0.6, 0.3)), (0.9, 0.2, 0.6, 0.3)),
         (Stream(kappa=0.7), (0.7, 0.3, 0.7, 0.3)),
         (Stream(kappa=(0, 1, 1, 0)), (0, 1, 1, 0)),
-        (
-            Stream(window=5),
-            (math.exp(-6 / 5), 1 - math.exp(-6 / 5), math.exp(-4 / 5), 1 - math.exp(-4 / 5)),
-        ),
+        (Stream(window=5, grad_window=8), (5 / 11, 6 / 11, 8 / 12, 4 / 12)),
+        (Stream(window=50, grad_window=50), (18 / 24, 6 / 24, 50 / 54, 4 / 54)),
     ],
     ids=str,
 )
 def test_commit(
     engine: str, stream: Stream, kappa: tuple[float, ...], counts: list[int], grad_counts: list[int]
 ) -> None:
-    layer = filled(counts, grad_counts)
-    layer.set_stream(stream)
+    layer = filled(counts, grad_counts, stream=stream)
     forward = mixed(layer.long, layer.short, [n > 0 for n in counts], *kappa[:2])
     backward = mixed(layer.long_grad, layer.short_grad, [n > 0 for n in grad_counts], *kappa[2:])
     sn.commit(layer)
@@ -194,13 +197,13 @@ def test_commit(
     torch.testing.assert_close(layer.long_grad, backward, rtol=1e-14, atol=1e-15)
     for name in ("short", "short_grad", "count", "grad_count", "samples", "grad_samples"):
         assert not layer.get_buffer(name).any()
+    assert layer.seen == 8
 
 
 def test_an_index_that_was_not_used_keeps_every_bit(engine: str) -> None:
-    layer = filled([6, 0, 6], [0, 4, 0])
     for stream in (Stream(), Stream(kappa=0.7)):
+        layer = filled([6, 0, 6], [0, 4, 0], stream=stream)
         each = copy.deepcopy(layer)
-        each.set_stream(stream)
         sn.commit(each)
         assert each.long[:, 1].equal(layer.long[:, 1])
         assert each.long_grad[:, ::2].equal(layer.long_grad[:, ::2])
@@ -209,9 +212,8 @@ def test_an_index_that_was_not_used_keeps_every_bit(engine: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_engines_commit_alike(engine: str, dtype: torch.dtype) -> None:
-    layers = [filled([6, 0, 2], [4, 4, 0], dtype) for _ in range(4)]
-    for layer, stream in zip(layers, (Stream(), Stream(kappa=0.7), Stream(window=3), Stream(alpha=(0, 1)))):
-        layer.set_stream(stream)
+    streams = (Stream(), Stream(kappa=0.7), Stream(window=3), Stream(alpha=(0, 1)))
+    layers = [filled([6, 0, 2], [4, 4, 0], dtype, stream) for stream in streams]
     model, reference = torch.nn.ModuleList(layers), torch.nn.ModuleList(copy.deepcopy(layers))
     sn.commit(model)
     with ops.force("plain"):
@@ -230,9 +232,9 @@ def test_layers_of_several_dtypes_commit_together(engine: str) -> None:
         assert ours.equal(theirs)
 
 
-def test_a_window_forgets_by_samples_not_by_updates(engine: str) -> None:
-    """Twelve updates of one sample leave of the prior what one update of twelve leaves."""
-    often, once = (sn.StreamingNorm1d(1, window=9, center="zero").double() for _ in range(2))
+def test_until_its_memory_is_full_a_window_forgets_nothing(engine: str) -> None:
+    """Twelve updates of one sample and one of twelve give the mean of all, with the prior as 16 samples."""
+    often, once = (sn.StreamingNorm1d(1, window=28, center="zero").double() for _ in range(2))
     x = torch.full((12, 1), 3.0, dtype=torch.float64)
     for row in x.split(1):
         often(row)
@@ -240,7 +242,20 @@ def test_a_window_forgets_by_samples_not_by_updates(engine: str) -> None:
     once(x)
     sn.commit(once)
     torch.testing.assert_close(often.long, once.long)
-    torch.testing.assert_close(once.long[0, 0], torch.tensor(3 * (1 - math.exp(-12 / 9)), dtype=torch.float64))
+    torch.testing.assert_close(once.long[:, 0], torch.tensor([3 * 12, 16 + 3 * 12], dtype=torch.float64) / 28)
+    often(x[:1])
+    sn.commit(often)
+    torch.testing.assert_close(often.long, (28 * once.long + 3) / 29)
+
+
+def test_an_update_keeps_what_the_last_use_saw(engine: str) -> None:
+    layer = sn.StreamingNorm1d(2, window=7).double()
+    for n in (3, 5, 1):
+        layer(torch.randn(n, 2, dtype=torch.float64))
+        layer(torch.randn(n, 2, dtype=torch.float64))
+        before = layer.eval_stats()
+        sn.commit(layer)
+        torch.testing.assert_close(layer.eval_stats(), before)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +264,13 @@ def test_a_window_forgets_by_samples_not_by_updates(engine: str) -> None:
 def test_a_formula_tells_its_weights(stream: Stream) -> None:
     """They are those that the reference mixes and commits by."""
     formula = stream.formula(1, True, 1, 1e-5)
-    alpha, beta, kappa = formula.weights(6, 3)
-    assert alpha == pytest.approx(ops.plain.mix_weights(formula.alpha, formula.window, torch.tensor(6)))
-    assert beta == pytest.approx(ops.plain.mix_weights(formula.beta, formula.window, torch.tensor(3)))
-    layer = filled([6, 6, 6], [3, 3, 3], torch.float64)
-    layer.set_stream(stream)
+    alpha, beta, kappa = formula.weights(6, 3, 2)
+    if stream.window is None:
+        assert (alpha, beta, kappa) == (stream.alpha, stream.beta, stream.kappa)
+    else:
+        assert alpha == pytest.approx((9 / 15, 6 / 15, 0))
+        assert beta == pytest.approx((32 / 35, 3 / 35, 0))
+    layer = filled([6, 6, 6], [3, 3, 3], torch.float64, stream)
     layer.samples.fill_(6)
     layer.grad_samples.fill_(3)
     with torch.no_grad():
@@ -266,9 +283,10 @@ def test_a_formula_tells_its_weights(stream: Stream) -> None:
 
 def test_a_memory_in_samples() -> None:
     window, constants = (stream.formula(1, True, 1, 1e-5) for stream in (Stream(window=200), Stream(kappa=0.7)))
-    assert window.weights(1, 1).memory(1) == pytest.approx(200, rel=0.01)
-    assert window.weights(1000, 1000).memory(1000) == pytest.approx(1000, rel=0.01)
-    assert constants.weights(1, 1).memory(1) == pytest.approx(1 / 0.3)
-    assert constants.weights(128, 128).memory(128) == pytest.approx(128 / 0.3)
+    assert window.weights(1, 1, 1000).memory(1) == pytest.approx(201)
+    assert window.weights(1000, 1000, 1000).memory(1000) == pytest.approx(1200)
+    assert window.weights(1, 1, 0).memory(1) == pytest.approx(17)
+    assert constants.weights(1, 1, 0).memory(1) == pytest.approx(1 / 0.3)
+    assert constants.weights(128, 128, 0).memory(128) == pytest.approx(128 / 0.3)
     with pytest.raises(ValueError, match="without a stream"):
-        sn.SampleNorm(3).formula.weights(1, 1)
+        sn.SampleNorm(3).formula.weights(1, 1, 0)

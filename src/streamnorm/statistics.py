@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .core import arguments
 from .core.spec import Formula
-from .core.stream import Stream
+from .core.stream import WINDOW, Stream
 from .layers import GeneralBatchNorm, Norm, streaming_layers
 from .training import agreement, updates
 from .training.streaming import Streaming
@@ -94,7 +95,7 @@ class Adaptation:
         self.stop()
 
 
-def adapt(model: nn.Module, window: float | None = None) -> Adaptation:
+def adapt(model: nn.Module, window: float = WINDOW) -> Adaptation:
     """Let forward passes in evaluation update the statistics: learning without labels, for data that drift.
 
     Each forward pass of a streaming layer takes its input into the statistics, normalizes by them, and commits.
@@ -103,8 +104,8 @@ def adapt(model: nn.Module, window: float | None = None) -> Adaptation:
 
     Args:
         model: a layer, or any module that holds some.
-        window: memory in samples while it adapts. Default: each layer's own, or 200 for one with the paper's
-            constants, which forget within a few single samples.
+        window: memory in samples while it adapts, > 0. The layers' own may be far too long for it, as in a network that
+            was converted.
 
     Returns:
         A context manager with a method ``stop``; either ends the adaptation.
@@ -126,12 +127,11 @@ def adapt(model: nn.Module, window: float | None = None) -> Adaptation:
         raise ValueError(
             f"{type(model).__name__} holds no streaming layer to adapt; call streamnorm.convert(model) first"
         )
-    streams = [
-        Stream(window if window is not None or layer.stream is None else layer.stream.window) for layer in layers
-    ]
+    stream = Stream(window, limit=math.inf)
     adaptation = Adaptation(layers, [layer._adapting for layer in layers])
-    for layer, stream in zip(layers, streams):
-        layer._adapting = layer.formula._replace(alpha=None, beta=None, kappa=None, window=stream.window)
+    for layer in layers:
+        moment = layer.moment
+        layer._adapting = stream.formula(float(moment.p), moment.center == "mean", moment.k, layer.eps)
     return adaptation
 
 

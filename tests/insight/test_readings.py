@@ -21,8 +21,7 @@ def plain_reading(layer: Norm, before: Tensor, share: float) -> dict[str, float]
     reading after its commit, ``share`` is what was replaced since then."""
     state, formula = layer.state, layer.formula
     alike = layer.ref.num_stats(layer.num_features)
-    kappa = formula.weights(int(state.samples), int(state.grad_samples)).kappa
-    beta = formula.weights(int(state.samples), int(state.grad_samples)).beta
+    _, beta, kappa = formula.weights(int(state.samples), int(state.grad_samples), int(state.seen))
     short_share = beta[1] + beta[2]
 
     def sigma(m: float) -> float:
@@ -37,11 +36,12 @@ def plain_reading(layer: Norm, before: Tensor, share: float) -> dict[str, float]
         drifts.append(math.hypot(in_mu - old_mu, sigma(in_m) - sigma(old_m)) / s)
         mus.append(mu)
         sigmas.append(sigma(m))
+        unit = math.sqrt(sigma(float(state.long[1, g])) ** 2 + formula.eps) if formula.window is not None else 1.0
         slope = formula.p * float(state.long[1, g]) ** ((formula.p - 1) / formula.p)
         now = [float(state.short_grad[row, g]) for row in (0, 1)]
         mixed = [float(beta[0] * state.long_grad[row, g] + short_share * state.short_grad[row, g]) for row in (0, 1)]
-        streamed.append(math.hypot(mixed[0], slope * mixed[1]))
-        present.append(math.hypot(now[0], slope * now[1]))
+        streamed.append(math.hypot(mixed[0] / unit, slope * mixed[1] / unit**formula.p))
+        present.append(math.hypot(now[0] / unit, slope * now[1] / unit**formula.p))
 
     def rms(values: Sequence[float]) -> float:
         return math.sqrt(sum(v * v for v in values) / len(values))
@@ -80,6 +80,8 @@ def test_readings_are_what_their_definitions_say(every: int) -> None:
     reader = Reader(layers)
     expected: list[list[dict[str, float]]] = []
     before = [layer.long.clone() for layer in layers]
+    for layer in layers:
+        layer.seen.fill_(100)
     for update in range(1, 8 * every + 1):
         for layer in layers:
             x = torch.randn(5, 8, dtype=layer.long.dtype) * torch.arange(1, 9) + update
@@ -89,7 +91,7 @@ def test_readings_are_what_their_definitions_say(every: int) -> None:
             times = 1 if update == every else every
             if update == every:
                 before = [layer.long.clone() for layer in layers]
-            shares = [1 - layer.formula.weights(5, 5).kappa[0] ** times for layer in layers]
+            shares = [1 - layer.formula.weights(5, 5, 100).kappa[0] ** times for layer in layers]
             expected.append([plain_reading(*each) for each in zip(layers, before, shares)])
             commits = [times - 1] * len(layers)
             reader.take(range(len(layers)), update, commits, commits_now=True)
@@ -116,13 +118,16 @@ def test_it_does_not_matter_when_snapshots_are_evaluated() -> None:
             reader.take(range(3), update, [0, 0, 0], commits_now=True)
         one_by_one += soon.read()
         sn.commit(nn.ModuleList(layers))
-    assert late.read() == one_by_one
+    for (update, readings), (same_update, others) in zip(late.read(), one_by_one, strict=True):
+        assert update == same_update
+        assert all(readings[i] == pytest.approx(others[i], rel=1e-12, nan_ok=True) for i in range(3))
     assert late.waiting == 0
 
 
 def test_statistics_between_two_readings_are_pooled() -> None:
     """One sample says little of where samples come from. Drift compares with the mean of all since the last reading."""
     layer = sn.StreamingNorm1d(1, window=100, center="zero", p=2).double()
+    layer.seen.fill_(100)
     reader = Reader([layer])
     x = 2 + 0.5 * torch.randn(50, dtype=torch.float64)
     for update, value in enumerate(x):
@@ -133,14 +138,14 @@ def test_statistics_between_two_readings_are_pooled() -> None:
         if update == 0:
             mu, m = layer.long.flatten().tolist()
     _, (_, found) = reader.read()
-    weights = torch.exp(torch.arange(-48, 1) / 100)
+    weights = (100 / 101) ** torch.arange(48, -1, -1)
     came_in = ((weights * x[1:]).sum() / weights.sum()).item(), ((weights * x[1:] ** 2).sum() / weights.sum()).item()
     drift = math.hypot(came_in[0] - mu, math.sqrt(came_in[1]) - math.sqrt(m)) / math.sqrt(m + 1e-5)
     assert found[0].drift == pytest.approx(drift)
 
 
 def test_a_layer_between_two_commits() -> None:
-    layer = sn.StreamingNorm1d(2, window=10)
+    layer = sn.StreamingNorm1d(2, window=10, scale="raw")
     reader = Reader([layer])
     layer(torch.full((4, 2), 3.0))
     reader.take([0], 7, [0], commits_now=False)
@@ -170,7 +175,7 @@ def test_dead_channels() -> None:
     x = torch.randn(2, 4, 5)
     x[:, :, 1] = 3
     x[:, :, 4] = 0
-    layer = sn.StreamingNorm1d(5, window=0.1)
+    layer = sn.StreamingNorm1d(5, window=0.01)
     assert reading_after(layer, *x).dead == 2
 
 
@@ -229,7 +234,7 @@ def test_a_mask_is_nothing_that_is_not_finite() -> None:
 
 def test_layers_that_nothing_counts() -> None:
     """A layer that was not used has statistics, and nothing else to tell."""
-    model = nn.ModuleList([sn.StreamingNorm1d(2), sn.StreamingNorm1d(2)])
+    model = nn.ModuleList([sn.StreamingNorm1d(2, p=2), sn.StreamingNorm1d(2, p=2)])
     model[0](torch.randn(3, 2))
     reader = Reader(streaming_layers(model))
     reader.take([0, 1], 1, [0, 0], commits_now=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from functools import cache, partial
@@ -227,14 +228,16 @@ def test_the_smallest_rate_between_which_and_the_best_there_is_no_clear_differen
 
 def test_a_memory_that_is_much_too_long_is_shortened_and_applied() -> None:
     """Statistics that hardly move from where they start are not those of the data."""
-    layer = sn.StreamingNorm1d(32, window=1e5)
+    layer = sn.StreamingNorm1d(32)
+    layer.set_stream(sn.Stream(window=2000.0, limit=math.inf))  # the bound would make up for it
     layer.long[1] = 100.0
+    layer.seen.fill_(10**6)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), layer, nn.ReLU(), nn.Linear(32, 10))
     found = sn.suggest(model, batches(8, 120), cross_entropy, rates=(1e-2,), updates=100)
     assert found.memory < 1
-    assert found.windows == {"2": found.memory * 1e5}
-    assert found.window == found.memory * 1e5
-    assert layer.formula.window == 1e5
+    assert found.windows == {"2": found.memory * 2000.0}
+    assert found.window == found.memory * 2000.0
+    assert layer.formula.window == 2000.0
     for _ in range(2):
         found.apply(model)
         assert layer.formula.window == found.window

@@ -76,14 +76,14 @@ def check_order(name: str, ptx: str) -> None:
     """All warps must have read a stream before one of them writes it, which the interpreter cannot see.
 
     Counts are the only integers of 64 bits that a kernel for float32 writes, and with the samples the only ones it
-    reads; in ``commit_streams`` the samples are read first of all and written last.
+    reads; in ``commit_streams`` the samples, and those seen, are read first of all and written last.
     """
     loads = [match.start() for match in re.finditer(r"ld\.global(\.v\d)?\.b64", ptx)]
     stores = [match.start() for match in re.finditer(r"st\.global(\.v\d)?\.b64", ptx)]
     if ".f64" in ptx and name != "commit_streams":
         return
-    for write in stores[-1:] if name == "commit_streams" else stores:
-        read = stores[-2] if name == "commit_streams" else max(at for at in loads if at < write)
+    for write in stores[-2:] if name == "commit_streams" else stores:
+        read = stores[-3] if name == "commit_streams" else max(at for at in loads if at < write)
         assert "bar.sync" in ptx[read:write], f"{name} writes a stream that a slow warp may still read"
     if name == "forward_step":  # the last counts are followed by the statistics, and these by the gates that read them
         read = ptx.index("ld.global", stores[-1])

@@ -76,7 +76,7 @@ def test_as_the_reference(stream: str, layout: str, dtype: torch.dtype) -> None:
             layer = sn.StreamingNorm2d(6, p=p, center=center, ref=ref, dtype=dtype, **STREAMS[stream])  # type: ignore[arg-type]
             results.append(sequence(engine, layer, inputs, grads))
         for i, (ours, theirs) in enumerate(zip(*results)):
-            assert near(ours, theirs, 4 * tolerance), f"p={p} {center} {ref}: result {i}"
+            assert near(ours, theirs, 8 * tolerance), f"p={p} {center} {ref}: result {i}"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])

@@ -211,7 +211,7 @@ def test_beside_the_oracle() -> None:
     layer = sn.StreamingNorm1d(5, p=1).double()
     if DEVICE == "cuda":
         pytest.skip("the oracle reads CPU tensors")
-    beside = Beside(layer, "channel", window=200.0, p=1)
+    beside = Beside(layer, "channel", window=200.0, grad_window=32.0, limit=4.0, scale="gaussian", p=1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     with ops.force("triton"):
         for samples in ((3, 1), (2, 2), (1, 4)):

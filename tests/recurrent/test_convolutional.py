@@ -32,7 +32,7 @@ def test_every_application_agrees_with_the_oracle(p: int) -> None:
     constants: dict[str, Any] = {"alpha": (0.5, 0.3, 0.2), "beta": (0.6, 0.1, 0.3), "kappa": (0.7, 0.3, 0.6, 0.4)}
 
     def norm() -> Beside:
-        layer = sn.StreamingNorm2d(3, p=p, dtype=torch.float64, **constants)
+        layer = sn.StreamingNorm2d(3, p=p, scale="raw", dtype=torch.float64, **constants)
         return Beside(layer, "channel", p=p, center="mean", scale="raw", **constants)
 
     block = Block(norm(), norm())

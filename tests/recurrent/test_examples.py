@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import runpy
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,3 @@ def test_truncated_backpropagation_and_online_learning() -> None:
 
 def test_recurrent_convolution() -> None:
     assert example("recurrent_convolution")["main"]() > 0.9
-
-
-def test_the_table_of_gains_is_that_of_the_results() -> None:
-    with (ROOT / "results/char-gru-gain/results.csv").open() as file:
-        losses = {(row["method"], row["setting"]): float(row["loss"]) for row in csv.DictReader(file)}
-    lines = (ROOT / "docs/recurrent.md").read_text().splitlines()
-    for method in ("batch", "batch-per-step", "layer", "streaming-l1"):
-        cells = [
-            f"{losses[name, setting]:.3f}" for setting in ("32x1", "2x2") for name in (method, f"{method},gain=0.1")
-        ]
-        assert f"| {method} | {' | '.join(cells)} |" in lines

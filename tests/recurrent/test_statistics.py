@@ -52,7 +52,7 @@ def test_every_use_agrees_with_the_oracle(network: str, p: int) -> None:
     constants: dict[str, Any] = {"alpha": (0.5, 0.3, 0.2), "beta": (0.6, 0.1, 0.3), "kappa": (0.7, 0.3, 0.6, 0.4)}
 
     def norm(num_features: int) -> Beside:
-        layer = sn.StreamingNorm1d(num_features, bias=False, p=p, dtype=torch.float64, **constants)
+        layer = sn.StreamingNorm1d(num_features, bias=False, p=p, scale="raw", dtype=torch.float64, **constants)
         return Beside(layer, "channel", p=p, center="mean", scale="raw", **constants)
 
     model = LAYERS[network](3, 4, norm=norm, bidirectional=True, dtype=torch.float64)

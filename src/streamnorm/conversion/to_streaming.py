@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core import arguments
+from ..core.stream import ESTABLISHED, TRAINED_WINDOW
 from ..layers import Norm, StreamingNorm1d, StreamingNorm2d, StreamingNorm3d
 from ..recurrent.base import Normalized
 from . import comparison, foreign
@@ -21,6 +22,7 @@ from .replace import move_hooks, move_parameters, replace, what_follows
 Predicate = Callable[[str, nn.Module], bool]
 
 _LEFT_OUT = "leave it out with where="
+_MEMORY = {"window", "alpha", "beta", "kappa"}
 _EPSILONS = (1e-5, 0.0, 1e-3)
 """Values of eps to try for frozen layers, some of which have it in their forward alone."""
 
@@ -31,7 +33,8 @@ def convert(
     """Replace the BatchNorm layers of ``model`` by Streaming Normalization, in place.
 
     The converted model evaluates as before, to rounding: running mean and variance become the long-term statistics
-    (``scale="gaussian"`` unless said otherwise, so that σ of any p means a standard deviation). Parameters stay the
+    (``scale="gaussian"`` unless said otherwise, so that σ of any p means a standard deviation). Statistics of a trained
+    network have a memory of 20,000 samples unless said otherwise, which is what fine-tuning wants. Parameters stay the
     same objects, so an optimizer made before goes on working; names, device, dtype, mode and hooks stay too. With a
     reference wider than a channel (``ref="layer"``) the channels' statistics are pooled, and evaluation changes.
 
@@ -64,7 +67,7 @@ def convert(
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> convert(model)[1]
-        StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=50, eps=1e-05, affine=True)
+        StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=100, eps=1e-05, affine=True)
     """
     _check_options(options)
     options = {"scale": "gaussian", **options}
@@ -262,13 +265,23 @@ def _to_streaming(module: nn.Module, row: Foreign, options: dict[str, Any]) -> N
         "dtype": like.dtype,
         **options,
     }
+    trained = mean is not None and variance is not None and _are_trained(mean, variance)
+    if trained and not _MEMORY & arguments.keys():
+        arguments["window"] = TRAINED_WINDOW
     new = row.make(module, **arguments)
     assert isinstance(new, Norm)
     move_parameters(module, new)
     if mean is not None and variance is not None:
         _set_statistics(new, mean, variance)
+    if trained:
+        new.state.seen.fill_(ESTABLISHED)
     move_hooks(module, new)
     return new
+
+
+def _are_trained(mean: Tensor, variance: Tensor) -> bool:
+    """Whether running statistics are other than a new layer has them."""
+    return type(mean) is Tensor and not mean.is_meta and bool((mean != 0).any() | (variance != 1).any())
 
 
 @torch.no_grad()

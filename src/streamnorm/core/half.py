@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .spec import Formula, Mix, State
+from .spec import PRIOR_SAMPLES, Formula, Mix, State, by_evidence
 
 Scalar = float | Tensor
 Averages = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -28,30 +28,35 @@ class Half:
     Args:
         averages: what the use starts from, and what :meth:`close` changes.
         constants: α or β; None under the window rule.
-        window: the memory in samples, or None.
+        lasting: the samples that long stands for, under the window rule.
         n: how many elements are behind each value, a number or ``(G,)``.
         samples: how many samples the use brings.
+        units: what the averages are multiples of, of both rows; None for 1.
     """
 
     def __init__(
         self,
         averages: Averages,
         constants: Mix | None,
-        window: float | None,
+        lasting: Scalar | None,
         n: int | Tensor,
         samples: int | Tensor,
+        units: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.long, self.short, self.count, self.samples = averages
-        self.n = n
-        self.seen = self.samples + samples
-        self.weights = mix_weights(constants, window, self.seen, self.long.dtype)
+        self.n, self.units = n, units
+        self.fresh_samples = self.samples + samples
+        self.weights = mix_weights(constants, lasting, self.fresh_samples, self.long.dtype)
         self.share = n / (self.count + n).clamp(min=1).to(self.long.dtype)
 
     def mixed(self, row: int, value: Tensor) -> tuple[Tensor, Tensor]:
         """What the use sees in place of the value of this call, and what the short-term average becomes."""
-        short = self.short[row]
+        short, unit = self.short[row], None if self.units is None else self.units[row]
+        if unit is not None:
+            value = torch.where(unit > 0, value / unit, 0)
         fresh = short + (value - short) * self.share
-        return mix(self.weights, self.long[row], fresh, value), fresh
+        seen = mix(self.weights, self.long[row], fresh, value)
+        return seen if unit is None else seen * unit, fresh
 
     def close(self, fresh: tuple[Tensor, Tensor], finite: Tensor, counts: Tensor | None = None) -> None:
         """Let the fresh averages of both rows into the stream.
@@ -62,10 +67,10 @@ class Half:
             counts: the indices of which this is a use of its own, and no repetition of one; None for all.
         """
         if counts is None:
-            self.samples.copy_(self.seen)
+            self.samples.copy_(self.fresh_samples)
         else:
             finite = finite & counts
-            self.samples.copy_(torch.where(counts[0], self.seen, self.samples))
+            self.samples.copy_(torch.where(counts[0], self.fresh_samples, self.samples))
         self.short.copy_(torch.where(finite, torch.stack(fresh), self.short))
         self.count.add_(self.n * finite)
 
@@ -85,33 +90,54 @@ def statistics_half(state: State | None, formula: Formula, n: int | Tensor, samp
     """The half that a forward pass advances."""
     if state is None:
         return Present()
-    return Half((state.long, state.short, state.count, state.samples), formula.alpha, formula.window, n, samples)
+    averages = state.long, state.short, state.count, state.samples
+    return Half(averages, formula.alpha, lasting(formula, state), n, samples)
 
 
-def gradients_half(state: State | None, formula: Formula, n: int | Tensor, samples: int | Tensor) -> Half | Present:
-    """The half that a backward pass advances."""
+def gradients_half(
+    state: State | None, formula: Formula, n: int | Tensor, samples: int | Tensor, inverse: Tensor
+) -> Half | Present:
+    """The half that a backward pass advances; ``inverse`` is 1/s of the use.
+
+    Under the window rule the gradients of mu and m are kept in units of 1/s and 1/s^p (docs/mathematics.md).
+    """
     if state is None:
         return Present()
     averages = state.long_grad, state.short_grad, state.grad_count, state.grad_samples
-    return Half(averages, formula.beta, formula.window, n, samples)
+    units = None if formula.window is None else (inverse, inverse**formula.p)
+    return Half(averages, formula.beta, formula.grad_window, n, samples, units)
+
+
+def lasting(formula: Formula, state: State) -> Scalar | None:
+    """E of the window rule, the samples that long-term statistics stand for; None without a window.
+
+    On an accelerator it stays a tensor, since reading it would wait; in a graph, too.
+    """
+    if formula.window is None:
+        return None
+    if _can_be_read(state.seen):
+        return formula.lasting(state.seen.item())
+    return (state.seen + PRIOR_SAMPLES).to(state.long.dtype).clamp(max=formula.window)
 
 
 def mix_weights(
-    constants: Mix | None, window: float | None, seen: Tensor, dtype: torch.dtype
+    constants: Mix | None, lasting: Scalar | None, samples: Tensor, dtype: torch.dtype
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """α or β: the stream's constants, or (W, S, 0)/(W + S) after S samples.
-
-    On an accelerator S stays a tensor, since reading it would wait; in a graph, too.
-    """
-    if window is None:
+    """α or β: the stream's constants, or (E, S, 0)/(E + S) after S samples."""
+    if lasting is None:
         assert constants is not None
         return constants
-    if _can_be_read(seen):
-        number = seen.item()
-        return window / (window + number), number / (window + number), 0.0
-    seen = seen.to(dtype)
-    lasting = torch.full_like(seen, window)  # a number over a tensor would be rounded twice
-    return lasting / (lasting + seen), seen / (lasting + seen), 0.0
+    if _can_be_read(samples) and not isinstance(lasting, Tensor):
+        return by_evidence(lasting, samples.item())
+    recent = samples.to(dtype)
+    lasting = lasting if isinstance(lasting, Tensor) else torch.full_like(recent, lasting)  # else it is rounded twice
+    return lasting / (lasting + recent), recent / (lasting + recent), 0.0
+
+
+def bounded(m: Tensor, b_m: Tensor, formula: Formula) -> Tensor:
+    """m, and at least b_m/c^p (docs/mathematics.md, the bound)."""
+    low = b_m * formula.floor
+    return torch.where(low > m, low, m) if formula.floor else m
 
 
 def _can_be_read(t: Tensor) -> bool:

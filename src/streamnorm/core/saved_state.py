@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .moment import LpMoment
-from .spec import FIELDS
+from .spec import FIELDS, GRADIENTS
+from .stream import ESTABLISHED
 
 VERSION = 2
-"""Version of the state. Version 1 did not hold the moment."""
+"""Version of the state. Version 1 held neither the moment nor the number of samples seen."""
 
 MOMENT = "lp_moment"
 """Name of the buffer with p, centre and scale. It is saved and compared; nothing is computed with it."""
@@ -21,6 +23,11 @@ MOMENT = "lp_moment"
 _STATISTICS = (*(name for name, field in FIELDS.items() if not field.is_count), "running_mean", "running_var")
 _COUNTS = (*(name for name, field in FIELDS.items() if field.is_count), "num_batches_tracked")
 _WITH_MOMENT = tuple(name for name, field in FIELDS.items() if field.half == "statistics" and field.rows == 2)
+_SAYS_NO_SCALE = (
+    "this state is of streamnorm 0.1, and does not say the scale that its statistics were collected with; the layer "
+    "has scale='gaussian'. In 0.1 that was the default of streamnorm.convert alone: for a network that was built of "
+    "streaming layers with p={p:g} and no scale of its own, make them with scale='raw'"
+)
 _SAME = 0.004
 """Relative difference up to which two p are the same: a state may have been saved in bfloat16, of 8 bits."""
 
@@ -37,14 +44,15 @@ def as_tensor(moment: LpMoment, device: Any = None, dtype: torch.dtype | None = 
 
 
 def prepare(
-    layer: nn.Module, moment: LpMoment | None, state_dict: dict[str, Any], prefix: str, version: int | None
+    layer: Any, moment: LpMoment | None, state_dict: dict[str, Any], prefix: str, version: int | None
 ) -> list[str]:
     """Check a state that ``load_state_dict`` is about to load into a layer.
 
     Args:
         layer: the layer.
         moment: of its stream; None if it has no stream.
-        state_dict: may be changed: a state of version 1 is given the layer's own moment.
+        state_dict: may be changed: a state of version 1 is given the layer's own moment, and its statistics count as
+            those of a long training.
         prefix: of the layer's names in ``state_dict``.
         version: of the state, None where it is not known.
 
@@ -74,9 +82,17 @@ def prepare(
     faults = _value_faults(readable, prefix)
     if MOMENT in readable:
         faults += _moment_faults(moment, readable[MOMENT], prefix)
-    if MOMENT in readable or (MOMENT not in own and (version is None or version < 2)):
-        like: Any = own.get("long", layer._buffers["long"])
+    is_old = version is None or version < 2
+    like: Any = own.get("long", layer._buffers["long"])
+    if MOMENT in readable or (MOMENT not in own and is_old):
         state_dict[prefix + MOMENT] = as_tensor(moment, like.device, torch.promote_types(like.dtype, torch.float32))
+    if MOMENT not in own and is_old and "long" in own and moment.scale != "raw" and moment.p != 2:
+        warnings.warn(_SAYS_NO_SCALE.format(p=moment.p), stacklevel=2)
+    if "long" in own and "seen" not in own and is_old:
+        seen: Any = layer._buffers["seen"]
+        state_dict[prefix + "seen"] = torch.full_like(seen, ESTABLISHED, device=like.device)
+        if layer.formula.window is not None:  # gradients were in other units, and are soon collected again
+            state_dict.update({prefix + name: torch.zeros_like(own[name]) for name in GRADIENTS if name in own})
     return faults
 
 

@@ -13,6 +13,9 @@ Mix = tuple[float, float, float]
 
 PRESENT_ONLY: Mix = (0.0, 0.0, 1.0)
 
+PRIOR_SAMPLES = 16
+"""How many samples the prior is worth to the window rule."""
+
 
 class View(NamedTuple):
     """An input seen as ``(A, G, B)``: G statistics, each collected over the A·B elements that share its index.
@@ -73,8 +76,9 @@ class Formula(NamedTuple):
     """The constants of sections 2.2 and 2.3: all that a step needs to know and that does not change.
 
     ``alpha`` and ``beta`` mix the statistics and their gradients, ``kappa`` says what a weight update keeps and
-    takes; with a ``window`` the three are None and follow from the samples seen. Without a stream alpha and beta
-    are ``PRESENT_ONLY`` and there is no kappa.
+    takes; with a ``window``, and a ``grad_window`` for the gradients, the three are None and follow from the samples
+    seen. Without a stream alpha and beta are ``PRESENT_ONLY`` and there is no kappa. ``limit`` is c of the bound on
+    the moment, infinity for none.
     """
 
     p: float
@@ -85,21 +89,42 @@ class Formula(NamedTuple):
     beta: Mix | None = PRESENT_ONLY
     kappa: tuple[float, float, float, float] | None = None
     window: float | None = None
+    grad_window: float | None = None
+    limit: float = math.inf
 
-    def weights(self, samples: float, grad_samples: float) -> Weights:
-        """α, β and κ as they are after this many samples, and gradients of samples, since the last weight update.
+    @property
+    def floor(self) -> float:
+        """c^−p: the moment in use is at least this share of the call's own; 0 without a bound."""
+        return float(self.limit**-self.p)
+
+    def lasting(self, seen: float) -> float:
+        """E of the window rule: the samples that the long-term average stands for, having taken in so many."""
+        assert self.window is not None
+        return min(self.window, PRIOR_SAMPLES + seen)
+
+    def weights(self, samples: float, grad_samples: float, seen: float) -> Weights:
+        """α, β and κ as they are after so many samples and gradients of samples since the last weight update.
+
+        Args:
+            samples: whose statistics are in the short-term average.
+            grad_samples: whose gradients are.
+            seen: the samples that the long-term average has taken in.
 
         Raises:
             ValueError: without a stream.
         """
-        if self.window is not None:
-            seen, seen_grad = samples / (self.window + samples), grad_samples / (self.window + grad_samples)
-            kept, kept_grad = math.exp(-samples / self.window), math.exp(-grad_samples / self.window)
-            kappa = (kept, 1 - kept, kept_grad, 1 - kept_grad)
-            return Weights((1 - seen, seen, 0.0), (1 - seen_grad, seen_grad, 0.0), kappa)
+        if self.window is not None and self.grad_window is not None:
+            alpha = by_evidence(self.lasting(seen), samples)
+            beta = by_evidence(self.grad_window, grad_samples)
+            return Weights(alpha, beta, (*alpha[:2], *beta[:2]))
         if self.alpha is None or self.beta is None or self.kappa is None:
             raise ValueError("a formula without a stream has no memory")
         return Weights(self.alpha, self.beta, self.kappa)
+
+
+def by_evidence(lasting: float, recent: float) -> Mix:
+    """Weights of a long-term average that stands for ``lasting`` samples and a short-term one of ``recent``."""
+    return lasting / (lasting + recent), recent / (lasting + recent), 0.0
 
 
 class Weights(NamedTuple):
@@ -123,6 +148,7 @@ class State(NamedTuple):
     ``long``, ``short``, ``long_grad``, ``short_grad``: averages; row 0 is mu's, row 1 is the moment's.
     ``count``, ``grad_count``: elements since the last weight update.
     ``samples``, ``grad_samples``: samples since the last weight update.
+    ``seen``: samples that the long-term averages have taken in.
     """
 
     long: Tensor
@@ -133,6 +159,7 @@ class State(NamedTuple):
     grad_count: Tensor
     samples: Tensor
     grad_samples: Tensor
+    seen: Tensor
 
 
 class Field(NamedTuple):
@@ -169,6 +196,7 @@ FIELDS = {
     "grad_count": Field(1, True, "gradients", "sum"),
     "samples": Field(0, True, "statistics", "sum"),
     "grad_samples": Field(0, True, "gradients", "sum"),
+    "seen": Field(0, True, "statistics", "same"),
 }
 """The buffers of a stream, by the names and in the order that they have in :class:`State`."""
 

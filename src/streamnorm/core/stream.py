@@ -10,14 +10,26 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .spec import FIELDS, Formula, Mix, State
+from .spec import FIELDS, PRIOR_SAMPLES, Formula, Mix, State
 
 WINDOW = 200.0
 """The default memory, in samples."""
 
-IMAGE_WINDOW = 50.0
+IMAGE_WINDOW = 100.0
 """The default of layers for images and volumes: each sample brings many values for a statistic, so that fewer samples
 are enough, and what is remembered for a shorter time is less stale (docs/mathematics.md)."""
+
+TRAINED_WINDOW = 20_000.0
+"""The default of layers that take over the statistics of a trained network (docs/mathematics.md)."""
+
+GRAD_WINDOW = 32.0
+"""The default memory of gradients, in samples."""
+
+LIMIT = 4.0
+"""c, the default bound of the window rule."""
+
+ESTABLISHED = 2**20
+"""What ``seen`` is where statistics come from elsewhere: more samples than any memory."""
 
 PAPER_ALPHA = (0.7, 0.3)
 PAPER_BETA = (0.7, 0.3, 0.0)
@@ -34,20 +46,26 @@ class Stream:
     backward pass the same with β; at a weight update ``long ← κ1·long + κ2·short``, for gradients κ3 and κ4.
 
     The window rule needs one number W, the memory in samples, and weighs long and short by their evidence: with S
-    samples seen since the last update, α = (W, S, 0)/(W + S) and κ1 = exp(−S/W). It is the default. If any of
+    samples seen since the last update, α = (E, S, 0)/(E + S), and an update keeps what the last use saw, κ1 = α1.
+    E is W, or less in the beginning: the samples seen so far, and 16 for the prior. It is the default. If any of
     ``alpha``, ``beta``, ``kappa`` is given, the paper's constants stand for the rest: α = (0.7, 0.3),
     β = (0.7, 0.3, 0), κ = 0.7.
 
     Args:
-        window: W > 0, in samples. Default: 200, if none of the four is given. (``StreamingNorm2d`` and ``3d`` give
-            50.)
+        window: W > 0, in samples. Default: 200, if none of α, β, κ is given. (``StreamingNorm2d`` and ``3d`` give
+            100.)
+        grad_window: the same for gradients, under the window rule. Default: 32.
+        limit: c > 1: the scale in use is at least 1/c of that of the call's own input, so that no input leaves the
+            layer with a scale above c; ``math.inf`` for no bound. Default: 4 under the window rule, infinity beside
+            the paper's constants.
         alpha: two or three numbers ≥ 0 that sum to 1; two mean α3 = 0.
         beta: two or three finite numbers; ``(0, 0, 0)`` lets no gradient through the statistics.
         kappa: four numbers in [0, 1], or one number k that means (k, 1−k, k, 1−k).
         prior: where long_mu and long_m start.
 
     Raises:
-        ValueError: if a number is out of its range, or ``window`` is given together with α, β or κ.
+        ValueError: if a number is out of its range, or ``window`` or ``grad_window`` is given together with α, β or
+            κ.
         TypeError: if something else than a number stands for one.
 
     Example:
@@ -62,21 +80,23 @@ class Stream:
     beta: Sequence[float] | None = None
     kappa: float | Sequence[float] | None = None
     prior: tuple[float, float] = (0.0, 1.0)
+    grad_window: float | None = None
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         constants = {"alpha": self.alpha, "beta": self.beta, "kappa": self.kappa}
         given = [name for name, value in constants.items() if value is not None]
-        if self.window is not None and given:
-            raise ValueError(
-                f"window={self.window} and {given[0]}={constants[given[0]]} exclude each other: "
-                "give either the window or the constants alpha, beta, kappa"
-            )
+        for name in ("window", "grad_window"):
+            if getattr(self, name) is not None and given:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} and {given[0]}={constants[given[0]]} exclude each other: "
+                    "give either the window or the constants alpha, beta, kappa"
+                )
+        object.__setattr__(self, "limit", _limit((math.inf if given else LIMIT) if self.limit is None else self.limit))
         if not given:
-            meaning = "window is a memory in samples, a number above 0"
-            window = WINDOW if self.window is None else arguments.real(self.window, meaning)
-            if not (math.isfinite(window) and window > 0):
-                raise ValueError(f"{meaning}, got {self.window}")
-            object.__setattr__(self, "window", window)
+            object.__setattr__(self, "window", _memory("window", WINDOW if self.window is None else self.window))
+            memory = GRAD_WINDOW if self.grad_window is None else self.grad_window
+            object.__setattr__(self, "grad_window", _memory("grad_window", memory))
         else:
             object.__setattr__(self, "alpha", _alpha(PAPER_ALPHA if self.alpha is None else self.alpha))
             object.__setattr__(self, "beta", _beta(PAPER_BETA if self.beta is None else self.beta))
@@ -94,6 +114,10 @@ class Stream:
         ]
         if self.prior != (0.0, 1.0):
             parts.append(f"prior={self.prior}")
+        if self.window is not None and self.grad_window != GRAD_WINDOW:
+            parts.append(f"grad_window={self.grad_window:g}")
+        if self.limit != (math.inf if self.window is None else LIMIT):
+            parts.append(f"limit={self.limit:g}")
         return ", ".join(parts)
 
     def new_state(self, num_stats: int, device: torch.device | str | None, dtype: torch.dtype) -> State:
@@ -109,7 +133,8 @@ class Stream:
         """mu and m for evaluation, ``(2, G)``: long and short in the ratio α1 : α2, or long alone."""
         short_share = (state.count > 0).to(state.long.dtype)
         if self.window is not None:
-            short_share = short_share * state.samples / (self.window + state.samples)
+            lasting = (state.seen + PRIOR_SAMPLES).clamp(max=self.window)
+            short_share = short_share * state.samples / (lasting + state.samples)
         else:
             alpha1, alpha2, _ = self.alpha  # type: ignore[misc]
             short_share = short_share * (alpha2 / (alpha1 + alpha2) if alpha1 + alpha2 > 0 else 0.0)
@@ -117,7 +142,24 @@ class Stream:
 
     def formula(self, p: float, centered: bool, k: float, eps: float) -> Formula:
         """What an engine is told of this stream, with the moment's constants."""
-        return Formula(p, centered, k, eps, self.alpha, self.beta, self.kappa, self.window)  # type: ignore[arg-type]
+        weights = self.alpha, self.beta, self.kappa, self.window, self.grad_window, self.limit
+        return Formula(p, centered, k, eps, *weights)  # type: ignore[arg-type]
+
+
+def _memory(name: str, value: float) -> float:
+    meaning = f"{name} is a memory in samples, a number above 0"
+    memory = arguments.real(value, meaning)
+    if not (math.isfinite(memory) and memory > 0):
+        raise ValueError(f"{meaning}, got {value}")
+    return memory
+
+
+def _limit(value: float) -> float:
+    meaning = "limit is the largest scale with which an input may leave the layer, a number above 1, such as 4"
+    limit = arguments.real(value, meaning)
+    if not limit > 1:
+        raise ValueError(f"{meaning}, or math.inf for none, got {value}")
+    return limit
 
 
 def _alpha(alpha: Sequence[float]) -> Mix:

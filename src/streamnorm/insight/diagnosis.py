@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.spec import State
+from ..core.spec import PRIOR_SAMPLES, State
 from ..core.stream import WINDOW
 from ..layers import Norm
 from ..recurrent.base import Normalized
@@ -26,7 +26,7 @@ FEWEST_SAMPLES = 8
 FEWEST_PLACES = 16
 """With fewer places in each sample, its level cannot be told from what it shows."""
 
-RUNS_AWAY = 1.0
+RUNS_AWAY = 0.5
 """Deviations of drift, beyond chance. Small networks on digits, one sample an update: 0.2 to 0.9 at rates that train
 well, 1.1 to 1.8 at rates that train badly or diverge later on."""
 
@@ -302,9 +302,11 @@ class _Evidence:
         self.waiting = int(found.samples)
         # Of a weight update, as far as can be known. Under the window rule that hardly matters below the window.
         self.samples = float(self.waiting or (int(present.samples) if self.formula.window is None else 1))
-        weights = self.formula.weights(self.samples, self.samples)
+        self.seen = int(found.seen)
+        weights = self.formula.weights(self.samples, self.samples, self.seen)
         self.kept = weights.kappa[0]
-        self.memory = weights.memory(self.samples) if self.formula.window is None else self.formula.window
+        windowed = self.formula.window is not None
+        self.memory = self.formula.lasting(self.seen) if windowed else weights.memory(self.samples)
         self.s = (self._sigma(found.long[1]).square() + self.formula.eps).sqrt()
 
     def _sigma(self, m: Tensor) -> Tensor:
@@ -340,7 +342,7 @@ class _Evidence:
 
         An average that keeps a share κ of itself has (1 − κ)/(1 + κ) of the variance of what it averages.
         """
-        kept = self.formula.weights(samples, samples).kappa[0]
+        kept = self.formula.weights(samples, samples, self.seen).kappa[0]
         return math.sqrt(self._variance() * (1 - kept) / (1 + kept) / max(1.0, samples))
 
     def _variance(self) -> float:
@@ -351,9 +353,15 @@ class _Evidence:
 
     def advice(self) -> str:
         """The first sentence that fits, or an empty one."""
-        return next(
-            filter(None, (self._uncommitted(), self._unfounded(), self._runaway(), self._differs(), self._short())), ""
+        first = (
+            self._uncommitted(),
+            self._unfounded(),
+            self._not_finite(),
+            self._differs(),
+            self._runaway(),
+            self._short(),
         )
+        return next(filter(None, first), "")
 
     def _window(self) -> float:
         return WINDOW if self.formula.window is None else self.formula.window
@@ -377,18 +385,21 @@ class _Evidence:
             return ""
         return "no statistics yet: train, or collect them with streamnorm.calibrate(model, batches)"
 
+    def _not_finite(self) -> str:
+        if self.reading.nonfinite == 0 or math.isnan(self.reading.nonfinite):
+            return ""
+        lower = "a lower learning rate" if math.isnan(self.rate) else f"a learning rate of {self.rate / 4:.3g}"
+        return f"values that are not finite: go back to a checkpoint from before, and go on with {lower}"
+
     def _runaway(self) -> str:
-        if self.reading.nonfinite > 0:
-            lower = "a lower learning rate" if math.isnan(self.rate) else f"a learning rate of {self.rate / 4:.3g}"
-            return f"values that are not finite: go back to a checkpoint from before, and go on with {lower}"
         beyond = math.sqrt(max(0.0, self.reading.drift**2 - self.chance() ** 2))
         if beyond <= RUNS_AWAY or self._is_short(beyond):
             return ""
         rate = "a quarter of the learning rate" if math.isnan(self.rate) else f"a learning rate of {self.rate / 4:.3g}"
-        shorter = f" or window={self.formula.window / 4:.3g}" if self.formula.window is not None else ""
-        trial = f"rate too high for this memory: try {rate}{shorter}"
+        trial = f"rate too high for this memory: try {rate}"
         if self._remembers_start():
-            return f"{trial}, unless fewer than about {3 * self.memory:.0f} samples were seen: the start is still there"
+            fading = 3 * self.memory if self.formula.window is None else 10 * PRIOR_SAMPLES
+            return f"{trial}, unless fewer than about {fading:.0f} samples were seen: the start is still there"
         return trial
 
     def _remembers_start(self) -> bool:

@@ -114,7 +114,7 @@ class Reader:
             of = dict(zip(State._fields, zip(*(self._layers[i].state for i in some))))
             averages += (*of["long"], *of["short"], *of["long_grad"], *of["short_grad"])
             counts += (*of["count"], *of["grad_count"])
-            samples += (*of["samples"], *of["grad_samples"])
+            samples += (*of["samples"], *of["grad_samples"], *of["seen"])
         numbers = _fetched(averages, counts, samples)
         self._taken.append(_Snapshot(update, members, list(commits), commits_now, *numbers))
 
@@ -130,8 +130,8 @@ class Reader:
                 members = snapshot.members[number]
                 block, rest[when] = rest[when].split(len(members), kind.channels)
                 blocks.append(block)
-                for i, samples, grad_samples in zip(members, *block.samples.tolist()):
-                    rows.append(self._row(when, i, snapshot, samples, grad_samples))
+                for i, *samples in zip(members, *block.samples.tolist()):
+                    rows.append(self._row(when, i, snapshot, *samples))
             if rows:
                 averages = torch.cat([block.averages for block in blocks], 2).double().transpose(0, 1)
                 counts = torch.cat([block.counts for block in blocks], 1)
@@ -139,13 +139,13 @@ class Reader:
                     readings[row.when][row.layer] = Reading._make((*numbers, row.samples, row.idle))
         return [(snapshot.update, reading) for snapshot, reading in zip(taken, readings)]
 
-    def _row(self, when: int, i: int, snapshot: _Snapshot, samples: float, grad_samples: float) -> _Row:
+    def _row(self, when: int, i: int, snapshot: _Snapshot, samples: float, grad_samples: float, seen: float) -> _Row:
         formula, last = self._layers[i].formula, self._last[i]
-        weights = formula.weights(samples, grad_samples)
+        weights = formula.weights(samples, grad_samples, seen)
         commits_now = snapshot.commits_now and samples > 0
         commits = snapshot.commits[i] + commits_now
         most = max(samples, last.samples)
-        typical = weights if most == samples or not commits else formula.weights(most, most)
+        typical = weights if most == samples or not commits else formula.weights(most, most, seen)
         seen_to_commit = commits_now or (commits > 0 and last.samples > 0)
         committed = snapshot.update if seen_to_commit else last.committed
         self._last[i] = _Last(last.long, samples, committed)
@@ -210,6 +210,9 @@ class Reader:
         drift_worst, worst = drift.masked_fill(~known, -1).max(1)
 
         both = torch.stack((beta_long * long_grad + beta_short * short_grad, short_grad))
+        if kind.windowed:  # the streams of gradients are in units of 1/s and 1/s^p
+            s_now = (kind.sigma(long[1]).square() + kind.eps).sqrt()
+            both = both / torch.stack((s_now, s_now**kind.p))
         streamed, present = torch.hypot(both[:, 0], both[:, 1] * kind.slope(long[1]))
 
         expected = torch.stack((used, gets_gradients))
@@ -238,6 +241,7 @@ class _Kind(NamedTuple):
     p: float
     k: float
     eps: float
+    windowed: bool
     even: bool
     """Whether all statistics have equally many elements, also under a mask: none belongs to a place of its own."""
 
@@ -246,7 +250,8 @@ class _Kind(NamedTuple):
         """The kind of a layer."""
         view, formula = layer.ref.least_view(layer.num_features), layer.formula
         even = all(view.axes[axis] == 1 for axis in view.kept)
-        return cls(layer.ref.num_stats(layer.num_features), formula.p, formula.k, formula.eps, even)
+        constants = formula.p, formula.k, formula.eps, formula.window is not None
+        return cls(layer.ref.num_stats(layer.num_features), *constants, even)
 
     def sigma(self, m: Tensor) -> Tensor:
         """The scale of a moment; what is estimated may be a little below 0."""
@@ -282,7 +287,7 @@ class _Block(NamedTuple):
     counts: Tensor
     """``(2, L, G)``: count, grad_count."""
     samples: Tensor
-    """``(2, L)``: samples, grad_samples."""
+    """``(3, L)``: samples, grad_samples, seen."""
 
     def split(self, layers: int, channels: int) -> tuple[_Block, _Block]:
         """Those of the first layers, which are of one kind, and the rest."""
@@ -290,9 +295,9 @@ class _Block(NamedTuple):
         own = _Block(
             self.averages[:, : 4 * size].reshape(2, 4, layers, channels),
             self.counts[: 2 * size].view(2, layers, channels),
-            self.samples[: 2 * layers].view(2, layers),
+            self.samples[: 3 * layers].view(3, layers),
         )
-        return own, _Block(self.averages[:, 4 * size :], self.counts[2 * size :], self.samples[2 * layers :])
+        return own, _Block(self.averages[:, 4 * size :], self.counts[2 * size :], self.samples[3 * layers :])
 
 
 def _fetched(averages: list[Tensor], counts: list[Tensor], samples: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from .. import ops
 from ..core.spec import GRADIENTS, Call, Formula, View
+from ..core.stream import ESTABLISHED
 from ..training.streaming import Streaming
 
 
@@ -38,6 +39,7 @@ def adapt(layer: Streaming, x: Tensor, mask: Tensor | None, view: View, formula:
         raise RuntimeError("streamnorm.adapt changes statistics in evaluation, in eager mode: call the model itself")
     state = layer.state
     with torch.no_grad():
+        state = state._replace(seen=torch.full_like(state.seen, ESTABLISHED))  # the memory is the one asked for
         used = state.long.new_empty(2, view.num_stats)
         ops.normalize(Call(x.detach(), None, None, mask, view, formula, state, stats=used))
         nothing = {name: torch.zeros_like(getattr(state, name)) for name in GRADIENTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from .. import ops
 from ..core import saved_state
 from ..core.compiler import as_constant, guard_on
 from ..core.moment import LpMoment
-from ..core.spec import Formula, View
-from ..core.stream import Stream
+from ..core.spec import GRADIENTS, Formula, View
+from ..core.stream import ESTABLISHED, Stream
 from ..training import runaway, updates
 from ..training.streaming import Streaming
 from ..training.surroundings import is_collecting
@@ -55,13 +56,23 @@ class Stateful(Streaming):
             self.lp_moment.copy_(saved_state.as_tensor(self.moment))  # after to_empty
 
     def set_stream(self, stream: Stream) -> None:
-        """Change the constants of a streaming layer; its state stays."""
+        """Change the constants of a streaming layer; its statistics stay.
+
+        Between the window rule and the paper's constants the streams of gradients start over.
+        """
         if self.stream is None:
             raise ValueError(f"{type(self).__name__} carries no stream; make the layer with one")
         if not isinstance(stream, Stream):
             raise TypeError(f"stream is a Stream, such as Stream(window=200), got {stream!r}")
+        if (stream.window is None) != (self.stream.window is None):
+            self._forget_gradients()  # which are in other units under the window rule
         self.stream = stream
         self._set_formula()
+
+    @torch.no_grad()
+    def _forget_gradients(self) -> None:
+        for name in GRADIENTS:
+            self.get_buffer(name).zero_()
 
     def _set_formula(self) -> None:
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
@@ -146,7 +157,7 @@ class Stateful(Streaming):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, which may have been made in the middle of an update: the next step commits it.
 
-        A pickle of version 0.1 holds no moment among its buffers, and no ties.
+        A pickle of version 0.1 holds no moment among its buffers, no number of samples seen, and no ties.
         """
         if "_ties" not in state:
             ties = Ties(state.get("_name", ""), state.get("_sync", Ties.sync))
@@ -154,6 +165,11 @@ class Stateful(Streaming):
         super().__setstate__(state)
         if saved_state.MOMENT not in self._buffers:
             self._register_moment()
+        if self.stream is not None and "seen" not in self._buffers:
+            self.register_buffer("seen", torch.full_like(self.samples, ESTABLISHED))
+            self._forget_gradients()
+            self.stream = dataclasses.replace(self.stream)  # with what a stream says since then
+            self._set_formula()
         self._ties.used = self._resume() and self._ties.used
 
     def _load_from_state_dict(

@@ -36,7 +36,7 @@ class _StreamingNorm(Norm):
         *,
         p: float = 1,
         center: str = "mean",
-        scale: str = "raw",
+        scale: str = "gaussian",
         ref: RefName | NormRef = "channel",
         window: float | None = None,
         alpha: Sequence[float] | None = None,
@@ -88,9 +88,10 @@ _STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn
         affine: whether to learn a gain and a bias per channel.
         p: order of the moment, ≥ 1; 1 is recommended.
         center: ``"mean"`` or ``"zero"``, see LpMoment.
-        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        scale: ``"gaussian"``, so that outputs have a variance near 1 whatever p is, or ``"raw"``; see LpMoment.
         ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
-        window: memory in samples, > 0; {window:g} if none of the four is given. See Stream.
+        window: memory in samples, > 0; {window:g} if none of the four is given. See Stream, which has further options;
+            ``layer.set_stream`` takes one.
         alpha: weights of long-term, short-term and present statistics, in place of the window.
         beta: the same for their gradients.
         kappa: what a weight update keeps of the long-term and takes of the short-term average.

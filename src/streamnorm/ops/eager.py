@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.half import Scalar
-from ..core.spec import Call, Formula, State
+from ..core.spec import PRIOR_SAMPLES, Call, Formula, State
 from . import operations
 from .base import Committed, Engine, Uses
 
@@ -24,6 +24,7 @@ def commit(uses: Uses) -> None:
         forward, backward = zip(*(_rates(state, formula) for state, formula in group))
         _commit([s.long for s in states], [s.short for s in states], [s.count for s in states], forward)
         _commit([s.long_grad for s in states], [s.short_grad for s in states], [s.grad_count for s in states], backward)
+        torch._foreach_add_([s.seen for s in states], [s.samples for s in states])
         torch._foreach_zero_([s.samples for s in states] + [s.grad_samples for s in states])
 
 
@@ -46,11 +47,12 @@ def _rates(state: State, formula: Formula) -> tuple[tuple[Scalar, Scalar], tuple
         keep, take, keep_grad, take_grad = formula.kappa
         return (keep - 1, take), (keep_grad - 1, take_grad)
     assert formula.window is not None
-    rates = []
-    for samples in (state.samples, state.grad_samples):
-        exponent = samples.to(state.long.dtype) / -formula.window
-        rates.append((exponent.expm1(), -exponent.expm1()))
-    return rates[0], rates[1]
+    assert formula.grad_window is not None
+    dtype = state.long.dtype
+    lasting = (state.seen + PRIOR_SAMPLES).to(dtype).clamp(max=formula.window)
+    samples, grad_samples = state.samples.to(dtype), state.grad_samples.to(dtype)
+    share, grad_share = samples / (lasting + samples), grad_samples / (formula.grad_window + grad_samples)
+    return (-share, share), (-grad_share, grad_share)
 
 
 class _Eager(Engine):

@@ -277,7 +277,7 @@ def _plan(
     tl = _kernels().tl
     processors = _processors(device)
     per_statistic = _channels_per_statistic(view)
-    one_pass = formula.window is None and streams
+    one_pass = formula.window is None and formula.floor == 0 and streams
     double = wide(dtype) == torch.float64
     whole = _whole(layout, processors, WHOLE_TILE // 2 if double else WHOLE_TILE) if per_statistic == 1 else None
     collect = _split(layout, PROGRAMS_PER_PROCESSOR * processors)
@@ -298,8 +298,8 @@ def _plan(
         {"UNIT": unit, "COLUMNS": layout.columns, "WIDE": tl.float64 if double else tl.float32},
         constants,
         {"K_P": formula.k, "EPS": formula.eps, "TINY": torch.finfo(wide(dtype)).tiny},
-        _mix("A", formula.alpha, formula.window),
-        _mix("B", formula.beta, formula.window),
+        {**_mix("A", formula.alpha, formula.window), "FLOOR": formula.floor},
+        _mix("B", formula.beta, formula.grad_window),
         one_pass and formula.alpha == ONE_PASS,
         one_pass and formula.beta == ONE_PASS,
     )
@@ -545,7 +545,7 @@ def _backward(
 
 def _streams(state: State | None) -> tuple[Tensor | None, ...]:
     """The stream's part of the forward pass."""
-    return (None,) * 4 if state is None else (state.long, state.short, state.count, state.samples)
+    return (None,) * 5 if state is None else (state.long, state.short, state.count, state.samples, state.seen)
 
 
 def _gradient_streams(state: State | None) -> tuple[Tensor | None, ...]:
@@ -605,13 +605,13 @@ _Row = tuple[tuple[int, ...], tuple[float, ...]]
 
 
 def _row(use: tuple[State, Formula]) -> _Row:
-    """Where the state of a stream lies, and its rates; twice five and twice three numbers."""
+    """Where the state of a stream lies, and its rates; twice six and twice three numbers."""
     state, formula = use
     keep, take, keep_grad, take_grad = formula.kappa or (0.0, 0.0, 0.0, 0.0)
-    size, window = state.long.shape[1], formula.window or 0.0
-    there = [t.data_ptr() for t in (state.long, state.short, state.count, state.samples)]
+    size, window, grad_window = state.long.shape[1], formula.window or 0.0, formula.grad_window or 0.0
+    there = [t.data_ptr() for t in (state.long, state.short, state.count, state.samples, state.seen)]
     back = [t.data_ptr() for t in (state.long_grad, state.short_grad, state.grad_count, state.grad_samples)]
-    return (*there, size, *back, size), (keep, take, window, keep_grad, take_grad, window)
+    return (*there, size, *back, 0, size), (keep, take, window, keep_grad, take_grad, grad_window)
 
 
 @lru_cache(maxsize=256)
@@ -626,9 +626,9 @@ def _table(rows: tuple[_Row, ...], device: torch.device) -> tuple[Tensor, Tensor
             "a CUDA graph is being captured, and these layers have not committed together before: run a few whole "
             "training steps first, the optimizer's step included"
         )
-    pointers = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device).view(-1, 5)
+    pointers = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device).view(-1, 6)
     rates = torch.tensor([row[1] for row in rows], dtype=torch.float64, device=device).view(-1, 3)
-    return pointers, rates, max(row[0][4] for row in rows)
+    return pointers, rates, max(row[0][5] for row in rows)
 
 
 _captured: dict[tuple[_Row, ...], tuple[Tensor, Tensor]] = {}

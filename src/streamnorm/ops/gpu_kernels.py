@@ -22,7 +22,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..core import spec
+
 INF = tl.constexpr(float("inf"))
+PRIOR_SAMPLES = tl.constexpr(spec.PRIOR_SAMPLES)
 
 
 @triton.jit
@@ -161,12 +164,25 @@ def _slope(m, inverse, finite, P: tl.constexpr, K_P: tl.constexpr, TINY: tl.cons
 
 
 @triton.jit
-def _seen(samples_ptr, WINDOW: tl.constexpr):
-    """Samples since the last weight update, those of this call included; the window rule alone asks for them."""
-    seen = 0
+def _recent(samples_ptr, seen_ptr, more, WINDOW: tl.constexpr):
+    """The weight of the short-term average under the window rule, which alone asks for it.
+
+    ``samples`` since the last weight update, those of this call included, and ``more`` that are not counted yet. Of
+    gradients there is no ``seen``: they have the whole window from the start.
+    """
+    weight = 0.0
     if WINDOW > 0.0:
-        seen = tl.load(samples_ptr)
-    return seen
+        samples = (tl.load(samples_ptr) + more).to(tl.float64)
+        weight = samples / (_lasting(seen_ptr, WINDOW) + samples)
+    return weight
+
+
+@triton.jit
+def _lasting(seen_ptr, window):
+    """E of the window rule: the samples that the long-term average stands for."""
+    if seen_ptr is not None:
+        window = tl.minimum((tl.load(seen_ptr) + PRIOR_SAMPLES).to(tl.float64), window)
+    return window
 
 
 @triton.jit
@@ -174,7 +190,7 @@ def _mixed(
     long,
     short,
     present,
-    seen,
+    recent,
     W1: tl.constexpr,
     W2: tl.constexpr,
     W3: tl.constexpr,
@@ -182,8 +198,8 @@ def _mixed(
 ):
     """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
     if WINDOW > 0.0:
-        seen = seen.to(long.dtype)
-        mixed = _ratio(seen * 0 + WINDOW, WINDOW + seen) * long + _ratio(seen, WINDOW + seen) * short
+        recent = recent.to(long.dtype)
+        mixed = (1 - recent) * long + recent * short
     else:
         mixed = tl.zeros_like(present)
         if W1 != 0.0:
@@ -221,7 +237,7 @@ def _location(
     long_ptr,
     short_ptr,
     count_ptr,
-    seen,
+    recent,
     A1: tl.constexpr,
     A2: tl.constexpr,
     A3: tl.constexpr,
@@ -233,7 +249,7 @@ def _location(
     else:
         count = tl.load(count_ptr + g, mask=live, other=0)
         short = _fresh(tl.load(short_ptr + g, mask=live, other=0), count, b_mu, n)
-        mu = _mixed(tl.load(long_ptr + g, mask=live, other=0), short, b_mu, seen, A1, A2, A3, WINDOW)
+        mu = _mixed(tl.load(long_ptr + g, mask=live, other=0), short, b_mu, recent, A1, A2, A3, WINDOW)
     return mu
 
 
@@ -248,11 +264,12 @@ def _advance(
     long_ptr,
     short_ptr,
     count_ptr,
-    seen,
+    recent,
     A1: tl.constexpr,
     A2: tl.constexpr,
     A3: tl.constexpr,
     WINDOW: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):
     """m, and whether both statistics of this call are finite; where they are, short takes them in."""
     finite = _finite(b_mu) & _finite(b_m)
@@ -263,7 +280,9 @@ def _advance(
         count = tl.load(count_ptr + g, mask=live, other=0)
         short_mu = _fresh(tl.load(short_ptr + g, mask=live, other=0), count, b_mu, n)
         short_m = _fresh(tl.load(short_ptr + G + g, mask=live, other=0), count, b_m, n)
-        m = _mixed(tl.load(long_ptr + G + g, mask=live, other=0), short_m, b_m, seen, A1, A2, A3, WINDOW)
+        m = _mixed(tl.load(long_ptr + G + g, mask=live, other=0), short_m, b_m, recent, A1, A2, A3, WINDOW)
+        if FLOOR > 0.0:
+            m = tl.where(b_m * FLOOR > m, b_m * FLOOR, m)
         _wait_for_readers()
         tl.store(short_ptr + g, short_mu, mask=live & finite)
         tl.store(short_ptr + G + g, short_m, mask=live & finite)
@@ -317,6 +336,7 @@ def forward_whole(
     short_ptr,
     count_ptr,
     samples_ptr,
+    seen_ptr,
     A,
     C_UNITS,
     B_UNITS,
@@ -335,6 +355,7 @@ def forward_whole(
     A2: tl.constexpr,
     A3: tl.constexpr,
     WINDOW: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):
     """A whole forward pass, each program all elements of its channels: they are read once, later looks hit the cache.
 
@@ -354,8 +375,8 @@ def forward_whole(
         offsets, inside = _tile(t, block, A, C, B, COLUMNS, ROWS, COLS)
         rest += tl.where(inside, _load(x_ptr, offsets, inside, WIDE) - shift, 0)
     b_mu = shift + _total(rest, COLUMNS) / n
-    seen = _seen(samples_ptr, WINDOW)
-    mu = _location(b_mu, c, live, n, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
+    recent = _recent(samples_ptr, seen_ptr, 0, WINDOW)
+    mu = _location(b_mu, c, live, n, long_ptr, short_ptr, count_ptr, recent, A1, A2, A3, WINDOW)
 
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(TILES):
@@ -365,7 +386,7 @@ def forward_whole(
             d = d - mu
         powers += tl.where(inside, _power(tl.abs(d), P), 0)
     b_m = _total(powers, COLUMNS) / n
-    m, finite = _advance(b_mu, b_m, c, live, n, C, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
+    m, finite = _advance(b_mu, b_m, c, live, n, C, long_ptr, short_ptr, count_ptr, recent, A1, A2, A3, WINDOW, FLOOR)
 
     inverse = _save(saved_ptr, c, live, C, mu, m, finite, P, K_P, EPS, TINY)
     gain, bias = _gain_and_bias(weight_ptr, bias_ptr, c, live, WIDE)
@@ -486,6 +507,7 @@ def combine_statistics(
     short_ptr,
     count_ptr,
     samples_ptr,
+    seen_ptr,
     parts,
     n,
     K,
@@ -503,6 +525,7 @@ def combine_statistics(
     A2: tl.constexpr,
     A3: tl.constexpr,
     WINDOW: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):
     """One program per statistic: what the parts found, over its K channels, joined with the stream.
 
@@ -516,7 +539,7 @@ def combine_statistics(
     rows = parts * C
     part = tl.arange(0, PARTS)[:, None]
 
-    seen = _seen(samples_ptr, WINDOW)
+    recent = _recent(samples_ptr, seen_ptr, 0, WINDOW)
     if LOCATION:
         # About the first shift of all: shifts are near each other, so their differences are small and exact.
         origin = tl.load(partial_ptr + g * K)
@@ -528,7 +551,7 @@ def combine_statistics(
             rest = tl.load(partial_ptr + rows + at, mask=inside, other=0)
             total += rest + count * (shift - origin)
         b_mu = origin + _sum_all(total) / n
-        mu = _location(b_mu, g, live, n, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
+        mu = _location(b_mu, g, live, n, long_ptr, short_ptr, count_ptr, recent, A1, A2, A3, WINDOW)
         if not MOMENT:
             tl.store(saved_ptr + g, mu)
             tl.store(saved_ptr + 3 * G + g, b_mu)
@@ -551,7 +574,9 @@ def combine_statistics(
         if ABOUT_SHIFT:
             b_m = tl.where(b_m < 0, 0, b_m)  # by rounding alone
             b_m = tl.where((b_m != b_m) & _finite(b_mu), INF, b_m)  # NaN by an overflow, inf − inf, and not from x
-        m, finite = _advance(b_mu, b_m, g, live, n, G, long_ptr, short_ptr, count_ptr, seen, A1, A2, A3, WINDOW)
+        m, finite = _advance(
+            b_mu, b_m, g, live, n, G, long_ptr, short_ptr, count_ptr, recent, A1, A2, A3, WINDOW, FLOOR
+        )
         _save(saved_ptr, g, live, G, mu, m, finite, P, K_P, EPS, TINY)
 
 
@@ -643,7 +668,7 @@ def _paths(
     long_ptr,
     short_ptr,
     count_ptr,
-    seen,
+    recent,
     P: tl.constexpr,
     CENTERED: tl.constexpr,
     B1: tl.constexpr,
@@ -653,7 +678,17 @@ def _paths(
 ):
     """ĝ_mu and p·ĝ_m of each statistic, from Σdx̂, Σdx̂·(x − mu) and Σu; short_grad takes this call's in."""
     cut = slope != slope  # NaN
-    g_m = -(sum_gx / n) * slope
+    if WINDOW > 0.0:  # the streams are in units of 1/s and 1/s^p
+        unit = inverse
+        unit_m = _power(inverse, P)
+        s = tl.where(inverse > 0, 1 / tl.where(inverse > 0, inverse, 1), 0)
+        s_p = _power(s, P)
+    else:
+        unit = inverse * 0 + 1
+        unit_m = unit
+        s = unit
+        s_p = unit
+    g_m = -(sum_gx / n) * slope * s_p
     g_mu = -(sum_g / n) * inverse
     if scale_ptr is not None:
         unscale = tl.load(scale_ptr).to(g_m.dtype)
@@ -665,16 +700,17 @@ def _paths(
         count = tl.load(count_ptr + g, mask=live, other=0)
         short_m = _fresh(tl.load(short_ptr + G + g, mask=live, other=0), count, g_m, n)
         long_m = tl.load(long_ptr + G + g, mask=live, other=0)
-        moment_path = _mixed(long_m, short_m, g_m, seen, B1, B2, B3, WINDOW)
+        moment_path = _mixed(long_m, short_m, g_m, recent, B1, B2, B3, WINDOW) * unit_m
     moment_path = tl.where(cut, 0, moment_path) * P
     if CENTERED:
         g_mu = g_mu - moment_path * (tl.where(cut, 0, sum_u) / n)
     if long_ptr is None:
         location_path = g_mu
     else:
+        g_mu = g_mu * s
         short_mu = _fresh(tl.load(short_ptr + g, mask=live, other=0), count, g_mu, n)
         long_mu = tl.load(long_ptr + g, mask=live, other=0)
-        location_path = _mixed(long_mu, short_mu, g_mu, seen, B1, B2, B3, WINDOW)
+        location_path = _mixed(long_mu, short_mu, g_mu, recent, B1, B2, B3, WINDOW) * unit
         takes = live & _finite(g_m) & _finite(g_mu)
         _wait_for_readers()
         tl.store(short_ptr + g, short_mu, mask=takes)
@@ -773,7 +809,7 @@ def backward_whole(
         long_ptr,
         short_ptr,
         count_ptr,
-        _seen(samples_ptr, WINDOW),
+        _recent(samples_ptr, None, 0, WINDOW),
         P,
         CENTERED,
         B1,
@@ -923,7 +959,7 @@ def combine_gradients(
         long_ptr,
         short_ptr,
         count_ptr,
-        _seen(samples_ptr, WINDOW),
+        _recent(samples_ptr, None, 0, WINDOW),
         P,
         CENTERED,
         B1,
@@ -984,23 +1020,28 @@ def input_gradient(
 def commit_streams(pointers_ptr, rates_ptr, G_MAX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """A weight update (docs/mathematics.md) for many streams at once: one program per stream and direction.
 
-    ``pointers`` is (programs, 5): where long, short, count and samples lie, and G. ``rates`` is (programs, 3): what a
-    weight update keeps and takes, and the window, which stands in their place where it is above zero.
+    ``pointers`` is (programs, 6): where long, short, count and samples lie, and seen, which is 0 for gradients; and G.
+    ``rates`` is (programs, 3): what a weight update keeps and takes, and the window, which stands in their place where
+    it is above zero.
     """
     program = tl.program_id(0)
-    row = pointers_ptr + 5 * program
+    row = pointers_ptr + 6 * program
     long_ptr = tl.load(row).to(tl.pointer_type(WIDE))
     short_ptr = tl.load(row + 1).to(tl.pointer_type(WIDE))
     count_ptr = tl.load(row + 2).to(tl.pointer_type(tl.int64))
     samples_ptr = tl.load(row + 3).to(tl.pointer_type(tl.int64))
-    G = tl.load(row + 4)
+    has_seen = tl.load(row + 4) != 0
+    seen_ptr = tl.load(row + 4).to(tl.pointer_type(tl.int64))
+    G = tl.load(row + 5)
     keep = tl.load(rates_ptr + 3 * program)
     take = tl.load(rates_ptr + 3 * program + 1)
     window = tl.load(rates_ptr + 3 * program + 2)
-    # In float64: 1 − exp of a small number loses digits.
-    forgotten = tl.exp(-tl.load(samples_ptr).to(tl.float64) / tl.where(window > 0, window, 1))
-    keep = tl.where(window > 0, forgotten, keep).to(WIDE)
-    take = tl.where(window > 0, 1 - forgotten, take).to(WIDE)
+    samples = tl.load(samples_ptr)
+    seen = tl.load(seen_ptr, mask=has_seen, other=0)
+    lasting = tl.where(has_seen, tl.minimum((seen + PRIOR_SAMPLES).to(tl.float64), window), window)
+    total = tl.where(window > 0, lasting + samples.to(tl.float64), 1)
+    keep = tl.where(window > 0, lasting / total, keep).to(WIDE)
+    take = tl.where(window > 0, samples.to(tl.float64) / total, take).to(WIDE)
     for begin in range(0, G_MAX, BLOCK):
         g = begin + tl.arange(0, BLOCK)
         inside = g < G
@@ -1013,4 +1054,5 @@ def commit_streams(pointers_ptr, rates_ptr, G_MAX: tl.constexpr, BLOCK: tl.const
             tl.store(short_ptr + at, tl.zeros((BLOCK,), WIDE), mask=inside)
         tl.store(count_ptr + g, tl.zeros((BLOCK,), tl.int64), mask=inside)
     _wait_for_readers()
+    tl.store(seen_ptr, seen + samples, mask=has_seen)
     tl.store(samples_ptr, 0)

@@ -118,7 +118,8 @@ def plan(view: View, formula: Formula) -> Plan:
         if len(_plans) >= 4096:
             _plans.clear()
         shape = (view.split, view.kept, view.axes)
-        constants = (formula.p, formula.centered, formula.k, formula.eps, formula.window or 0.0)
+        windows = (formula.window or 0.0, formula.grad_window or 0.0)
+        constants = (formula.p, formula.centered, formula.k, formula.eps, *windows, formula.floor)
         mixes = (formula.alpha or PRESENT_ONLY, formula.beta or PRESENT_ONLY)
         found = _plans[key] = Plan(_native.plan(*shape, *constants, *mixes), view, formula)
     return found

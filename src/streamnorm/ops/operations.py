@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..core.half import gradients_half, statistics_half
+from ..core.half import bounded, gradients_half, statistics_half
 from ..core.spec import Call, Formula, State, View, wide
 from . import plain
 from .another_pass import AnotherPass, counting_once
@@ -106,6 +106,8 @@ class Normalize(torch.autograd.Function):
         d = hide(from_mu, keep) if formula.centered else v.to(dtype)
         (b_m,) = reduction.means(_sum_of_powers(d, view, formula.p))
         m, short_m = half.mixed(1, b_m)
+        if state is not None:
+            m = bounded(m, b_m, formula)
 
         finite = b_mu.isfinite() & b_m.isfinite()
         inverse = (formula.k**2 * m ** (2 / formula.p) + formula.eps).rsqrt()
@@ -217,7 +219,7 @@ def _input_gradient(
         u = u.masked_fill(cut.view(view.stats_shape), 0)
 
     reduction: Reduction = Here(ctx.n, ctx.samples) if ctx.over is None else ctx.over
-    half = gradients_half(state, formula, ctx.n, ctx.samples)
+    half = gradients_half(state, formula, ctx.n, ctx.samples, inverse)
     along, mean_g, *q = reduction.means(*sums, *((u.sum(view.reduced).flatten(),) if formula.centered else ()))
     g_m, g_mu = -along * slope, -mean_g * inverse
     if ctx.grad_scale is not None:

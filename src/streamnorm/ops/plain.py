@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core.spec import Call, Formula, Mix, State, View, wide
+from ..core.spec import Call, Formula, State, View, Weights, wide
 from .another_pass import AnotherPass
 from .base import Committed, Engine, Uses
 from .checks import check_before_backward
@@ -69,9 +69,11 @@ def normalize(
     bad = ~total.isfinite()
     b_m = magnitude(d.masked_fill(bad, 0), p).sum(view.reduced, keepdim=True)
     b_m = torch.where(bad, total, b_m) / at_least_one(n)
-    m = b_m if use is None else _Streamed.apply(b_m, 1, use)
+    m = b_m if use is None else bounded(_Streamed.apply(b_m, 1, use), b_m, formula)
 
     s = (k**2 * power(m, 2 / p) + eps).sqrt()
+    if use is not None:
+        use.inverse = 1 / s.detach().flatten()
     y = (v - mu) / s
     if weight is not None:
         y = y * weight.to(y.dtype).view(view.channel_shape)
@@ -102,8 +104,9 @@ class _Use:
         self.fresh: dict[int, Tensor] = {}
         self.finite = torch.ones_like(state.count, dtype=torch.bool)
         state.samples.add_(samples)
-        self.alpha = mix_weights(formula.alpha, formula.window, state.samples)
+        self.alpha = self._weights().alpha
         self.passes = 0
+        self.inverse: Tensor
         self.another: AnotherPass | None = None
 
     def statistic(self, b: Tensor, row: int) -> Tensor:
@@ -124,14 +127,16 @@ class _Use:
         state = self.state if self.another is None else self.another.scratch
         if row == 1:
             state.grad_samples.add_(self.samples)
-            self.beta = mix_weights(self.formula.beta, self.formula.window, state.grad_samples)
+            self.beta = self._weights().beta
         g = total.flatten() / at_least_one(self.n)
         if self.grad_scale is not None:
             g = g / self.grad_scale.to(g.dtype)
+        unit = self._unit(row)
+        g = g * torch.where(unit > 0, 1 / unit, 0)
         fresh = running_average(state.short_grad[row], state.grad_count, g, self.n)
         self.seen[row] = g
         self.fresh[row] = fresh
-        mixed = mix(self.beta, state.long_grad[row], fresh, g)
+        mixed = mix(self.beta, state.long_grad[row], fresh, g) * unit
         if row == 1:
             mixed = mixed.masked_fill(~self.finite, 0)
         else:
@@ -142,6 +147,15 @@ class _Use:
         if self.grad_scale is not None:
             mixed = mixed * self.grad_scale.to(g.dtype)
         return (mixed * at_least_one(self.n)).view(total.shape)
+
+    def _unit(self, row: int) -> Tensor:
+        """What the streams of gradients are in units of: 1/s for mu and 1/s^p for m under the window rule, else 1."""
+        if self.formula.window is None:
+            return torch.ones_like(self.inverse)
+        return self.inverse ** (self.formula.p if row == 1 else 1)
+
+    def _weights(self) -> Weights:
+        return weights(self.formula, self.state)
 
 
 class _Streamed(torch.autograd.Function):
@@ -161,10 +175,7 @@ class _Streamed(torch.autograd.Function):
 def commit(uses: Uses) -> None:
     """Say that the weights changed: move every stream's short-term averages into its long-term ones."""
     for state, formula in uses:
-        keep, take, keep_grad, take_grad = formula.kappa or (
-            *forgetting(formula, state.samples),
-            *forgetting(formula, state.grad_samples),
-        )
+        keep, take, keep_grad, take_grad = weights(formula, state).kappa
         for long, short, count, kept, taken in (
             (state.long, state.short, state.count, keep, take),
             (state.long_grad, state.short_grad, state.grad_count, keep_grad, take_grad),
@@ -172,24 +183,20 @@ def commit(uses: Uses) -> None:
             long.copy_(torch.where(count > 0, kept * long + taken * short, long))
             short.zero_()
             count.zero_()
+        state.seen.add_(state.samples)
         state.samples.zero_()
         state.grad_samples.zero_()
 
 
-def forgetting(formula: Formula, samples: Tensor) -> tuple[float, float]:
-    """The window rule at a commit: κ1 = exp(−S/W), κ2 = 1 − κ1."""
-    assert formula.window is not None
-    ratio = samples.item() / formula.window
-    return math.exp(-ratio), -math.expm1(-ratio)
+def weights(formula: Formula, state: State) -> Weights:
+    """α, β and κ of a stream as it is: its constants, or what the window rule makes of the samples seen."""
+    return formula.weights(state.samples.item(), state.grad_samples.item(), state.seen.item())
 
 
-def mix_weights(constants: Mix | None, window: float | None, samples: Tensor) -> tuple[float, float, float]:
-    """α (or β): the stream's constants, or (W, S, 0)/(W + S) under the window rule."""
-    if window is None:
-        assert constants is not None
-        return constants
-    seen = samples.item()
-    return window / (window + seen), seen / (window + seen), 0.0
+def bounded(m: Tensor, b_m: Tensor, formula: Formula) -> Tensor:
+    """m, and at least b_m/c^p. The bound is a constant for the gradients, which go through m as without it."""
+    low = b_m.detach() * formula.floor
+    return m + torch.where(low > m, low - m, 0).detach() if formula.floor else m
 
 
 def mix(weights: tuple[Scalar, Scalar, Scalar], long: Tensor, short: Tensor, present: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class NormChoice:
             makes a module from a number of features.
         p: order of the moment. Default: 1 for streaming, 2 for the others.
         center: ``"mean"`` or ``"zero"``, see LpMoment.
-        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        scale: ``"raw"`` or ``"gaussian"``, see LpMoment. Default: "raw", also for streaming.
         eps: added to sigma².
         window: streaming: memory in samples; a time step of N sequences counts N. See Stream.
         alpha: streaming: weights of long-term, short-term and present statistics.
@@ -193,10 +193,9 @@ class NormChoice:
 
 
 def _stream_defaults(options: dict[str, Any]) -> dict[str, Any]:
-    """The recurrent constants for those of α, β, κ that are not given; none beside a window."""
-    if "window" in options:
-        return options
-    return {"alpha": ALPHA, "beta": BETA, "kappa": KAPPA, **options}
+    """The raw scale, and the recurrent constants for those of α, β, κ that are not given; none beside a window."""
+    constants = {} if "window" in options else {"alpha": ALPHA, "beta": BETA, "kappa": KAPPA}
+    return {"scale": "raw", **constants, **options}
 
 
 class When(NamedTuple):

@@ -37,6 +37,7 @@ class Streaming(nn.Module):
     grad_count: Tensor
     samples: Tensor
     grad_samples: Tensor
+    seen: Tensor
     lp_moment: Tensor
 
     _ties: Ties

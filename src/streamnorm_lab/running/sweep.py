@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import streamnorm as sn
 from streamnorm_lab.analysis.results import CONFIG, check_config, check_run, checked_runs, rates_to_run, read_config
 from streamnorm_lab.common.environment import card, environment, usable_cores
 from streamnorm_lab.common.errors import UserError
@@ -99,6 +100,7 @@ def _write_config(experiment: Experiment[Any], data: dict[str, Any], command: st
     options = {name: value for name, value in asdict(experiment).items() if name != "data"}
     config = {
         "experiment": experiment.name,
+        "streamnorm": _layers(sn.__version__),
         "identity": {**experiment.identity(), experiment.kind.unit: data["fingerprint"]},
         "options": options,
         "data": data,
@@ -115,9 +117,20 @@ def _refuse_another(experiment: Experiment[Any], earlier: dict[str, Any], config
     if earlier["experiment"] != config["experiment"]:
         raise UserError(f"{folder} holds the experiment {earlier['experiment']}: choose another folder with --out")
     check_config(earlier, experiment, folder)
+    before, now = earlier.get("streamnorm", "0.1"), config["streamnorm"]
+    if before != now:
+        raise UserError(
+            f"{folder} holds runs of streamnorm {before}, whose layers do not compute as those of {now} do: choose "
+            "another folder with --out"
+        )
     changed = {**_other_options(earlier, config, experiment.kind.unit), **_other_data(experiment, earlier, config)}
     for words, (before, now) in changed.items():
         raise UserError(f"{folder} holds runs with {words} {before}, not {now}: choose another folder with --out")
+
+
+def _layers(version: str) -> str:
+    """The part of a version that says how layers compute."""
+    return ".".join(version.split(".")[:2])
 
 
 def _other_options(earlier: dict[str, Any], config: dict[str, Any], unit: str) -> dict[str, tuple[Any, Any]]:

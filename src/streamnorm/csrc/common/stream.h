@@ -3,20 +3,28 @@
 
 #pragma once
 
-#include <cmath>
+#include <cstdint>
 #include <cstring>
 
 namespace {
 
-// The weights of long-term, short-term and present statistic: constants, or with a window (> 0) what follows from the samples since
-// the last commit, those of this use included.
-inline void mixing_weights(double window, const double* constants, double samples, double* weights) {
-  if (!(window > 0)) {
+constexpr double prior_samples = 16;  // spec.PRIOR_SAMPLES
+
+// The samples that a long-term average stands for under the window rule, where it has taken in so many.
+inline double evidence(double window, int64_t seen) {
+  double all = prior_samples + (double)seen;
+  return window < all ? window : all;
+}
+
+// The weights of long-term, short-term and present statistic: constants, or under the window rule, where the long-term average
+// stands for some samples (> 0), what follows from those since the last commit, this use's included.
+inline void mixing_weights(double lasting, const double* constants, double samples, double* weights) {
+  if (!(lasting > 0)) {
     memcpy(weights, constants, 3 * sizeof(double));
     return;
   }
-  weights[0] = window / (window + samples);
-  weights[1] = samples / (window + samples);
+  weights[0] = lasting / (lasting + samples);
+  weights[1] = samples / (lasting + samples);
   weights[2] = 0;
 }
 
@@ -24,9 +32,9 @@ inline void mixing_weights(double window, const double* constants, double sample
 struct Commit {
   double keep, take;
 };
-inline Commit commit_weights(double window, const double* constants, double samples) {
-  if (!(window > 0)) return {constants[0], constants[1]};
-  return {std::exp(-samples / window), -std::expm1(-samples / window)};
+inline Commit commit_weights(double lasting, const double* constants, double samples) {
+  if (!(lasting > 0)) return {constants[0], constants[1]};
+  return {lasting / (lasting + samples), samples / (lasting + samples)};
 }
 
 }  // namespace

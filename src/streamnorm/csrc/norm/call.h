@@ -20,7 +20,9 @@ struct Float16 { uint16_t bits; };
 struct Formula {
   double p, k, eps;
   bool centered;
-  double window, alpha[3], beta[3];  // window: or 0
+  double windows[2];  // of statistics and of gradients; 0 under the constants that follow
+  double alpha[3], beta[3];
+  double floor;  // c^−p, the least share of its own moment that a use sees
 };
 
 struct Call {

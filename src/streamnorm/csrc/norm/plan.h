@@ -6,8 +6,9 @@
 
 namespace {
 
-// The tensors of one half of a state: the averages (2, G), the elements counted (G) and the samples of uses.
-enum Part { long_part, short_part, count_part, samples_part, parts };
+// The tensors of one half of a state: the averages (2, G), the elements counted (G) and the samples of uses; and of the forward half
+// the samples seen before.
+enum Part { long_part, short_part, count_part, samples_part, parts, seen_part = parts, all_parts };
 
 // What is known of a (view, formula) before any tensor is seen, and the layout of the tensor seen last.
 struct Plan : View {
@@ -20,7 +21,7 @@ struct Plan : View {
   int last = 0;
   Description like_input, like_parameter;
   // The tensors that were found whole last, see is_whole.
-  enum { whole_x, whole_dy, whole_weight, whole_bias, whole_state, whole_grad_state = whole_state + parts, whole_end = whole_grad_state + parts };
+  enum { whole_x, whole_dy, whole_weight, whole_bias, whole_state, whole_grad_state = whole_state + all_parts, whole_end = whole_grad_state + parts };
   const void* whole[whole_end] = {};
 };
 
@@ -50,13 +51,14 @@ Plan* get_plan(PyObject* plan) {
   return capsule ? (Plan*)PyCapsule_GetPointer(capsule, plan_name) : nullptr;
 }
 
-// plan(split, kept, axes, p, centered, k, eps, window or 0, alpha, beta) -> capsule
+// plan(split, kept, axes, p, centered, k, eps, window or 0, grad_window or 0, floor, alpha, beta) -> capsule
 PyObject* make_plan(PyObject*, PyObject* args) {
   PyObject *split, *kept, *origin;
   Formula f = {};
   int centered;
-  if (!PyArg_ParseTuple(args, "O!O!O!dpddd(ddd)(ddd)", &PyTuple_Type, &split, &PyTuple_Type, &kept, &PyTuple_Type, &origin, &f.p,
-                        &centered, &f.k, &f.eps, &f.window, &f.alpha[0], &f.alpha[1], &f.alpha[2], &f.beta[0], &f.beta[1], &f.beta[2]))
+  if (!PyArg_ParseTuple(args, "O!O!O!dpddddd(ddd)(ddd)", &PyTuple_Type, &split, &PyTuple_Type, &kept, &PyTuple_Type, &origin, &f.p,
+                        &centered, &f.k, &f.eps, &f.windows[0], &f.windows[1], &f.floor, &f.alpha[0], &f.alpha[1], &f.alpha[2], &f.beta[0], &f.beta[1],
+                        &f.beta[2]))
     return nullptr;
   f.centered = centered;
   int axes = (int)PyTuple_Size(split);

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <cmath>
-
 #include "common/stream.h"
 #include "norm/plan.h"
 
@@ -11,8 +9,8 @@ namespace {
 
 // Where tuples from Python have what is looked for; setup() finds out, by name.
 struct Places {
-  int state_size, state[2][parts];  // of the forward half and of the gradient half
-  int p, kappa, window;         // in a formula
+  int state_size, state[2][all_parts];  // of the forward half and of the gradient half
+  int p, kappa, windows[2];             // in a formula
 } places = {};
 
 // False with an error set where a name is missing.
@@ -32,8 +30,9 @@ bool find_places(PyObject* state_fields, PyObject* formula_fields) {
   for (int grad = 0; grad < 2; grad++)
     for (int i = 0; i < parts; i++)
       if (!find_place(state_fields, names[grad][i], found.state[grad][i])) return false;
-  if (!find_place(formula_fields, "p", found.p) || !find_place(formula_fields, "kappa", found.kappa) ||
-      !find_place(formula_fields, "window", found.window))
+  if (!find_place(state_fields, "seen", found.state[0][seen_part]) || !find_place(formula_fields, "p", found.p) ||
+      !find_place(formula_fields, "kappa", found.kappa) || !find_place(formula_fields, "window", found.windows[0]) ||
+      !find_place(formula_fields, "grad_window", found.windows[1]))
     return false;
   places = found;
   return true;
@@ -42,8 +41,9 @@ bool find_places(PyObject* state_fields, PyObject* formula_fields) {
 // The forward or the gradient half of a state. It owns references: while the GIL is released, another thread may put other tensors
 // in the place of these.
 struct Half {
-  PyObject* tensors[parts] = {};
-  DLTensor part[parts];
+  PyObject* tensors[all_parts] = {};
+  DLTensor part[all_parts];
+  bool gradients = true;
 
   Half() = default;
   Half(const Half&) = delete;
@@ -55,7 +55,8 @@ struct Half {
   bool find(PyObject* state, bool grad) {
     bool tuple = PyTuple_Check(state);
     if (tuple ? PyTuple_Size(state) != places.state_size : !PyDict_Check(state)) return false;
-    for (int i = 0; i < parts; i++) {
+    gradients = grad;
+    for (int i = 0; i < (grad ? parts : all_parts); i++) {
       const int place = places.state[grad][i];
       if (!hold(i, tuple ? PyTuple_GetItem(state, place) : PyDict_GetItemWithError(state, PyTuple_GetItem(torch.state_fields, place))))
         return false;
@@ -75,16 +76,20 @@ struct Half {
     };
     auto average = [&](Part i) { return fits(i, 2, 2 * G) && part[i].shape[0] == 2 && type_of(part[i]) == wide; };
     auto integers = [&](Part i, int axes, int64_t size) { return fits(i, axes, size) && is_int64(part[i]); };
-    return average(long_part) && average(short_part) && integers(count_part, 1, G) && integers(samples_part, 0, 1);
+    return average(long_part) && average(short_part) && integers(count_part, 1, G) && integers(samples_part, 0, 1) &&
+           (gradients || integers(seen_part, 0, 1));
   }
+  int64_t& samples() const { return *(int64_t*)part[samples_part].data; }
+  int64_t& seen() const { return *(int64_t*)part[seen_part].data; }
+  // The samples that the long-term average stands for, or 0 where there is no window.
+  double lasting(const double* windows) const { return gradients || windows[0] == 0 ? windows[gradients] : evidence(windows[0], seen()); }
   // Count the samples of this use, which then mixes with these constants or by the window.
   void use(const Plan& plan, const double* constants, Call& call) {
     call.lasting = part[long_part].data;
     call.recent = part[short_part].data;
     call.count = (int64_t*)part[count_part].data;
-    int64_t& samples = *(int64_t*)part[samples_part].data;
-    samples += plan.samples;
-    mixing_weights(plan.formula.window, constants, (double)samples, call.mix);
+    samples() += plan.samples;
+    mixing_weights(lasting(plan.formula.windows), constants, (double)samples(), call.mix);
   }
 };
 
@@ -134,20 +139,21 @@ template <class F> void commit_stream(const DLTensor* part, int64_t G, Commit we
   *samples = 0;
 }
 // False, with nothing changed, for a state that is not in plain CPU memory.
-bool commit_state(PyObject* state, const double* kappa, double window, Signs& signs) {
+bool commit_state(PyObject* state, const double* kappa, const double* windows, Signs& signs) {
   Half halves[2];
   DLTensor lasting, count;
   if (!halves[0].find(state, false) || !halves[1].find(state, true)) return false;
   if (!borrow(halves[0].tensors[long_part], lasting) || !borrow(halves[0].tensors[count_part], count)) return false;
   Type type = type_of(lasting);
   const int64_t G = size_of(count);
-  static const void* known[256][2 * parts];  // see is_whole; a layer has its place by where its memory is
+  static const void* known[256][2 * all_parts];  // see is_whole; a layer has its place by where its memory is
   const void** whole = known[(uintptr_t)lasting.data / 64 % 256];
   if (type != Type::f32 && type != Type::f64) return false;
-  if (!halves[0].read(G, type, whole) || !halves[1].read(G, type, whole + parts)) return false;
+  if (!halves[0].read(G, type, whole) || !halves[1].read(G, type, whole + all_parts)) return false;
   for (int grad = 0; grad < 2; grad++) {
     const DLTensor* part = halves[grad].part;
-    const Commit weights = commit_weights(window, kappa + 2 * grad, (double)*(int64_t*)part[samples_part].data);
+    const Commit weights = commit_weights(halves[grad].lasting(windows), kappa + 2 * grad, (double)halves[grad].samples());
+    if (!grad) halves[0].seen() += halves[0].samples();
     if (type == Type::f64) commit_stream<double>(part, G, weights, grad, signs);
     else commit_stream<float>(part, G, weights, grad, signs);
   }
@@ -162,14 +168,17 @@ PyObject* commit(PyObject*, PyObject* uses) {
   for (Py_ssize_t i = 0; rest && signs && i < PyList_Size(uses); i++) {
     PyObject *use = PyList_GetItem(uses, i), *state_object = PyTuple_GetItem(use, 0), *formula = PyTuple_GetItem(use, 1);
     if (!formula) return nullptr;
-    PyObject *order = PyTuple_GetItem(formula, places.p), *constants = PyTuple_GetItem(formula, places.kappa),
-             *span = PyTuple_GetItem(formula, places.window);
-    if (!order || !constants || !span) return nullptr;
-    double p = PyFloat_AsDouble(order), kappa[4] = {}, window = span == Py_None ? 0 : PyFloat_AsDouble(span);
-    for (int k = 0; span == Py_None && k < 4; k++) kappa[k] = PyFloat_AsDouble(PyTuple_GetItem(constants, k));
+    PyObject *order = PyTuple_GetItem(formula, places.p), *constants = PyTuple_GetItem(formula, places.kappa);
+    if (!order || !constants) return nullptr;
+    double p = PyFloat_AsDouble(order), kappa[4] = {}, windows[2] = {};
+    for (int half = 0; half < 2; half++) {
+      PyObject* window = PyTuple_GetItem(formula, places.windows[half]);
+      if (window && window != Py_None) windows[half] = PyFloat_AsDouble(window);
+    }
+    for (int k = 0; constants != Py_None && k < 4; k++) kappa[k] = PyFloat_AsDouble(PyTuple_GetItem(constants, k));
     if (PyErr_Occurred()) return nullptr;
     Signs found = {};
-    if (!commit_state(state_object, kappa, window, found)) {
+    if (!commit_state(state_object, kappa, windows, found)) {
       if (PyErr_Occurred() || PyList_Append(rest, use)) return nullptr;
     } else if (found.leapt(p) || found.missed[0] || found.missed[1]) {
       Reference sign(Py_BuildValue("(nddLL)", i, found.before, found.after, (long long)found.missed[0], (long long)found.missed[1]));

@@ -164,13 +164,15 @@ template <class F> void locations(const Call& call, int64_t from, int64_t to, co
 template <class F, int P> void scales(const Call& call, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance) {
   F *inverse = (F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   double *moments = call.moments, k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
+  double floor = call.lasting ? call.formula->floor : 0;
   with_stream<F>(call, from, to, [=](auto stream) INLINED {
     each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
       typedef decltype(kind) D;
       D share = stream.template share<D>(i), b_m = get<D>(powers + i - from) * stream.per_n;
       auto average_m = stream.average(1, i, share, b_m);
       if (use) {
-        D m = stream.see(1, i, average_m, b_m);
+        D m = stream.see(1, i, average_m, b_m), low = floor * b_m;
+        if (floor > 0) m = choose(below(m, low), low, m);
         D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINED { return pow(v, 2 / p); });
         D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINED { return v > 0 ? pow(v, 2 / p - 1) : 0; });
         D r = 1 / each(sigma2 + eps, [](double v) INLINED { return __builtin_sqrt(v); });
@@ -195,21 +197,30 @@ void stream_gradients(const Call& call, int64_t from, int64_t to, const double* 
   const F *inverse = (const F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   F *constant = (F*)constant_ - from, *along = (F*)along_ - from;
   double p = call.formula->p, scale = call.grad_scale;
-  bool centered = call.formula->centered;
+  bool centered = call.formula->centered, in_units = call.lasting && call.formula->windows[1] > 0;
   with_stream<F>(call, from, to, [=](auto stream) INLINED {
     double per_element = stream.per_n / scale;
     each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
       typedef decltype(kind) D;
       int64_t j = i - from;
-      D share = stream.template share<D>(i), lift = get<D>(slope + i);
-      D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
+      D share = stream.template share<D>(i), lift = get<D>(slope + i), r = get<D>(inverse + i);
+      // What the stream is in units of: 1/s for the location and 1/s^p for the moment, or 1. Without a finite s there are none.
+      D s = in_units ? choose(below(D{}, r), 1 / r, D{}) : D{} + 1, r_p = D{} + 1, s_p = r_p;
+      if (in_units) {
+        auto power = [=](const D& v) INLINED {
+          return p == 1 ? v : p == 2 ? v * v : each(v, [=](double a) INLINED { return pow(a, p); });
+        };
+        r_p = power(r), s_p = power(s);
+      }
+      D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift * s_p;
       auto average_m = stream.average(1, i, share, g_m);
-      D moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m), D{});  // 0 where the slope is NaN
-      D g_mu = -(get<D>(sums + j) * per_element) * get<D>(inverse + i);
+      D moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m) * r_p, D{});  // 0 where the slope is NaN
+      D g_mu = -(get<D>(sums + j) * per_element) * r;
       if (centered) g_mu -= choose(moment == D{}, D{}, moment * p * (get<D>(sums_of_u + j) * stream.per_n));
+      g_mu *= s;
       auto average_mu = stream.average(0, i, share, g_mu);
       if (use) {
-        put(constant + i, stream.see(0, i, average_mu, g_mu) * scale);
+        put(constant + i, stream.see(0, i, average_mu, g_mu) * (in_units ? r : D{} + 1) * scale);
         put(along + i, p * moment * scale);
       }
       if (advance) stream.advance(i, average_mu, average_m, finite<F>(g_m) & finite<F>(g_mu));

@@ -79,7 +79,7 @@ struct Parameter {
 };
 
 // One pass: with weights (1, 0, 0) what this call uses is known before it starts.
-bool is_one_pass(const Call& c) { return c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0; }
+bool is_one_pass(const Call& c) { return c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0 && c.formula->floor == 0; }
 
 // What both walks need of a call.
 struct Walk {

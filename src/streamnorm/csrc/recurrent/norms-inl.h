@@ -18,11 +18,11 @@ template <class F> struct Use {
     lasting = (F*)(backward ? p.long_grad : p.long_);
     recent = (F*)(backward ? p.short_grad : p.short_);
     count = backward ? p.grad_count : p.count;
-    weigh(backward ? p.beta : p.alpha, *(backward ? p.grad_samples : p.samples) += rows);
+    weigh(backward, *(backward ? p.grad_samples : p.samples) += rows);
   }
-  INLINE void weigh(const double* constants, int64_t samples) {
+  INLINE void weigh(bool backward, int64_t samples) {
     double weights[3];
-    mixing_weights(path.window, constants, (double)samples, weights);
+    mixing_weights(backward ? path.grad_window : path.evidence, backward ? path.beta : path.alpha, (double)samples, weights);
     w1 = (F)weights[0];
     w2 = (F)weights[1];
     w3 = (F)weights[2];
@@ -54,6 +54,12 @@ template <class F> struct Use {
     if (w2 != 0) v += w2 * fresh;
     if (w3 != 0) v += w3 * present;
     return v;
+  }
+  // The moment in use is at least this share of the step's own.
+  INLINE Vector<F> bounded(Vector<F> m, Vector<F> b_m) const {
+    if (!(path.floor > 0)) return m;
+    Vector<F> low = (F)path.floor * b_m;
+    return low > m ? low : m;
   }
   template <class W> INLINE void keep(int64_t g, Vector<F> fresh_mu, Vector<F> fresh_m, Mask<F> ok, const W& part) const {
     part.store(recent + g, ok ? fresh_mu : part.load(recent + g));
@@ -113,7 +119,7 @@ template <int P, class F, class W> OUTLINE void normalize_features(const Use<F>&
       part.store(marks_of<F>(path, block, use.G) + use.G + g, use.counted(g, part));
     }
     fresh_m += (b_m - fresh_m) * share;
-    m = use.see(old_m, fresh_m, b_m);
+    m = use.bounded(use.see(old_m, fresh_m, b_m), b_m);
     use.keep(g, fresh_mu, fresh_m, ok, part);
   }
   Vector<F> scale = inverse_of<P, F>(path, m);
@@ -153,9 +159,9 @@ template <int P, class F, class W> OUTLINE void renormalize_features(const Plan&
     Vector<F> b_m = deviation * use.per_n, m = b_m;
     Mask<F> ok = finite<F>(b_m);
     if (path.long_) {
-      use.weigh(path.alpha, path.samples_before + plan.starts[t + 1]);
+      use.weigh(false, path.samples_before + plan.starts[t + 1]);
       Vector<F> next_m = fresh_m + (b_m - fresh_m) * (use.n / (counted + use.n));
-      m = use.see(old_m, next_m, b_m);
+      m = use.bounded(use.see(old_m, next_m, b_m), b_m);
       fresh_m = ok ? next_m : fresh_m;
       counted += ok ? all<F>(use.n) : Vector<F>{};
     }
@@ -191,7 +197,10 @@ OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t
   inside = inside > 0 ? inside : Vector<F>{};
   Vector<F> slope = P == 1 ? (F)path.k * scale * root<F>(inside) : (F)(path.k * path.k / 2) * scale * scale;
   F weight = -use.per_n / (F)path.grad_scale;
-  Vector<F> g_m = gain * along * slope * weight;
+  // What the stream is in units of: 1/s for the location and 1/s^p for the moment, or 1.
+  bool in_units = use.lasting && path.grad_window > 0;
+  Vector<F> r = in_units ? scale : all<F>(1), s = r > 0 ? 1 / r : Vector<F>{}, r_p = P == 1 ? r : r * r, s_p = P == 1 ? s : s * s;
+  Vector<F> g_m = gain * along * slope * weight * s_p;
   Vector<F> g_mu = gain * sum * scale * weight;
   Vector<F> share = {}, old_m = {}, old_mu = {}, long_m = {}, long_mu = {};
   if (use.lasting) {
@@ -201,10 +210,11 @@ OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t
     long_mu = part.load(use.lasting + g);
     long_m = part.load(use.lasting + use.G + g);
   }
-  Vector<F> fresh_m = old_m + (g_m - old_m) * share, moment = use.see(long_m, fresh_m, g_m);
+  Vector<F> fresh_m = old_m + (g_m - old_m) * share, moment = use.see(long_m, fresh_m, g_m) * r_p;
   moment = cut ? Vector<F>{} : moment * (F)P;
   g_mu -= cut ? Vector<F>{} : moment * (u * use.per_n);
-  Vector<F> fresh_mu = old_mu + (g_mu - old_mu) * share, location = use.see(long_mu, fresh_mu, g_mu);
+  g_mu *= s;
+  Vector<F> fresh_mu = old_mu + (g_mu - old_mu) * share, location = use.see(long_mu, fresh_mu, g_mu) * r;
   if (use.lasting) use.keep(g, fresh_mu, fresh_m, finite<F>(g_m) & finite<F>(g_mu) & ~cut, part);
   location *= (F)path.grad_scale;
   moment *= (F)path.grad_scale;

@@ -29,7 +29,10 @@ struct Path {
   void* marks;  // of streams, where 1/s is not kept: (1 + 2·blocks, G), see marks_of; or none
   int64_t samples_before;  // what *samples was before the first step
   void *dx, *d_gain, *d_bias;
-  double k, eps, window, alpha[3], beta[3], momentum, grad_scale;
+  double k, eps;
+  double evidence, grad_window;  // the samples that the long-term averages stand for under the window rule, else 0
+  double floor;  // the least share of its own moment that a use sees
+  double alpha[3], beta[3], momentum, grad_scale;
 };
 
 // One layer in one direction: the members of `_Plan`, then its paths.
@@ -60,7 +63,8 @@ constexpr Field path_fields[] = {
     {"long", 'q', offsetof(Path, long_)}, {"short", 'q', offsetof(Path, short_)}, FIELD(Path, count), FIELD(Path, samples),
     FIELD(Path, long_grad), FIELD(Path, short_grad), FIELD(Path, grad_count), FIELD(Path, grad_samples), FIELD(Path, running_mean),
     FIELD(Path, running_var), FIELD(Path, running_rows), FIELD(Path, tracked), FIELD(Path, marks), FIELD(Path, samples_before),
-    FIELD(Path, dx), FIELD(Path, d_gain), FIELD(Path, d_bias), FIELD(Path, k), FIELD(Path, eps), FIELD(Path, window),
+    FIELD(Path, dx), FIELD(Path, d_gain), FIELD(Path, d_bias), FIELD(Path, k), FIELD(Path, eps), FIELD(Path, evidence),
+    FIELD(Path, grad_window), FIELD(Path, floor),
     {"alpha1", 'd', offsetof(Path, alpha[0])}, {"alpha2", 'd', offsetof(Path, alpha[1])}, {"alpha3", 'd', offsetof(Path, alpha[2])},
     {"beta1", 'd', offsetof(Path, beta[0])}, {"beta2", 'd', offsetof(Path, beta[1])}, {"beta3", 'd', offsetof(Path, beta[2])},
     FIELD(Path, momentum), FIELD(Path, grad_scale)};

@@ -121,7 +121,8 @@ class _Lent(NamedTuple):
         shapes = (own, own, running, running, *(FIELDS[name].shape(features) for name in _BUFFERS), steps)
         counts = 1 + sum(FIELDS[name].is_count for name in _BUFFERS)
         found: tuple[int, ...] | None = _tensors.lend(dtype == torch.float64, tensors, shapes, counts)
-        return None if found is None else dict(zip(("gain", "bias", "running_mean", "running_var", *_BUFFERS), found))
+        names = ("gain", "bias", "running_mean", "running_var", *_BUFFERS)
+        return None if found is None else {n: at for n, at in zip(names, found) if n in _Path._fields}
 
 
 def _kind(norm: nn.Module) -> int:
@@ -167,7 +168,9 @@ class _Path(NamedTuple):
     d_bias: int = 0
     k: float = 1.0
     eps: float = 0.0
-    window: float = 0.0
+    evidence: float = 0.0
+    grad_window: float = 0.0
+    floor: float = 0.0
     alpha1: float = 0.0
     alpha2: float = 0.0
     alpha3: float = 1.0
@@ -178,8 +181,8 @@ class _Path(NamedTuple):
     grad_scale: float = 1.0
 
 
-_BUFFERS = sorted((name for name in FIELDS if name in _Path._fields), key=lambda name: FIELDS[name].is_count)
-"""What the kernel has of the buffers of a stream, averages first."""
+_BUFFERS = sorted(FIELDS, key=lambda name: FIELDS[name].is_count)
+"""The buffers of a stream, averages first."""
 
 
 class _Plan(NamedTuple):
@@ -246,9 +249,12 @@ def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | N
         own.update(momentum=norm.momentum, running_rows=lent.steps or 1)
     if formula.alpha is not None and formula.beta is not None:
         own.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
+    if lent.state is not None:
+        own.update(floor=formula.floor)
     if formula.window is not None:
         assert lent.state is not None
-        own.update(window=formula.window, samples_before=int(lent.state.samples))
+        own.update(evidence=formula.lasting(int(lent.state.seen)), grad_window=formula.grad_window)
+        own.update(samples_before=int(lent.state.samples))
     return _Path(**own)
 
 

@@ -76,6 +76,7 @@ class _Path(NamedTuple):
     short: Tensor | None = None
     count: Tensor | None = None  # type: ignore[assignment]  # a tuple method of that name is of no use here
     samples: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class _Into(NamedTuple):
@@ -117,12 +118,13 @@ class _Use(NamedTuple):
     w2: float
     w3: float
     window: float
+    floor: float
 
 
-def _use(formula: Formula, weights: tuple[float, float, float] | None, dtype: torch.dtype) -> _Use:
-    mix = (0.0, 0.0, 0.0) if weights is None else weights
-    tiny = torch.finfo(dtype).tiny
-    return _Use(formula.p, formula.centered, formula.k, formula.eps, tiny, *mix, formula.window or 0.0)
+def _use(formula: Formula, backward: bool, dtype: torch.dtype) -> _Use:
+    mix, window = (formula.beta, formula.grad_window) if backward else (formula.alpha, formula.window)
+    numbers = (*((0.0, 0.0, 0.0) if mix is None else mix), window or 0.0, formula.floor)
+    return _Use(formula.p, formula.centered, formula.k, formula.eps, torch.finfo(dtype).tiny, *numbers)
 
 
 class Cut(NamedTuple):
@@ -187,7 +189,7 @@ class _Pass:
         """All steps."""
         output = self.h.products.new_empty(self.starts[-1], self.hidden)
         x, h = (_forward_stream(path, state) for path, state in zip((self.x, self.h), self.states))
-        constants = self._constants("alpha")
+        constants = self._constants(backward=False)
         w_t, products = t.w_hh.t(), self.h.products.split(self.sizes)
         for number, before in enumerate(states_before(self.h0, output, self.sizes)):
             torch.mm(before, w_t, out=products[number])
@@ -197,10 +199,10 @@ class _Pass:
             _count(path, self.starts[-1])
         return output, *(after_last(states, self.sizes) for states in (output, self.cells) if states is not None)
 
-    def _constants(self, weights: str) -> dict[str, Any]:
+    def _constants(self, *, backward: bool) -> dict[str, Any]:
         """What the kernels of one direction must know beforehand."""
         dtype, tl = self.h.products.dtype, gpu._kernels().tl
-        of_x, of_h = (f if f is None else _use(f, getattr(f, weights), dtype) for f in self.formulas)
+        of_x, of_h = (f if f is None else _use(f, backward, dtype) for f in self.formulas)
         return {
             "OF_X": of_x,
             "OF_H": of_h,
@@ -244,7 +246,7 @@ class _Pass:
         for state in self.states:
             if state is not None:
                 check_state(state, self.features, output.dtype, output.get_device())
-        constants, total, d_products = self._constants("beta"), self.starts[-1], d_h.split(self.sizes)
+        constants, total, d_products = self._constants(backward=True), self.starts[-1], d_h.split(self.sizes)
         uses = total if flows_into_x else 0, total if first_flows else total - self.sizes[0]
         others = [another_pass(state, n) if self.was_passed else None for state, n in zip(self.states, uses)]
         self.was_passed = True
@@ -295,7 +297,7 @@ def _copy(t: Tensor) -> Tensor:
 def _forward_stream(path: _Path, state: State | None) -> _Path:
     if state is None:
         return path
-    return path._replace(long=state.long, short=state.short, count=state.count, samples=state.samples)
+    return path._replace(long=state.long, short=state.short, count=state.count, samples=state.samples, seen=state.seen)
 
 
 def _backward_stream(path: _Path, s: State | None) -> _Path:

@@ -26,8 +26,8 @@ from ...ops.gpu_kernels import (
     _location,
     _paths,
     _power,
+    _recent,
     _save,
-    _seen,
     _total,
     _wait_for_readers,
 )
@@ -83,8 +83,8 @@ def _collect_statistics(
         row, exists = _rows(t, rows, ROWS)
         total += _load(path.products, (first + row) * G + g, exists & live, WIDE)
     b_mu = _total(total, True) / rows
-    seen = _seen(path.samples, use.window) + after
-    mu = _location(b_mu, g, live, rows, path.long, path.short, path.count, seen, use.w1, use.w2, use.w3, use.window)
+    recent = _recent(path.samples, path.seen, after, use.window)
+    mu = _location(b_mu, g, live, rows, path.long, path.short, path.count, recent, use.w1, use.w2, use.w3, use.window)
 
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(TILES):
@@ -95,7 +95,21 @@ def _collect_statistics(
         powers += tl.where(exists, _power(tl.abs(d), use.p), 0)
     b_m = _total(powers, True) / rows
     m, finite = _advance(
-        b_mu, b_m, g, live, rows, G, path.long, path.short, path.count, seen, use.w1, use.w2, use.w3, use.window
+        b_mu,
+        b_m,
+        g,
+        live,
+        rows,
+        G,
+        path.long,
+        path.short,
+        path.count,
+        recent,
+        use.w1,
+        use.w2,
+        use.w3,
+        use.window,
+        use.floor,
     )
     _save(_saved_at(path, number, G), g, live, G, mu, m, finite, use.p, use.k, use.eps, use.tiny)
 
@@ -357,7 +371,7 @@ def _path_backward(
                 path.long,
                 path.short,
                 path.count,
-                _seen(path.samples, use.window) + after,
+                _recent(path.samples, None, after, use.window),
                 use.p,
                 use.centered,
                 use.w1,
