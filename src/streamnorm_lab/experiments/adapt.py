@@ -23,6 +23,7 @@ from streamnorm_lab.data.images import Data, Split
 from streamnorm_lab.experiments.conv import ConvExperiment
 from streamnorm_lab.experiments.experiment import Finals, Section
 from streamnorm_lab.experiments.options import MethodNames, Positive, Rates, SettingNames
+from streamnorm_lab.experiments.wording import data_name
 from streamnorm_lab.logs.records import End, Run, Share
 from streamnorm_lab.methods.layers import NormFactory
 from streamnorm_lab.networks.images import feedforward_convolutional
@@ -224,7 +225,7 @@ def _chart(config: Mapping[str, Any], evaluated: Sequence[Evaluated], caption: s
     lines = [_line(one) for one in evaluated]
     seeds = spread_words(len(one.finals.ends) for one in evaluated)
     return Chart(
-        title=f"Test images that change: {config['data']['name']}",
+        title=f"Test images that change: {data_name(config)}",
         subtitle=f"without labels, one image at a time unless it says 64, {seeds}",
         description="Accuracy of trained networks on clean and on corrupted test images",
         caption=caption,

@@ -12,6 +12,18 @@ from streamnorm_lab.methods.method import Method
 Config = Mapping[str, Any]
 """What was asked of a folder: ``experiment.json``."""
 
+
+def data_name(config: Config) -> str:
+    """The name of the data as a reader knows it.
+
+    Example:
+        >>> data_name({"data": {"name": "cifar10"}}), data_name({"data": {"name": "digits"}})
+        ('CIFAR-10', 'digits')
+    """
+    name = str(config["data"]["name"])
+    return {"cifar10": "CIFAR-10"}.get(name, name)
+
+
 SETTINGS = "From left to right the mini-batches get smaller."
 
 

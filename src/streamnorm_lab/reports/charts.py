@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from streamnorm_lab.analysis.results import Cell, Results
 from streamnorm_lab.common.chart import Chart, Line, Missing, Panel, Row, fit, span
 from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.experiments.wording import SETTINGS
+from streamnorm_lab.experiments.wording import SETTINGS, data_name
 from streamnorm_lab.logs.runlog import LoggedRun
 from streamnorm_lab.methods.method import Method
 
@@ -27,7 +27,7 @@ def summary(results: Results) -> Chart:
     lines, x, names = _by_option(results) if results.experiment.across else _by_setting(results)
     panel = Panel("", lines, tuple(_missing(results)) if names else ())
     return Chart(
-        title=f"{results.experiment.title}: {results.config['data']['name']}",
+        title=f"{results.experiment.title}: {data_name(results.config)}",
         subtitle=f"{results.experiment.words.length(results.config)}, each method at its best learning rate, "
         f"{results.spread}",
         description=description,

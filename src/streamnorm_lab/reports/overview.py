@@ -36,6 +36,7 @@ from streamnorm_lab.analysis.verdict import warnings
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.files import write_text
 from streamnorm_lab.experiments.table1 import TECHNIQUES, Table1
+from streamnorm_lab.experiments.wording import data_name
 from streamnorm_lab.reports.charts import charts
 from streamnorm_lab.reports.page import document, figure
 from streamnorm_lab.reports.report import REPORT, build_report, environments, explain
@@ -124,23 +125,20 @@ class Overview:
             if contrasts:
                 said = [(describe(contrast), contrast.verdict) for contrast in contrasts]
                 decides = describe(tightest(contrasts))
-                yield Measured(claim, name, data_name(results), verdict(contrasts), decides, said)
+                yield Measured(claim, name, kind_of_data(results), verdict(contrasts), decides, said)
 
 
 def _measure_table(root: Path, folder: Path) -> Measured:
     judgements = judge(folder)
     holds = all(row["streaming-l1"].verdict == "works" for row in judgements.values())
-    data = data_name(next(iter(next(iter(judgements.values())).values())).results)
+    data = kind_of_data(next(iter(next(iter(judgements.values())).values())).results)
     place = str(folder.relative_to(root))
     return Measured(EVERYWHERE, place, data, HOLDS if holds else FALSE, table1_summary(judgements))
 
 
-def data_name(results: Results) -> str:
+def kind_of_data(results: Results) -> str:
     """The data as a reader filters them: one kind of images, or text."""
-    if results.experiment.kind.unit == "characters":
-        return "text"
-    name = str(results.config["data"]["name"])
-    return "CIFAR-10" if name == "cifar10" else name
+    return "text" if results.experiment.kind.unit == "characters" else data_name(results.config)
 
 
 def load_overview(root: Path) -> Overview:
@@ -272,7 +270,7 @@ def _claim(number: int, standing: Standing) -> str:
     data = " ".join(sorted({one.data for one in standing.measured}))
     counts = Counter(one.verdict for one in standing.measured)
     told = ", ".join(f"{counts[kind]} {COUNTED[kind][counts[kind] > 1]}" for kind in VERDICTS if counts[kind])
-    results = f"of {len(standing.measured)} results {told}" if len(standing.measured) > 1 else ""
+    results = f"{len(standing.measured)} results: {told}" if len(standing.measured) > 1 else ""
     source = "ours" if claim.place == OURS else "paper"
     place = "made by this project" if source == "ours" else f"the paper, {claim.place}"
     items = "\n".join(map(_measurement, standing.measured)) or f"<li>To measure it: {_commands(claim)}</li>"

@@ -13,6 +13,7 @@ from streamnorm_lab.analysis.verdict import sentences, warnings
 from streamnorm_lab.common.files import write_text
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.common.stats import Interval
+from streamnorm_lab.experiments.wording import data_name
 from streamnorm_lab.logs.runlog import LoggedRun
 from streamnorm_lab.reports.charts import charts
 from streamnorm_lab.reports.figures import save_figures
@@ -68,17 +69,16 @@ def page(results: Results) -> str:
         '<h2 id="again">Do it again</h2>',
         _commands(results),
     )
-    data = results.config["data"]["name"]
-    return document(f"{results.experiment.title}: {data}", filter(None, sections), MENU)
+    return document(f"{results.experiment.title}: {data_name(results.config)}", filter(None, sections), MENU)
 
 
 def _opening(results: Results) -> str:
-    experiment, data = results.experiment, results.config["data"]
+    experiment, data = results.experiment, data_name(results.config)
     alias = f" · the paper's {experiment.alias.replace('figure', 'figure ')}" if experiment.alias else ""
     return (
         f"<h1>{escape(experiment.title)}</h1>\n"
         f'<p class="headline">{escape(headline(results))}</p>\n'
-        f'<p class="lead">streamnorm experiment <b>{experiment.name}</b>{alias} · data: {escape(data["name"])}</p>\n'
+        f'<p class="lead">streamnorm experiment <b>{experiment.name}</b>{alias} · data: {escape(data)}</p>\n'
         f"<p>{escape(experiment.question)}</p>\n<p>{escape(explain(results.settings))}</p>"
     )
 
