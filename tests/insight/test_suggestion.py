@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -277,18 +278,24 @@ def test_outputs_with_a_loss_and_mini_batches_that_are_dictionaries() -> None:
     assert found.rate in (1e-3, 1e-2)
 
 
-def test_the_number_of_updates_follows_from_the_time() -> None:
-    """A generator serves, and is read no further than needed."""
-    read = []
+def test_the_number_of_updates_follows_from_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each mini-batch takes a hundredth of a second. A generator is read no further than needed."""
+    read, seen = [], []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(len(target))
+        return cross_entropy(output, target)
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: len(seen) / 100))
 
     def loader() -> Any:
         for batch in batches(1, 1600):
             read.append(batch)
             yield batch
 
-    found = sn.suggest(network(), loader(), cross_entropy, rates=(1e-4, 1e-3), seconds=8)
-    assert module.FEWEST <= found.updates <= module.MOST
-    assert found.seconds < 30
+    found = sn.suggest(network(), loader(), loss, rates=(1e-4, 1e-3), seconds=4)
+    assert module.FEWEST < found.updates < module.MOST
+    assert 2 < found.seconds < 6
     assert len(read) == found.updates + -(-found.updates // 4)
 
 
