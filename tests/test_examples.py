@@ -23,7 +23,9 @@ def numbers(values: torch.Tensor) -> list:
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_streaming_neuron(p):
     torch.manual_seed(0)
-    layer = sn.StreamingNorm1d(1, affine=False, p=p, alpha=(0.7, 0.3), beta=(0.7, 0.3), kappa=0.7, dtype=torch.float64)
+    layer = sn.StreamingNorm1d(
+        1, affine=False, p=p, scale="raw", alpha=(0.7, 0.3), beta=(0.7, 0.3), kappa=0.7, dtype=torch.float64
+    )
     neuron = NEURON["Streaming"](p)
     for _ in range(5):
         for x, grad in (2 * torch.randn(3, 2, dtype=torch.float64) + 1).tolist():
