@@ -56,7 +56,7 @@ pytest: install
 
 # Tests draw new examples, where `make test` always takes the same.
 search: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile search tests/test_properties.py tests/test_fuzz.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile search tests/layers/test_properties.py tests/layers/test_fuzz.py
 
 # A build of its own in build/sanitize. Python itself leaks by design, and its allocator would hide bytes objects from view, as kept
 # memory would hide outputs.

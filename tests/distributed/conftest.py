@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from processes import Processes
+from support.processes import Processes
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Processes
+from support.processes import Processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from processes import Processes
+from support.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from processes import Processes
+from support.processes import Processes
 from torch import Tensor, nn
 
 import streamnorm as sn

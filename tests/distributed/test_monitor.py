@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Processes
+from support.processes import Processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

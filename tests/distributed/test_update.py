@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Processes
+from support.processes import Processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from browser import CHROMIUM, Browser
+from support.browser import CHROMIUM, Browser
 from torch import nn
 
 import streamnorm as sn

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from beside import Beside
+from support.beside import Beside
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 

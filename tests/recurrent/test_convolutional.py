@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from beside import Beside
+from support.beside import Beside
 from torch import Tensor, nn
 
 import streamnorm as sn

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from beside import Beside
+from support.beside import Beside
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 

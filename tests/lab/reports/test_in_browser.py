@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from support.browser import CHROMIUM, Browser
 from support.lab import set_scores
 
 from streamnorm_lab.commands.main import main

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle, elements, gaussian_factor
+from support.oracle import Oracle, elements, gaussian_factor
 
 PRESENT: dict[str, Any] = {"alpha": (0, 0, 1), "beta": (0, 0, 1), "kappa": (0.7, 0.3, 0.7, 0.3)}
 REFERENCES = [

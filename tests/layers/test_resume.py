@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import resume
 import torch
-from resume import TOTAL, Training
+from support import resume
+from support.resume import TOTAL, Training
 from torch import Tensor, nn
 
 import streamnorm as sn
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def flat(state: Any) -> list[Any]:
@@ -64,7 +64,7 @@ def test_going_on_in_a_new_process(whole: dict[str, Any], tmp_path: Path, pause:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_checkpoint_of_every_version_loads(version: int) -> None:
-    """The file of a version was written by ``python tests/test_resume.py`` at that version, and is kept.
+    """The file of a version was written by ``python tests/layers/test_resume.py`` at that version, and is kept.
 
     A later version that stores something else has to read it: by the version that ``saved_state.prepare`` is given.
     Keep a file of the new version beside these.

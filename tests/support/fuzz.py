@@ -5,8 +5,8 @@ same layer and carries out the same list; what comes out of each operation (outp
 refused) has to be what the reference makes of it. Some operations are mistakes, which have to be refused before
 anything changes.
 
-    python tests/fuzz.py layers 100           # seeds 0 to 99; also: recurrent
-    python tests/fuzz.py layers 1 1234        # seed 1234
+    python tests/support/fuzz.py layers 100           # seeds 0 to 99; also: recurrent
+    python tests/support/fuzz.py layers 1 1234        # seed 1234
 """
 
 from __future__ import annotations

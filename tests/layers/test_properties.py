@@ -18,9 +18,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from beside import NEAR, Beside, Diverged, assert_close
 from hypothesis import HealthCheck, assume, event, given, reject, settings
-from oracle import Oracle, elements
+from support.beside import NEAR, Beside, Diverged, assert_close
+from support.oracle import Oracle, elements
 from torch import Tensor
 
 import streamnorm as sn

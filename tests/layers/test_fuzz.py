@@ -1,18 +1,18 @@
 """Random sequences of operations on layers and recurrent layers: every engine against the reference in float64.
 
 ``make test`` takes the same seeds every time, ``make search`` new ones. A failure names its seed, and
-``python tests/fuzz.py`` carries that one out again.
+``python tests/support/fuzz.py`` carries that one out again.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import fuzz
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from support import fuzz
 
 from streamnorm.ops import plain
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle import Array, Oracle, Use, elements
+from support.oracle import Array, Oracle, Use, elements
 from torch import Tensor, nn
 
 import streamnorm as sn
