@@ -88,10 +88,10 @@ def commit(uses: Uses) -> Sequence[Sign]:
     """
     if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
         uses = [use for use in uses if type(use[0].long) is not Tensor]
-    rest, signs = _active[0].commit(uses)  # others tell none
-    for engine in _active[1:]:
-        if rest:
-            rest, _ = engine.commit(rest)
+    first, *others = _active
+    rest, signs = first.commit(uses)  # others tell none
+    while rest:
+        rest, _ = others.pop(0).commit(rest)
     return signs
 
 

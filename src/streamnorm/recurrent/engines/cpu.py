@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import zip_longest
+from operator import attrgetter
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -114,15 +116,12 @@ class _Lent(NamedTuple):
 
     def addresses(self, dtype: torch.dtype, features: int) -> dict[str, int] | None:
         """Where all of it lies, by the names in ``_Path``; None if something is not what such a layer has."""
-        steps = () if self.steps is None else (self.steps,)
         mean, var, batches = self.running or (None, None, None)
-        tensors = (self.gain, self.bias, mean, var, *(getattr(self.state, name, None) for name in _BUFFERS), batches)
-        own, running = (features,), (*steps, features)
-        shapes = (own, own, running, running, *(FIELDS[name].shape(features) for name in _BUFFERS), steps)
-        counts = 1 + sum(FIELDS[name].is_count for name in _BUFFERS)
-        found: tuple[int, ...] | None = _tensors.lend(dtype == torch.float64, tensors, shapes, counts)
-        names = ("gain", "bias", "running_mean", "running_var", *_BUFFERS)
-        return None if found is None else {n: at for n, at in zip(names, found) if n in _Path._fields}
+        buffers = _NO_BUFFERS if self.state is None else _buffers(self.state)
+        tensors = (self.gain, self.bias, mean, var, *buffers, batches)
+        shapes = _shapes(features, self.steps)
+        found: tuple[int, ...] | None = _tensors.lend(dtype == torch.float64, tensors, shapes, _COUNTS)
+        return None if found is None else {name: at for name, at in zip(_LENT, found) if name in _KNOWN}
 
 
 def _kind(norm: nn.Module) -> int:
@@ -183,6 +182,20 @@ class _Path(NamedTuple):
 
 _BUFFERS = sorted(FIELDS, key=lambda name: FIELDS[name].is_count)
 """The buffers of a stream, averages first."""
+
+_NO_BUFFERS = (None,) * len(_BUFFERS)
+_LENT = ("gain", "bias", "running_mean", "running_var", *_BUFFERS)
+_COUNTS = 1 + sum(FIELDS[name].is_count for name in _BUFFERS)  # of batches, too
+_KNOWN = frozenset(_Path._fields)
+_buffers = attrgetter(*_BUFFERS)
+
+
+@lru_cache(maxsize=256)
+def _shapes(features: int, steps: int | None) -> tuple[tuple[int, ...], ...]:
+    """Of what is lent, and of the number of batches."""
+    own, each = (features,), () if steps is None else (steps,)
+    running = (*each, features)
+    return (own, own, running, running, *(FIELDS[name].shape(features) for name in _BUFFERS), each)
 
 
 class _Plan(NamedTuple):
