@@ -91,6 +91,11 @@ class Results:
         return next((method for method in self.methods if method.name == name), self.experiment.catalogue[name])
 
     @property
+    def version(self) -> str:
+        """The version of the layers, as far as it says how they compute; folders of the first one do not say it."""
+        return str(self.config.get("streamnorm", "0.1"))
+
+    @property
     def spread(self) -> str:
         """What the scores are: a mean and its interval over so many seeds, or one value."""
         return spread_words(len(cell.scores) for cell in self.cells.values())

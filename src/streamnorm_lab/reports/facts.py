@@ -91,13 +91,18 @@ def small_batches(root: Path) -> str:
         "group": "`nn.GroupNorm`",
         OURS: "`sn.StreamingNorm`",
     }
-    rows = []
+    rows, saw = [], []
     for folder, kind in SMALL_BATCHES:
         results = results_of(root / folder)
+        saw.append(f"{results.config['data']['train']:,} images in the {kind} network (streamnorm {results.version})")
         for size in SIZES:
             words = f"{kind}, {Setting.parse(size).samples}"
             rows.append([words, *(_accuracy(results, name, size) for name in names)])
-    return _table(["network, images in a mini-batch", *names.values()], rows)
+    table = _table(["network, images in a mini-batch", *names.values()], rows)
+    return (
+        "Test accuracy on CIFAR-10 in percent, each method at its best learning rate, mean ± 95% interval over seeds, "
+        f"after {_listed(saw)}:\n\n{table}"
+    )
 
 
 def _accuracy(results: Results, method: str, setting: str) -> str:
@@ -140,7 +145,9 @@ def situations(root: Path) -> str:
                 f"{difference_text(score, difference)} {score.unit}: {'not clear' if reading == 'not' else reading}",
             ]
         )
-    return _table(["situation", "Streaming L1", "best of the others", "difference, paired by seed, and reading"], rows)
+    versions = sorted({results_of(root / folder).version for _, folder, _ in SITUATIONS})
+    head = ["situation", "Streaming L1", "best of the others", "difference, paired by seed, and reading"]
+    return f"{_table(head, rows)}\n\nThe layers were those of streamnorm {_listed(versions)}."
 
 
 def _best_first(results: Results, setting: Setting) -> list[Cell]:
@@ -213,41 +220,6 @@ def _csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def windows_of_images(root: Path) -> str:
-    """Accuracy by memory in a convolutional network: validation images at the best rate, and the test run."""
-    results = results_of(root / "conv-windows")
-    methods = [method for method in results.methods if re.fullmatch(r"streaming-l1,window=\d+", method.name)]
-    ordered = sorted(methods, key=lambda method: int(method.name.rpartition("=")[2]))
-    cells = {(m.name, s): results.cells[m.name, s] for m in ordered for s in results.settings}
-    rows = [
-        [
-            m.name.rpartition("=")[2],
-            *(f"{_tuned(cells[m.name, s])} / {_tested(cells[m.name, s])}" for s in results.settings),
-        ]
-        for m in ordered
-    ]
-    best = [
-        _listed([f"{max(ordered, key=lambda m: (of(cells[m.name, s]), m.name)).name.rpartition('=')[2]} at {s.label}"
-                 for s in results.settings])
-        for of in (_tuned, _tested)
-    ]  # fmt: skip
-    seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "tune"})
-    return (
-        _table(["memory in samples", *(s.label for s in results.settings)], rows)
-        + "\n\nBefore the stroke stands the accuracy on validation images, at the best rate, the mean of "
-        f"{seeds} seeds; behind it that of one run, judged on test images. By the first the best memory is {best[0]}; "
-        f"by the second it is {best[1]}."
-    )
-
-
-def _tuned(cell: Cell) -> str:
-    return f"{100 * max(cell.tuning.values()):.1f}"
-
-
-def _tested(cell: Cell) -> str:
-    return "–" if cell.mean is None else f"{100 * cell.mean.mean:.1f}"
-
-
 def gains(root: Path) -> str:
     """Test loss of recurrent layers whose gains start at 1 and at 0.1."""
     results = results_of(root / "char-gru-gain")
@@ -285,7 +257,6 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "adaptation": adaptation,
     "adaptation-sentence": adaptation_sentence,
     "targets": targets,
-    "windows-of-images": windows_of_images,
     "gains": gains,
     "claims": claims,
 }

@@ -72,6 +72,7 @@ class Measured:
     data: str
     verdict: str
     decides: str
+    version: str
     comparisons: Sequence[tuple[str, str]] = ()
 
 
@@ -125,15 +126,16 @@ class Overview:
             if contrasts:
                 said = [(describe(contrast), contrast.verdict) for contrast in contrasts]
                 decides = describe(tightest(contrasts))
-                yield Measured(claim, name, kind_of_data(results), verdict(contrasts), decides, said)
+                data, version = kind_of_data(results), results.version
+                yield Measured(claim, name, data, verdict(contrasts), decides, version, said)
 
 
 def _measure_table(root: Path, folder: Path) -> Measured:
     judgements = judge(folder)
     holds = all(row["streaming-l1"].verdict == "works" for row in judgements.values())
-    data = kind_of_data(next(iter(next(iter(judgements.values())).values())).results)
-    place = str(folder.relative_to(root))
-    return Measured(EVERYWHERE, place, data, HOLDS if holds else FALSE, table1_summary(judgements))
+    results = next(iter(next(iter(judgements.values())).values())).results
+    place, data = str(folder.relative_to(root)), kind_of_data(results)
+    return Measured(EVERYWHERE, place, data, HOLDS if holds else FALSE, table1_summary(judgements), results.version)
 
 
 def kind_of_data(results: Results) -> str:
@@ -293,7 +295,8 @@ def _measurement(measured: Measured) -> str:
     more = f"<details><summary>all {len(measured.comparisons)} comparisons</summary><ul>{items}</ul></details>"
     return (
         f'<li><b class="badge {CLASS[measured.verdict]}">{measured.verdict}</b> '
-        f'<a href="{measured.folder}/{REPORT}">{measured.folder}</a> <small>{escape(measured.data)}</small>'
+        f'<a href="{measured.folder}/{REPORT}">{measured.folder}</a> <small>{escape(measured.data)}, version '
+        f"{escape(measured.version)}</small>"
         f"<div>{escape(measured.decides)}{more if several else ''}</div></li>"
     )
 

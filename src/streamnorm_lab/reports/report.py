@@ -78,7 +78,8 @@ def _opening(results: Results) -> str:
     return (
         f"<h1>{escape(experiment.title)}</h1>\n"
         f'<p class="headline">{escape(headline(results))}</p>\n'
-        f'<p class="lead">streamnorm experiment <b>{experiment.name}</b>{alias} · data: {escape(data)}</p>\n'
+        f'<p class="lead">streamnorm experiment <b>{experiment.name}</b>{alias} · data: {escape(data)} · '
+        f"layers of streamnorm {escape(results.version)}</p>\n"
         f"<p>{escape(experiment.question)}</p>\n<p>{escape(explain(results.settings))}</p>"
     )
 
