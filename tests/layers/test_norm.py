@@ -77,7 +77,7 @@ def test_parameters_start_at_one_and_zero() -> None:
 
 def test_repr_says_what_differs() -> None:
     assert repr(sn.StreamingNorm1d(8, ref=("group", 2), window=50, p=2)) == (
-        "StreamingNorm1d(8, ref='n (g k) ... -> g', g=2, p=2, center='mean', scale='raw', window=50, eps=1e-05, "
+        "StreamingNorm1d(8, ref='n (g k) ... -> g', g=2, p=2, center='mean', scale='gaussian', window=50, eps=1e-05, "
         "affine=True)"
     )
     assert "alpha=(0.7, 0.3, 0.0)" in repr(sn.StreamingNorm1d(8, kappa=0.5))

@@ -140,7 +140,7 @@ def diagnose(model: nn.Module, batch: Any, loss: Callable[..., Tensor] | None = 
         >>> model = nn.Sequential(nn.Linear(3, 8), sn.StreamingNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
         >>> found = sn.diagnose(model, torch.randn(32, 3), lambda y: y.square().mean())
         >>> found.layers["1"].memory
-        200.0
+        16
         >>> int(model[1].samples)
         0
     """

@@ -105,7 +105,7 @@ class Stateful(Streaming):
 
         Example:
             >>> import streamnorm as sn
-            >>> mu, variance = sn.StreamingNorm1d(3).eval_stats()
+            >>> mu, variance = sn.StreamingNorm1d(3, p=2).eval_stats()
             >>> mu.tolist(), variance.tolist()
             ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
         """

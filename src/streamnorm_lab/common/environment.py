@@ -50,7 +50,7 @@ def card(device: str) -> dict[str, str]:
 def environment() -> dict[str, str | int]:
     """The environment as a log records it."""
     return {
-        "streamnorm": package_version("streamnorm"),
+        "streamnorm": sn.__version__,
         "torch": torch.__version__,
         "numpy": package_version("numpy"),
         "python": platform.python_version(),

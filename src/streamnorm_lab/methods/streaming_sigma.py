@@ -47,12 +47,17 @@ class StreamingSigma(sn.Norm):
         updates.notice(self)
         p, reduced = self.formula.p, view.reduced
         # The stream takes in two statistics of a use, and what the second one is, is our own choice.
-        use = plain._Use(self.state, self.formula, view.num_elements, len(x), None)
+        # It is of the first power, and so are its gradient's unit and its bound.
+        of_sigma = self.formula._replace(p=1.0)
+        use = plain._Use(self.state, of_sigma, view.num_elements, len(x), None)
         v = x.view(view.split)
         mu = plain._Streamed.apply(v.mean(reduced, keepdim=True), 0, use)
         moment = ((v - mu).abs() ** p).mean(reduced, keepdim=True)
-        sigma = plain._Streamed.apply(plain.power(moment, 1 / p), 1, use)
-        y = (v - mu) / (sigma.square() + self.eps).sqrt()
+        own = plain.power(moment, 1 / p)
+        sigma = plain.bounded(plain._Streamed.apply(own, 1, use), own, of_sigma)
+        s = (sigma.square() + self.eps).sqrt()
+        use.inverse = 1 / s.detach().flatten()
+        y = (v - mu) / s
         assert self.weight is not None
         assert self.bias is not None
         return (y * self.weight.view(view.channel_shape) + self.bias.view(view.channel_shape)).view(x.shape)

@@ -21,9 +21,14 @@ class Plain:
         self.p, self.window = p, window
         self.long, self.short, self.count, self.samples = np.array([0.0, 1.0]), np.zeros(2), 0, 0
         self.long_g, self.short_g, self.grad_count, self.grad_samples = np.zeros(2), np.zeros(2), 0, 0
+        self.seen = 0
 
     def mix(self, long, short, samples):
-        return (self.window * long + samples * short) / (self.window + samples)
+        worth = min(self.window, 16 + self.seen)
+        return (worth * long + samples * short) / (worth + samples)
+
+    def mix_gradients(self, long, short, samples):
+        return (32 * long + samples * short) / (32 + samples)
 
     def forward(self, x, samples):
         n = len(x)
@@ -33,7 +38,7 @@ class Plain:
         mu = self.mix(self.long[0], short_mu, self.samples)
         b_sigma = (np.abs(x - mu) ** self.p).mean() ** (1 / self.p)
         short_sigma = (self.count * self.short[1] + n * b_sigma) / (self.count + n)
-        sigma = self.mix(self.long[1], short_sigma, self.samples)
+        sigma = max(self.mix(self.long[1], short_sigma, self.samples), b_sigma / 4)
         self.short, self.count = np.array([short_mu, short_sigma]), self.count + n
         return (x - mu) / math.sqrt(sigma**2 + EPS), (x, mu, sigma, b_sigma, samples)
 
@@ -42,20 +47,20 @@ class Plain:
         n, s = len(x), math.sqrt(sigma**2 + EPS)
         self.grad_samples += samples
         # Per element: of sigma through s, then of mu through the numerator and through this call's sigma.
-        g_sigma = -(dy * (x - mu)).mean() * sigma / s**3
+        g_sigma = -(dy * (x - mu)).mean() * sigma / s**3 * s  # in units of 1/s
         short_g_sigma = (self.grad_count * self.short_g[1] + n * g_sigma) / (self.grad_count + n)
-        hat_sigma = self.mix(self.long_g[1], short_g_sigma, self.grad_samples)
+        hat_sigma = self.mix_gradients(self.long_g[1], short_g_sigma, self.grad_samples) / s
         slope = b_sigma ** (1 - self.p) * np.abs(x - mu) ** (self.p - 1) * np.sign(x - mu)
-        g_mu = -(dy / s).mean() - hat_sigma * slope.mean()
+        g_mu = (-(dy / s).mean() - hat_sigma * slope.mean()) * s
         short_g_mu = (self.grad_count * self.short_g[0] + n * g_mu) / (self.grad_count + n)
-        hat_mu = self.mix(self.long_g[0], short_g_mu, self.grad_samples)
+        hat_mu = self.mix_gradients(self.long_g[0], short_g_mu, self.grad_samples) / s
         self.short_g, self.grad_count = np.array([short_g_mu, short_g_sigma]), self.grad_count + n
         return dy / s + hat_mu + hat_sigma * slope
 
     def commit(self):
-        keep, keep_grad = math.exp(-self.samples / self.window), math.exp(-self.grad_samples / self.window)
-        self.long = keep * self.long + (1 - keep) * self.short
-        self.long_g = keep_grad * self.long_g + (1 - keep_grad) * self.short_g
+        self.long = self.mix(self.long, self.short, self.samples)
+        self.long_g = self.mix_gradients(self.long_g, self.short_g, self.grad_samples)
+        self.seen += self.samples
         self.short, self.count, self.samples = np.zeros(2), 0, 0
         self.short_g, self.grad_count, self.grad_samples = np.zeros(2), 0, 0
 
@@ -105,7 +110,7 @@ def run(layer, batches):
 def test_for_p_1_sigma_and_moment_are_the_same_and_for_p_2_they_are_not():
     batches = torch.randn(8, 3, 4, dtype=torch.float64) * torch.arange(1, 9).view(-1, 1, 1)
     for p, same in ((1, True), (2, False)):
-        ours, library = run(StreamingSigma(4, p).double(), batches), run(sn.StreamingNorm1d(4, p=p).double(), batches)
+        ours, library = run(StreamingSigma(4, p).double(), batches), run(sn.StreamingNorm1d(4, p=p, scale="raw").double(), batches)
         assert torch.allclose(ours, library) is same
 
 
