@@ -270,7 +270,6 @@ def test_the_lower_loss_is_ahead(finished, tmp_path):
     set_scores(folder, {"layer": (2.0, 2.1, 2.2), "streaming-l1": (1.9, 2.0, 2.11)}, "loss")
     said = sentences(open_results(folder))
     assert "Streaming L1 is ahead of Layer at 2×1 and 1×2 (−0.097 nats)." in said
-    assert said[0] == "Streaming L1 reaches between 2.003 nats and 2.003 nats at 2×1 and 1×2."
 
 
 @pytest.mark.parametrize("name", ["char-rnn", "char-gru", "char-lstm"])

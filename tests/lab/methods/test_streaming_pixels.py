@@ -37,9 +37,7 @@ def test_it_is_the_library_s_layer_with_that_window(shape):
     torch.manual_seed(0)
     places = math.prod(shape[2:])
     layer = METHODS["streaming-pixels,pixels=640"].make(3, len(shape) - 2)
-    library = (sn.StreamingNorm1d if len(shape) == 2 else sn.StreamingNorm2d)(
-        3, p=1, scale="raw", window=640 / places
-    )
+    library = (sn.StreamingNorm1d if len(shape) == 2 else sn.StreamingNorm2d)(3, p=1, scale="raw", window=640 / places)
     for _ in range(3):
         x = torch.randn(shape)
         torch.testing.assert_close(layer(x), library(x), rtol=0, atol=0)

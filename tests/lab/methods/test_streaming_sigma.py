@@ -110,7 +110,10 @@ def run(layer, batches):
 def test_for_p_1_sigma_and_moment_are_the_same_and_for_p_2_they_are_not():
     batches = torch.randn(8, 3, 4, dtype=torch.float64) * torch.arange(1, 9).view(-1, 1, 1)
     for p, same in ((1, True), (2, False)):
-        ours, library = run(StreamingSigma(4, p).double(), batches), run(sn.StreamingNorm1d(4, p=p, scale="raw").double(), batches)
+        ours, library = (
+            run(StreamingSigma(4, p).double(), batches),
+            run(sn.StreamingNorm1d(4, p=p, scale="raw").double(), batches),
+        )
         assert torch.allclose(ours, library) is same
 
 
