@@ -153,7 +153,7 @@ def _orders(results: Results) -> str:
             outcome = score.outcome(difference)
             amount = "" if outcome.startswith("not") else f" ({score.difference(difference.mean)} {score.unit})"
             found[outcome].append(f"{other[1]:g}{amount}")
-    if family is None:
+    if family is None or not any(found.values()):
         return ""
     symbol = (results.experiment.across or "").partition(",")[0]
     base = f"{symbol} = {family[1]:g}"
