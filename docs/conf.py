@@ -80,11 +80,11 @@ def lead_to_reports(app: Sphinx, name: str, source: list[str]) -> None:
 
     def hosted(link: re.Match[str]) -> str:
         place = link[1].rstrip("/")
-        if place == "claims.csv":
+        if place in ("", "claims.csv"):
             return "](results:report.html)"
         return f"](results:{place}/report.html)" if (RESULTS / place).is_dir() else f"](results:{place})"
 
-    source[0] = re.sub(r"\]\(\.\./results/([^)#\s]+(?<!\.svg))\)", hosted, source[0])
+    source[0] = re.sub(r"\]\(\.\./results/([^)#\s]*(?<!\.svg))\)", hosted, source[0])
 
 
 def host_results(app: Sphinx, error: Exception | None) -> None:
