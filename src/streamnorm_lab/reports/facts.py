@@ -112,6 +112,24 @@ def _accuracy(results: Results, method: str, setting: str) -> str:
     return "cannot train" if cell.mean is None and cell.reason else score_text(results.experiment.score, cell)
 
 
+def convolutions(root: Path) -> str:
+    """Test accuracy of a convolutional network on 20,000 images, by setting, and the rates that were chosen."""
+    results = results_of(root / "conv-cifar10-20000-0.2")
+    names = {"batch": "`nn.BatchNorm`", "batch-recalibrated": "recalibrated", OURS: "`sn.StreamingNorm2d`"}
+    rows = []
+    for setting in results.settings:
+        cells = {name: results.cells[name, setting] for name in names}
+        rates = f"{cells['batch'].rate:g} / {cells[OURS].rate:g}"
+        rows.append([setting.label, *(_accuracy(results, name, str(setting)) for name in names), rates])
+    seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "final"})
+    return (
+        f"Test accuracy on CIFAR-10 in percent after {results.config['data']['train']:,} images, streamnorm "
+        f"{results.version}, {seeds} seeds, mean ± 95% interval, each at the rate that was best on 5,000 images "
+        "(of Batch / streaming). S×U is S images in a mini-batch and U mini-batches in an update:\n\n"
+        + _table(["S×U", *names.values(), "rates"], rows)
+    )
+
+
 SITUATIONS = (
     ("Large mini-batches, fully connected", "online-fc-cifar10", "128x1"),
     ("Mini-batches of 2, fully connected", "online-fc-cifar10", "2x1"),
@@ -252,6 +270,7 @@ def claims(root: Path) -> str:
 FACTS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "small-batches": small_batches,
+    "convolutions": convolutions,
     "situations": situations,
     "one-at-a-time": one_at_a_time,
     "adaptation": adaptation,
