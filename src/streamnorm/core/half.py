@@ -30,7 +30,7 @@ class Half:
         constants: α or β; None under the window rule.
         lasting: the samples that long stands for, under the window rule.
         n: how many elements are behind each value, a number or ``(G,)``.
-        samples: how many samples the use brings.
+        samples: the number of samples of the use.
         units: what the averages are multiples of, of both rows; None for 1.
     """
 
@@ -79,11 +79,11 @@ class Present:
     """The half of a layer without a stream: a use sees the value of this call."""
 
     def mixed(self, row: int, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The value, which is all there is."""
+        """Return the value for both: there are no averages."""
         return value, value
 
     def close(self, fresh: tuple[Tensor, Tensor], finite: Tensor, counts: Tensor | None = None) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
 
 def statistics_half(state: State | None, formula: Formula, n: int | Tensor, samples: int | Tensor) -> Half | Present:

@@ -28,18 +28,18 @@ from .plain import at_least_one, elements, hide, num_samples
 
 
 class Reduction(Protocol):
-    """What makes means of the sums over an input, and knows of how many elements and samples."""
+    """Means over the elements of an input, in one process or in several, and the numbers of elements and samples."""
 
     @property
     def n(self) -> int | Tensor:
-        """The elements behind each statistic, a number or ``(G,)``; known once a mean was made."""
+        """The elements behind each statistic, a number or ``(G,)``; known after the first call of :meth:`means`."""
 
     @property
     def samples(self) -> int | Tensor:
-        """Likewise, the samples of the use."""
+        """The samples of the use; known likewise."""
 
     def means(self, *sums: Tensor) -> tuple[Tensor, ...]:
-        """Of sums over this process's elements, each ``(G,)``."""
+        """Turn sums over this process's elements, each ``(G,)``, into means."""
 
 
 class Here(NamedTuple):
@@ -50,18 +50,18 @@ class Here(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None, view: View) -> Here:
-        """Those that the mask leaves."""
+        """Count the elements that the mask leaves."""
         n = elements(view, None if mask is None else mask.view(view.mask_shape))
         return cls(n.flatten() if isinstance(n, Tensor) else n, num_samples(x, mask))
 
     def means(self, *sums: Tensor) -> tuple[Tensor, ...]:
-        """Each sum over the number of its elements."""
+        """Divide each sum by the number of its elements."""
         divisor = at_least_one(self.n)
         return tuple(total / divisor for total in sums)
 
 
 def normalize(call: Call, over: Reduction | None = None) -> Tensor:
-    """As ``plain.normalize``; ``over`` makes the means, in place of this process alone."""
+    """Normalize as ``plain.normalize`` does, by means over this process's elements or over those of ``over``."""
     y: Tensor = Normalize.apply(*call, over)
     return y
 
@@ -148,7 +148,7 @@ class Normalize(torch.autograd.Function):
 
 
 def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, gain and bias, where they are needed; and then the stream of gradients advances.
+    """Compute the gradients of x, gain and bias that are needed, and advance the stream of gradients.
 
     ``ctx`` is what a forward pass left: ``saved_tensors`` with x, gain, mask and the rows mu, 1/s and slope, and what
     else is read here.
@@ -202,7 +202,7 @@ def _in_shape(y: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _sums(g: Tensor, from_mu: Tensor, view: View) -> tuple[Tensor, Tensor]:
-    """Of g·(x − mu) and of g, for each statistic."""
+    """The sums of g·(x − mu) and of g, for each statistic."""
     return (g * from_mu).sum(view.reduced).flatten(), g.sum(view.reduced).flatten()
 
 
@@ -241,7 +241,7 @@ def _input_gradient(
 
 
 def _sum_of_powers(d: Tensor, view: View, p: float) -> Tensor:
-    """Of |d|^p, without a temporary for the usual orders."""
+    """The sum of |d|^p, without a temporary for the usual orders."""
     if p in (1, 2):
         norm = torch.linalg.vector_norm(d, p, view.reduced).flatten()
         return norm if p == 1 else norm.square()

@@ -19,7 +19,7 @@ from .derivatives import is_recorded, refuse
 
 
 def normalize(call: Call, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """As ``plain.normalize``, over all processes of ``group``; x may be empty in some of them.
+    """Normalize as ``plain.normalize`` does, over all processes of ``group``; x may be empty in some of them.
 
     Returns:
         y, and how many elements of all processes are behind each statistic, ``(G,)``.
@@ -33,7 +33,7 @@ def normalize(call: Call, group: dist.ProcessGroup | None) -> tuple[Tensor, Tens
 
 
 class OverProcesses:
-    """A :class:`operations.Reduction` over the elements of all processes. The first means bring their numbers along.
+    """A :class:`operations.Reduction` over the elements of all processes; the first all-reduce counts them, too.
 
     Args:
         own: this process's part.
@@ -49,7 +49,7 @@ class OverProcesses:
         self.is_counted = False
 
     def means(self, *sums: Tensor) -> tuple[Tensor, ...]:
-        """Each sum of all processes over the number of its elements."""
+        """Divide each sum over all processes by the number of its elements."""
         numbers = () if self.is_counted else self._own_numbers(sums[0].device)
         totals = self._over_all(*sums, *numbers)
         if not self.is_counted:
