@@ -79,6 +79,8 @@ def _load() -> tuple[Any, str]:
     isa = os.environ.get("STREAMNORM_ISA") or None
     try:
         isa, threads = extension.setup(objects, LIBRARY, isa)
+    except TypeError as error:  # left from before the sources changed, in a checkout
+        return None, f"not available: it was built from other sources ({error}); install streamnorm again"
     except ImportError as error:
         return None, f"not available: {error}"
     most = _mebibytes_to_keep()
