@@ -349,3 +349,25 @@ def test_setup_wants_each_object_by_its_name() -> None:
         ops.native.extension.setup({"exchange": exchange}, "", None)
     layer = sn.StreamingNorm1d(4)
     layer(torch.randn(2, 4)).sum().backward()  # what was there before is there still
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e300])
+@pytest.mark.parametrize("alpha", [(1, 0, 0), (0.5, 0.3, 0.2)])
+def test_a_value_without_a_finite_power_under_a_bound_of_the_moment(
+    alpha: tuple[float, float, float], value: float, p: int
+) -> None:
+    """Where mu is known beforehand, one value of a column may be infinite, and the moment with it, while mu is not."""
+    moment, stream = sn.LpMoment(p=p), sn.Stream(alpha=alpha, kappa=0.7, limit=1.2)
+    layer = sn.Norm(20, sn.NormRef.batch("channel"), moment, stream, dtype=torch.float64)
+    x = torch.randn(9, 20, dtype=torch.float64)
+    x[4, 7] = value
+    found = []
+    for engine in ("native", "plain"):
+        mine, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
+        with ops.force(engine):
+            y = mine(leaf)
+            y.backward(torch.ones_like(y).cumsum(0))
+        found.append([y, leaf.grad, *mine.state])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)

@@ -14,7 +14,8 @@ struct Rows : Walk {
   const bool copied;              // as in Runs
   const int64_t copied_stride;
   const int64_t rows_per_task, rows_per_strip, rows_ahead, write_rows, tasks_per_block, tasks_per_outer, tasks;
-  // Squares need no look of their own at x: those of a strip, from its own mean while it is in the cache, give them from any.
+  // Squares need no look of their own at x: those of a strip, from its own mean while it is in the cache, give them from any. Of an
+  // infinite x they are NaN, as they are from a mu that x has made infinite; from one that was known they would be infinite.
   const bool merged;
   // The gradient of x looks at x but once, and leaves signs to itself, where they have room in the stretch of dx of their strip.
   const bool by_signs;
@@ -25,7 +26,7 @@ struct Rows : Walk {
         rows_ahead(columns > most_narrow ? 2 : rows_per_strip / 2),
         write_rows(columns > most_narrow ? 2 : write_ahead / (columns * width)),
         tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer),
-        merged(!known && p == 2 && centered && columns <= most_narrow),
+        merged(!knows_mu(c) && p == 2 && centered && columns <= most_narrow),
         by_signs(!known && p == 1 && c.dx && k.input_signs_columns && !copied && columns % lanes == 0 && at.sb == columns &&
                  rows_per_strip * columns <= strip_size) {}
 

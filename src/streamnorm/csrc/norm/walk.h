@@ -78,8 +78,9 @@ struct Parameter {
   }
 };
 
-// One pass: with weights (1, 0, 0) what this call uses is known before it starts.
-bool is_one_pass(const Call& c) { return c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0 && c.formula->floor == 0; }
+// With weights (1, 0, 0) mu is known before a call starts; and the moment too, where the present does not bound it.
+bool knows_mu(const Call& c) { return c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0; }
+bool is_one_pass(const Call& c) { return knows_mu(c) && c.formula->floor == 0; }
 
 // What both walks need of a call.
 struct Walk {
