@@ -37,6 +37,10 @@ def root(_finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return made
 
 
+DRAWN = "document.querySelectorAll('figure.chart .plot .line').length > 0"
+"""The script of a page draws its figures once it is there."""
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_report_is_readable(browser: Browser, root: Path, width: int, dark: bool) -> None:
@@ -57,10 +61,11 @@ def test_a_report_is_readable(browser: Browser, root: Path, width: int, dark: bo
 def test_a_figure_says_its_values_and_hides_methods(browser: Browser, root: Path) -> None:
     browser.look(1280)
     browser.open(root / "online-fc-digits" / "report.html")
+    browser.wait(DRAWN)
     browser.value("scrollTo(0, 300)")
     browser.wait("scrollY === 300")
     browser.hover("figure.chart .plot")
-    assert browser.value("document.querySelector('#tip').style.visibility") == "visible"
+    browser.wait("document.querySelector('#tip').style.visibility === 'visible'")
     shown = browser.value("[...document.querySelectorAll('#tip tr')].map(row => row.textContent)")
     assert any(row.startswith("Layer91.0%") for row in shown)
     assert any(row.startswith("Batchcannot train") for row in shown) or len(shown) == 4
@@ -73,6 +78,7 @@ def test_a_figure_says_its_values_and_hides_methods(browser: Browser, root: Path
 def test_an_axis_becomes_logarithmic(browser: Browser, root: Path) -> None:
     browser.look(1280)
     browser.open(root / "online-fc-digits" / "report.html")
+    browser.wait(DRAWN)
     curves = "document.querySelectorAll('figure.chart')[1]"
     path = f"{curves}.querySelector('.plot .line path:not(.area)').getAttribute('d')"
     before = browser.value(path)
