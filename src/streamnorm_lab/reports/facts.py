@@ -130,6 +130,19 @@ def convolutions(root: Path) -> str:
     )
 
 
+def finetuning(root: Path) -> str:
+    """Test accuracy of a trained network that goes on with other classes, by what becomes of Batch Normalization."""
+    results = results_of(root / "finetune-digits")
+    settings = [str(setting) for setting in results.settings]
+    rows = [[method.label, *(_accuracy(results, method.name, at) for at in settings)] for method in results.methods]
+    seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "final"})
+    return (
+        f"Test accuracy in percent, streamnorm {results.version}, {seeds} seeds, mean ± 95% interval: a small network, "
+        f"trained on the digits 0 to 4, goes on with {results.config['data']['train']:,} images of 5 to 9 in one pass:"
+        "\n\n" + _table(["method", *(setting.label for setting in results.settings)], rows)
+    )
+
+
 SITUATIONS = (
     ("Large mini-batches, fully connected", "online-fc-cifar10", "128x1"),
     ("Mini-batches of 2, fully connected", "online-fc-cifar10", "2x1"),
@@ -139,6 +152,8 @@ SITUATIONS = (
     ("One sample at a time, convolutional", "conv-cifar10", "1x1"),
     ("Mini-batches of 32, recurrent convolutional", "recurrent-conv-cifar10", "32x1"),
     ("One sample at a time, recurrent convolutional", "recurrent-conv-cifar10", "1x1"),
+    ("A trained network fine-tuned, mini-batches of 32", "finetune-digits", "32x1"),
+    ("A trained network fine-tuned, one image at a time", "finetune-digits", "1x1"),
     ("32 sequences, GRU on text", "char-gru-shakespeare", "32x1"),
     ("One sequence at a time, GRU on text", "char-gru-shakespeare", "1x4"),
     ("32 sequences, LSTM on text", "char-lstm-shakespeare", "32x1"),
@@ -271,6 +286,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "small-batches": small_batches,
     "convolutions": convolutions,
+    "finetuning": finetuning,
     "situations": situations,
     "one-at-a-time": one_at_a_time,
     "adaptation": adaptation,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamnorm_lab.common.errors import UserError
+from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.adapt import Adapt
 from streamnorm_lab.reports.facts import FACTS, MARKED, marked_pages, page_with, results_of, write_pages
 from streamnorm_lab.reports.pictures import PICTURE, save_picture
@@ -52,6 +53,27 @@ def test_what_pages_say_in_prose_of_large_mini_batches() -> None:
     large = [row[-1] for row in rows if "Large mini-batches" in row[0] or "Mini-batches of 32, convolutional" in row[0]]
     assert len(large) == 2
     assert all("not clear" in reading for reading in large)
+
+
+def test_what_a_page_says_in_prose_of_fine_tuning() -> None:
+    """Small mini-batches: who is ahead of whom with one image and with four, and with which memory no seed is lost."""
+    results = results_of(HOME / "results" / "finetune-digits")
+    one, four = Setting(1, 1), Setting(4, 1)
+
+    def ahead(ours: str, theirs: str, setting: Setting) -> bool:
+        difference = results.difference(ours, theirs, setting)
+        return difference is not None and difference.low > 0
+
+    assert ahead("streaming-l1", "batch-frozen", one)
+    assert ahead("group", "streaming-l1", one)
+    assert ahead("streaming-l1", "batch", one)
+    assert not any(ahead(method.name, "batch", four) for method in results.methods if "window" not in method.name)
+    worst = {
+        name: min(min(results.cells[name, setting].scores.values()) for setting in results.settings)
+        for name in ("streaming-l1", *(f"streaming-l1,window={window}" for window in (50, 200, 1000)))
+    }
+    assert worst.pop("streaming-l1") < 0.6
+    assert min(worst.values()) > 0.9
 
 
 def test_what_the_guide_says_in_prose_of_adaptation() -> None:
