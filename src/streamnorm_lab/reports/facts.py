@@ -16,7 +16,7 @@ from pathlib import Path
 from streamnorm_lab.analysis.claims import FALSE, MIXED, OPEN, PARTLY
 from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.analysis.headline import plain
-from streamnorm_lab.analysis.results import Cell, Results
+from streamnorm_lab.analysis.results import CONFIG, Cell, Results
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.files import write_text
 from streamnorm_lab.common.setting import Setting
@@ -31,6 +31,14 @@ MARKED = re.compile(r"(<!-- computed: (?P<name>[a-z-]+) -->\n).*?(<!-- /computed
 def results_of(folder: Path) -> Results:
     """The results of a folder, read once."""
     return open_results(folder)
+
+
+def newest(root: Path, name: str, *methods: str) -> Path:
+    """The folder ``name``, or ``name-VERSION``, of the latest version of the layers with results of all ``methods``."""
+    named = re.compile(rf"{re.escape(name)}(-\d+\.\d+)?")
+    folders = [path.parent for path in sorted(root.glob(f"*/{CONFIG}")) if named.fullmatch(path.parent.name)]
+    complete = [folder for folder in folders if set(methods) <= {method.name for method in results_of(folder).methods}]
+    return max(complete, key=lambda folder: [int(part) for part in results_of(folder).version.split(".")])
 
 
 def page_with(text: str, root: Path) -> str:
@@ -67,11 +75,15 @@ SMALL_BATCHES = (("online-fc-cifar10", "fully connected"), ("conv-cifar10", "con
 SIZES = ("32x1", "2x1", "1x1")
 
 
+def of_small_batches(root: Path) -> list[tuple[Results, str]]:
+    """The results that picture and table of small mini-batches show, and the kind of each network."""
+    return [(results_of(newest(root, name, "batch", "layer", OURS)), kind) for name, kind in SMALL_BATCHES]
+
+
 def picture(root: Path) -> str:
     """The picture of small mini-batches and of adaptation, with its words for those who do not see it."""
     parts = []
-    for folder, kind in SMALL_BATCHES:
-        results = results_of(root / folder)
+    for results, kind in of_small_batches(root):
         values = [f"{label} {_sizes(results, name)}" for name, label in (("batch", "Batch"), (OURS, "Streaming"))]
         parts.append(f"{kind} network: {' and '.join(values)} with 32, two and one images in a mini-batch")
     words = f"Test accuracy on CIFAR-10, {'; '.join(parts)}. {adaptation_sentence(root)}"
@@ -92,8 +104,7 @@ def small_batches(root: Path) -> str:
         OURS: "`sn.StreamingNorm`",
     }
     rows, saw = [], []
-    for folder, kind in SMALL_BATCHES:
-        results = results_of(root / folder)
+    for results, kind in of_small_batches(root):
         saw.append(f"{results.config['data']['train']:,} images in the {kind} network (streamnorm {results.version})")
         for size in SIZES:
             words = f"{kind}, {Setting.parse(size).samples}"
@@ -163,8 +174,9 @@ SITUATIONS = (
 def situations(root: Path) -> str:
     """Streaming Normalization beside the best of the others, where it was measured."""
     rows = []
-    for words, folder, size in SITUATIONS:
-        results, setting = results_of(root / folder), Setting.parse(size)
+    for words, name, size in SITUATIONS:
+        folder, setting = newest(root, name, "layer", OURS), Setting.parse(size)
+        results = results_of(folder)
         ours = results.cells[OURS, setting]
         others = [cell for cell in _best_first(results, setting) if not cell.method.name.startswith("streaming")]
         difference = results.difference(OURS, others[0].method.name, setting)
@@ -172,13 +184,13 @@ def situations(root: Path) -> str:
         reading = "no result" if difference is None else score.outcome(difference).split()[0]
         rows.append(
             [
-                f"[{words}](../results/{folder}/)",
+                f"[{words}](../results/{folder.name}/)",
                 _value(results, ours),
                 f"{plain(others[0].method)}, {_value(results, others[0])}",
                 f"{difference_text(score, difference)} {score.unit}: {'not clear' if reading == 'not' else reading}",
             ]
         )
-    versions = sorted({results_of(root / folder).version for _, folder, _ in SITUATIONS})
+    versions = sorted({results_of(newest(root, name, "layer", OURS)).version for _, name, _ in SITUATIONS})
     head = ["situation", "Streaming L1", "best of the others", "difference, paired by seed, and reading"]
     return f"{_table(head, rows)}\n\nThe layers were those of streamnorm {_listed(versions)}."
 
@@ -195,25 +207,25 @@ def _value(results: Results, cell: Cell) -> str:
 
 def one_at_a_time(root: Path) -> str:
     """Convolutional networks one sample at a time, beside themselves with mini-batches."""
-    results = results_of(root / "conv-cifar10-20000")
+    results = results_of(newest(root, "conv-cifar10-20000", OURS))
     large, small = (results.cells[OURS, Setting.parse(size)] for size in ("32x1", "1x1"))
     return (
         f"In a small convolutional network on 20,000 images of CIFAR-10, `sn.StreamingNorm2d` reaches "
         f"{_value(results, large)} with mini-batches of 32 and {_value(results, small)} with one image at a time, each "
-        f"at its best learning rate, which is {large.rate:g} and {small.rate:g}."
+        f"at its best learning rate, which is {large.rate:g} and {small.rate:g} (streamnorm {results.version})."
     )
 
 
 def adaptation(root: Path) -> str:
     """Accuracies on images that change, in each way of evaluating."""
-    section = results_of(root / "adapt-cifar10").section
+    section = results_of(newest(root, "adapt-cifar10", OURS)).section
     assert section is not None
     return _table([name.lower() for name in section.head], section.rows)
 
 
 def adaptation_sentence(root: Path) -> str:
     """What adapting gave back."""
-    section = results_of(root / "adapt-cifar10").section
+    section = results_of(newest(root, "adapt-cifar10", OURS)).section
     assert section is not None
     return section.headline
 

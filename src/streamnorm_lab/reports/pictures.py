@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter
 from streamnorm_lab.analysis.results import Cell, Results
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.adapt import Adapt, Evaluated
-from streamnorm_lab.reports.facts import OURS, SIZES, SMALL_BATCHES, results_of
+from streamnorm_lab.reports.facts import OURS, SIZES, newest, of_small_batches, results_of
 from streamnorm_lab.reports.figures import FRAME, INK, SHEET, SOFT, STYLE, save_drawing
 
 PICTURE = Path("docs", "figures", "evidence.svg")
@@ -38,12 +38,11 @@ def picture(root: Path) -> Figure:
     figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr,call-arg]
     panels: Any = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
     colours: dict[str, tuple[str, str]] = {}
-    for axes, (folder, kind) in zip(panels, SMALL_BATCHES, strict=False):
-        results = results_of(root / folder)
+    for axes, (results, kind) in zip(panels, of_small_batches(root), strict=False):
         colours |= _sizes(axes, results)
         axes.set_title(f"{kind.capitalize()} network\n", loc="left")
         _below(axes, f"trained on {results.config['data']['train']:,} images of CIFAR-10")
-    _changes(panels[2], results_of(root / "adapt-cifar10"))
+    _changes(panels[2], results_of(newest(root, "adapt-cifar10", OURS)))
     for axes in panels:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
         axes.set_ylim(bottom=0)

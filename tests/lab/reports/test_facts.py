@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.adapt import Adapt
-from streamnorm_lab.reports.facts import FACTS, MARKED, marked_pages, page_with, results_of, write_pages
+from streamnorm_lab.reports.facts import FACTS, MARKED, marked_pages, newest, page_with, results_of, write_pages
 from streamnorm_lab.reports.pictures import PICTURE, save_picture
 
 HOME = Path(__file__).parents[3]
@@ -40,6 +41,17 @@ def test_a_number_changed_by_hand_is_found_and_written(tmp_path: Path) -> None:
     assert write_pages(tmp_path) == [tmp_path / "README.md"]
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
     assert write_pages(tmp_path) == []
+
+
+def test_the_newest_complete_results_are_taken(tmp_path: Path) -> None:
+    for name, version in (("old", None), ("old-0.2", "0.2"), ("old-0.10", "0.10"), ("old-20-0.11", "0.11")):
+        shutil.copytree(HOME / "results" / "conv-cifar10", tmp_path / name)
+        config = json.loads((tmp_path / name / "experiment.json").read_text())
+        (tmp_path / name / "experiment.json").write_text(json.dumps({**config, "streamnorm": version or "0.1"}))
+    assert newest(tmp_path, "old", "group") == tmp_path / "old-0.10"
+    shutil.rmtree(tmp_path / "old-0.10")
+    shutil.copytree(HOME / "results" / "conv-cifar10-20000", tmp_path / "old-0.10")
+    assert newest(tmp_path, "old", "group") == tmp_path / "old-0.2", "the last one has no results of it"
 
 
 def test_a_mark_that_names_nothing_is_refused() -> None:
@@ -78,7 +90,7 @@ def test_what_a_page_says_in_prose_of_fine_tuning() -> None:
 
 def test_what_the_guide_says_in_prose_of_adaptation() -> None:
     """Adapting is level with statistics of 64 images and costs nothing on clean ones; one image says too little."""
-    results = results_of(HOME / "results" / "adapt-cifar10")
+    results = results_of(newest(HOME / "results", "adapt-cifar10", "streaming-l1"))
     found = {(one.finals.method.name, one.mode): one.means for one in Adapt.evaluated(results.finals)}
     adapting = found["streaming-l1", "adapting"]
     for kind, mean in found["batch", "64 images"].items():
