@@ -44,13 +44,16 @@ def test_a_number_changed_by_hand_is_found_and_written(tmp_path: Path) -> None:
 
 
 def test_the_newest_complete_results_are_taken(tmp_path: Path) -> None:
-    for name, version in (("old", None), ("old-0.2", "0.2"), ("old-0.10", "0.10"), ("old-20-0.11", "0.11")):
-        shutil.copytree(HOME / "results" / "conv-cifar10", tmp_path / name)
+    def add(name: str, like: str, version: str) -> None:
+        shutil.copytree(HOME / "results" / like, tmp_path / name)
         config = json.loads((tmp_path / name / "experiment.json").read_text())
-        (tmp_path / name / "experiment.json").write_text(json.dumps({**config, "streamnorm": version or "0.1"}))
-    assert newest(tmp_path, "old", "group") == tmp_path / "old-0.10"
-    shutil.rmtree(tmp_path / "old-0.10")
-    shutil.copytree(HOME / "results" / "conv-cifar10-20000", tmp_path / "old-0.10")
+        (tmp_path / name / "experiment.json").write_text(json.dumps({**config, "streamnorm": version}))
+
+    add("old", "conv-cifar10", "0.1")
+    add("old-0.2", "conv-cifar10", "0.2")
+    add("old-20-0.11", "conv-cifar10", "0.11")  # of an experiment with another name
+    add("old-0.10", "conv-cifar10-20000", "0.10")
+    assert newest(tmp_path, "old", "layer") == tmp_path / "old-0.10"
     assert newest(tmp_path, "old", "group") == tmp_path / "old-0.2", "the last one has no results of it"
 
 
