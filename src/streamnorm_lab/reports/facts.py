@@ -175,7 +175,7 @@ def situations(root: Path) -> str:
     """Streaming Normalization beside the best of the others, where it was measured."""
     rows = []
     for words, name, size in SITUATIONS:
-        folder, setting = newest(root, name, "layer", OURS), Setting.parse(size)
+        folder, setting = newest(root, name, "batch", OURS), Setting.parse(size)
         results = results_of(folder)
         ours = results.cells[OURS, setting]
         others = [cell for cell in _best_first(results, setting) if not cell.method.name.startswith("streaming")]
@@ -190,7 +190,7 @@ def situations(root: Path) -> str:
                 f"{difference_text(score, difference)} {score.unit}: {'not clear' if reading == 'not' else reading}",
             ]
         )
-    versions = sorted({results_of(newest(root, name, "layer", OURS)).version for _, name, _ in SITUATIONS})
+    versions = sorted({results_of(newest(root, name, "batch", OURS)).version for _, name, _ in SITUATIONS})
     head = ["situation", "Streaming L1", "best of the others", "difference, paired by seed, and reading"]
     return f"{_table(head, rows)}\n\nThe layers were those of streamnorm {_listed(versions)}."
 
