@@ -46,6 +46,7 @@ class Images:
     limit: int | None
     validation: int | None
     tune_limit: int | None
+    test_limit: int | None
 
     @property
     def name(self) -> str:
@@ -54,7 +55,7 @@ class Images:
 
     def prepare(self, folder: Path) -> dict[str, Any]:
         """Decode the images into ``folder``."""
-        return prepare(self.source, self.limit, self.validation, folder, self.tune_limit)
+        return prepare(self.source, self.limit, self.validation, folder, self.tune_limit, self.test_limit)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ImageTask(Task[Data]):
         limit: how many to train on; None for the source's default.
         validation: how many to choose rates on; None for the source's default.
         tune_limit: how many to train on while rates are chosen; None for as many as otherwise.
+        test_limit: how many to test on; None for all.
         epochs: passes.
         curve_images: test images for the points of a curve.
         device: where they are held and trained on.
@@ -77,6 +79,7 @@ class ImageTask(Task[Data]):
     limit: int | None
     validation: int | None
     tune_limit: int | None
+    test_limit: int | None
     epochs: int
     curve_images: int
     device: str
@@ -106,7 +109,7 @@ class ImageTask(Task[Data]):
         for setting in settings:
             if setting.samples > images:
                 raise UserError(f"setting {setting}: a mini-batch cannot have more than the {images} training images")
-        return Images(source, self.limit, self.validation, self.tune_limit)
+        return Images(source, self.limit, self.validation, self.tune_limit, self.test_limit)
 
     def load(self, folder: Path) -> Data:
         """Map the decoded images into memory, or copy them to the device."""

@@ -103,17 +103,28 @@ def split_sizes(
 
 
 def prepare(
-    source: Source, limit: int | None, validation: int | None, folder: Path, tune_limit: int | None = None
+    source: Source,
+    limit: int | None,
+    validation: int | None,
+    folder: Path,
+    tune_limit: int | None = None,
+    test_limit: int | None = None,
 ) -> dict[str, Any]:
-    """Decode the images into ``folder`` and return what identifies them: name, sizes, classes, a fingerprint."""
+    """Decode the images into ``folder`` and return what identifies them: name, sizes, classes, a fingerprint.
+
+    Raises:
+        UserError: the source has fewer images than are asked for.
+    """
     count, held_out = split_sizes(source, limit, validation, tune_limit)
     tune = tune_limit or count
     pixels, labels = source.train(max(count, tune + held_out))
     test_pixels, test_labels = source.test()
+    if test_limit is not None and test_limit > len(test_labels):
+        raise UserError(f"--test-limit {test_limit}: {source.name} has {len(test_labels)} test images")
     arrays = {
         "train": (pixels[:count], labels[:count]),
         "validation": (pixels[tune : tune + held_out], labels[tune : tune + held_out]),
-        "test": (test_pixels, test_labels),
+        "test": (test_pixels[:test_limit], test_labels[:test_limit]),
     }
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()

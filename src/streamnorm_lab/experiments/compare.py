@@ -102,6 +102,7 @@ class Compare(ImageExperiment):
             self.limit,
             self.validation,
             self.tune_limit,
+            self.test_limit,
             self.epochs,
             self.curve_images,
             self.device,

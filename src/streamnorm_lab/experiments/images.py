@@ -51,6 +51,9 @@ class ImageTraining(Experiment[Data]):
     """Choose rates with short runs, on the first so many training images; the validation images then are those right
     after these, and the final runs may train on them too. Default: rates are chosen with whole runs."""
 
+    test_limit: Amount = None
+    """Test on so many images, the first ones, where a network is slow. Default: all."""
+
     momentum: Annotated[float, Between(0, 1, below=True)] = 0.9
     """Momentum of SGD."""
 
@@ -73,6 +76,7 @@ class ImageTraining(Experiment[Data]):
             self.limit,
             self.validation,
             self.tune_limit,
+            self.test_limit,
             self.epochs,
             self.curve_images,
             self.device,

@@ -105,7 +105,7 @@ class ImageWords(Words):
         data = config["data"]
         return (
             "Final test accuracy of each method at each setting",
-            f"Accuracy on all {data['test']:,} test images, mean over seeds with its 95% interval, each method at its "
+            f"Accuracy on {data['test']:,} test images, mean over seeds with its 95% interval, each method at its "
             "own best learning rate.",
         )
 

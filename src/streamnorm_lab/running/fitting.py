@@ -51,12 +51,13 @@ def fitted(experiment: ExperimentT, images: Images, minutes: float) -> Experimen
     short = experiment.tune_limit or planned
     largest = max(setting.update for setting in experiment.parsed_settings())
     data = _some(images, min(planned, 4 * largest))
+    tested = min(source.test_size, experiment.test_limit or source.test_size)
     training = evaluation = 0.0
     for method, setting in cells(experiment):
         speed = _speed(experiment, method, setting, data)
         trials = len(experiment.rates) * experiment.tune_seeds
         training += speed.train * experiment.epochs * (trials * short + experiment.seeds * planned)
-        points = experiment.points * min(experiment.curve_images, source.test_size) + source.test_size
+        points = experiment.points * min(experiment.curve_images, tested) + tested
         evaluation += speed.evaluate * (trials * validation + experiment.seeds * points)
     available = 60 * minutes * SHARE * min(experiment.jobs or usable_cores(), len(cells(experiment)))
     share = (available - evaluation) / max(training, 1e-9)

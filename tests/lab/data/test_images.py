@@ -38,6 +38,15 @@ def test_short_runs_that_do_not_fit(tune_limit):
         split_sizes(digits(), 100, 30, tune_limit)
 
 
+def test_fewer_test_images(tmp_path):
+    about = prepare(digits(), 100, 30, tmp_path, test_limit=20)
+    data = load(tmp_path)
+    assert about["test"] == len(data.test) == 20
+    assert torch.equal(data.test.labels, torch.as_tensor(digits().test()[1][:20]))
+    with pytest.raises(UserError, match="--test-limit 501: digits has 500 test images"):
+        prepare(digits(), 100, 30, tmp_path, test_limit=501)
+
+
 def test_training_images_are_standardized_and_others_with_the_same_numbers(tmp_path):
     prepare(digits(), 100, 30, tmp_path)
     data = load(tmp_path)

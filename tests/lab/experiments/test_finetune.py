@@ -149,11 +149,12 @@ def test_a_network_of_a_package(package: nn.Module, tmp_path: Path) -> None:
     experiment = Finetune(backbone="efficientnet-lite0", limit=40, validation=20)
     task = experiment.task
     made = FinetuneImages(
-        of_files("white", "", (60, 60), samples, samples), 40, 20, None, None, "efficientnet-lite0", 8, 1
+        of_files("white", "", (60, 60), samples, samples), 40, 20, None, 30, None, "efficientnet-lite0", 8, 1
     )
     facts = made.prepare(tmp_path / "cache")
     assert "first_accuracy" not in facts
     data = task.load(tmp_path / "cache")
+    assert len(data.test) == 30
     assert torch.equal(data.train.batch(slice(0, 1))[0], torch.ones(1, 3, 8, 8))  # (255 − 127) / 128
     model = experiment.model(data, "streaming-l1")
     assert isinstance(model.norm, sn.StreamingNorm2d)

@@ -26,7 +26,7 @@ FREE = {
 
 @pytest.mark.parametrize("kind", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_which_options_decide_the_numbers(kind):
-    images = {"validation", "tune_limit", "device"} if kind.kind.unit == "images" else set()
+    images = {"validation", "tune_limit", "test_limit", "device"} if kind.kind.unit == "images" else set()
     assert {name for name, hint in hints(kind).items() if is_free(hint)} == FREE | images
     assert list(kind().identity()) == [name for name in hints(kind) if name not in FREE | images]
 
