@@ -18,7 +18,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 from streamnorm import ops
 from streamnorm.training import runaway
 
-if (os.environ.get("TRITON_INTERPRET") == "1") != ops.gpu.INTERPRETED:
+if (os.environ.get("TRITON_INTERPRET") == "1") != ops.gpu.device.INTERPRETED:
     raise RuntimeError("streamnorm was imported before it was said whether Triton interprets its kernels")
 
 # Test processes share the cores between them (make test).

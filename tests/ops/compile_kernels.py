@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.ops import gpu
+from streamnorm.ops.gpu import device, kernels
 from streamnorm.recurrent.engines import gpu as recurrent_gpu
 
 done: set[str] = set()
@@ -40,12 +40,10 @@ class Hopper:
 
 
 def compile_layer_kernel(
-    name: str, grid: tuple[int, ...], cut: gpu.Cut | None, arguments: tuple[Any, ...], constants: dict[str, Any]
+    name: str, grid: tuple[int, ...], warps: int, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
-    """In the place of ``gpu._launch``."""
-    kernel = getattr(gpu._kernels(), name)
-    wanted = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    compile_instead(kernel, grid, arguments, wanted, 4 if cut is None else cut.warps)
+    """In the place of ``device.launch``."""
+    compile_instead(getattr(kernels, name), grid, arguments, constants, warps)
 
 
 def compile_recurrent_kernel(
@@ -124,10 +122,10 @@ def step(layer: Any, x: Tensor) -> None:
 
 def main() -> None:
     """Each way, layout and dtype at least once, and each network."""
-    gpu.INTERPRETED = True  # this engine takes CPU tensors; nothing is interpreted, since nothing is launched
-    gpu._missing = lambda: None  # type: ignore[assignment]
-    gpu._processors = lambda device: 132  # type: ignore[assignment]
-    gpu._launch = compile_layer_kernel
+    device.INTERPRETED = True  # this engine takes CPU tensors; nothing is interpreted, since nothing is launched
+    device.missing = lambda: None  # type: ignore[assignment]
+    device.processors = lambda device: 132  # type: ignore[assignment]
+    device.launch = compile_layer_kernel
     recurrent_gpu._launch = compile_recurrent_kernel
     triton.runtime.driver.set_active(Hopper())
     last = torch.channels_last

@@ -25,11 +25,12 @@ from torch.overrides import BaseTorchFunctionMode
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.ops import Call, gpu
+from streamnorm.ops import Call
+from streamnorm.ops.gpu import ENGINE, commit, cut, device, passes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(gpu.ENGINE.status().startswith("not available"), reason=gpu.ENGINE.status()),
+    pytest.mark.skipif(ENGINE.status().startswith("not available"), reason=ENGINE.status()),
     # NumPy, by which the interpreter computes, warns of what is not finite.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     *([pytest.mark.cuda] if DEVICE == "cuda" else []),
@@ -66,14 +67,14 @@ def _way(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if name == "split":
         constants = {"WHOLE_ELEMENTS": 0, "WHOLE_ELEMENTS_OF_MANY": 0, "TILE": 32, "PROGRAMS_PER_PROCESSOR": 6}
         for constant, value in constants.items():
-            monkeypatch.setattr(gpu, constant, value)
+            monkeypatch.setattr(cut, constant, value)
     _forget_cuts()
     yield name
     _forget_cuts()
 
 
 def _forget_cuts() -> None:
-    for cached in (gpu._whole, gpu._split, gpu._plan):
+    for cached in (cut.cut_whole, cut.cut_split, passes.plan):
         cached.cache_clear()
 
 
@@ -130,13 +131,13 @@ def check(
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched."""
     names: list[str] = []
-    launch = gpu._launch
+    launch = device.launch
 
     def noted(name: str, *arguments: Any) -> None:
         names.append(name)
         launch(name, *arguments)
 
-    monkeypatch.setattr(gpu, "_launch", noted)
+    monkeypatch.setattr(device, "launch", noted)
     return names
 
 
@@ -364,7 +365,7 @@ def test_which_inputs_it_takes() -> None:
 
     def takes(x: Tensor, ref: sn.NormRef = layer.ref, mask: Tensor | None = None) -> bool:
         view = ref.view(tuple(x.shape))
-        return gpu.ENGINE.takes(Call(x, None, None, mask, view, layer.formula, layer.to(DEVICE).state))
+        return ENGINE.takes(Call(x, None, None, mask, view, layer.formula, layer.to(DEVICE).state))
 
     class Special(Tensor):
         pass
@@ -459,15 +460,15 @@ def test_a_graph_keeps_what_its_commit_reads(monkeypatch: pytest.MonkeyPatch) ->
     layer, other = sn.StreamingNorm1d(3).to(DEVICE), sn.StreamingNorm1d(2).to(DEVICE)
     with ops.force("triton"):
         ops.commit([(layer.state, layer.formula)])
-        table = weakref.ref(gpu._table((gpu._row((layer.state, layer.formula)),), layer.long.device)[0])
-        monkeypatch.setattr(gpu, "_captured", {})
-        monkeypatch.setattr(gpu, "_is_capturing", lambda: True)
+        table = weakref.ref(commit._table((commit._row((layer.state, layer.formula)),), layer.long.device)[0])
+        monkeypatch.setattr(commit, "_captured", {})
+        monkeypatch.setattr(device, "is_capturing", lambda: True)
         ops.commit([(layer.state, layer.formula)])
         with pytest.raises(RuntimeError, match="run a few whole training steps first"):
             ops.commit([(other.state, other.formula)])
-    gpu._table.cache_clear()
+    commit._table.cache_clear()
     assert table() is not None
-    gpu._captured.clear()
+    commit._captured.clear()
     assert table() is None
 
 
@@ -509,24 +510,24 @@ def test_statistics_of_a_call_are_given_out() -> None:
     stats = torch.empty(2, 3, device=DEVICE)
     view = layer.ref.view((5, 3))
     formula = layer.formula._replace(alpha=(0.0, 0.0, 1.0), window=None)
-    gpu.ENGINE.normalize(Call(x, None, None, None, view, formula, layer.state, stats=stats))
+    ENGINE.normalize(Call(x, None, None, None, view, formula, layer.state, stats=stats))
     assert near(stats, torch.stack((x.mean(0), (x - x.mean(0)).abs().mean(0))), 1e-6)
 
 
 def test_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu._missing.cache_clear()
-    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    device.missing.cache_clear()
+    monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     try:
-        assert "finds no CUDA device; GPU tensors take the PyTorch engine" in gpu.ENGINE.status()
-        gpu._missing.cache_clear()
+        assert "finds no CUDA device; GPU tensors take the PyTorch engine" in ENGINE.status()
+        device.missing.cache_clear()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert "Triton is not installed" in ops.engines()["triton"]
         view, formula = sn.NormRef.batch("channel").view((2, 3)), sn.StreamingNorm1d(3).formula
-        assert not gpu.ENGINE.takes(Call(torch.randn(2, 3), None, None, None, view, formula))
+        assert not ENGINE.takes(Call(torch.randn(2, 3), None, None, None, view, formula))
     finally:
-        gpu._missing.cache_clear()
+        device.missing.cache_clear()
 
 
 def test_every_kernel_compiles() -> None:
@@ -600,10 +601,10 @@ def test_a_device_that_is_not_the_current_one() -> None:
     """Kernels run where the tensors are: forward, backward on autograd's thread, and the commit."""
     results = []
     x, dy = torch.randn(2, 6, 3)
-    for device in ("cuda:0", "cuda:1"):
-        layer, own = sn.StreamingNorm1d(3).to(device), x.to(device).requires_grad_()
+    for place in ("cuda:0", "cuda:1"):
+        layer, own = sn.StreamingNorm1d(3).to(place), x.to(place).requires_grad_()
         with ops.force("triton"):
-            layer(own).backward(dy.to(device))
+            layer(own).backward(dy.to(place))
             before = [buffer.clone() for buffer in layer.state]
             sn.commit(layer)
         assert own.grad is not None

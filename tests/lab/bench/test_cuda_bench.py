@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from streamnorm import ops
-from streamnorm.ops import gpu
+from streamnorm.ops.gpu import ENGINE
+from streamnorm.ops.gpu.device import INTERPRETED
 from streamnorm.recurrent.engines import gpu as recurrent_gpu
 from streamnorm_lab.bench import cuda
 from streamnorm_lab.bench import cuda_cases as cuda_cases_module
@@ -176,7 +177,7 @@ def test_every_contestant_trains() -> None:
         steps.together[0]()
 
 
-@pytest.mark.skipif(gpu.ENGINE.status().startswith("not available"), reason=gpu.ENGINE.status())
+@pytest.mark.skipif(ENGINE.status().startswith("not available"), reason=ENGINE.status())
 def test_the_gru_is_timed_on_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted where there is no GPU, which has to be forced."""
     launched = []
@@ -188,8 +189,8 @@ def test_the_gru_is_timed_on_its_own_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(recurrent_gpu, "_launch", noted)
     monkeypatch.setattr(cuda_cases_module, "STEPS", 2)
-    device = torch.device("cpu" if gpu.INTERPRETED else "cuda")
-    with ops.force("triton") if gpu.INTERPRETED else nullcontext():
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    with ops.force("triton") if INTERPRETED else nullcontext():
         _recurrent(1, 4, device)["sn.GRU streaming"]().together[0]()
     assert launched == ["forward_step"] * 2 + ["backward_step"] * 2
 

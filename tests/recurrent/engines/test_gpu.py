@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 import streamnorm as sn
 from streamnorm import ops
-from streamnorm.ops import gpu as engine
+from streamnorm.ops.gpu import ENGINE, device
 from streamnorm.recurrent.engines import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(engine.ENGINE.status().startswith("not available"), reason=engine.ENGINE.status()),
+    pytest.mark.skipif(ENGINE.status().startswith("not available"), reason=ENGINE.status()),
     # NumPy, by which the interpreter computes, warns of what is not finite.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     *([pytest.mark.cuda] if DEVICE == "cuda" else []),
@@ -48,14 +48,14 @@ WIDE = torch.float64
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched, those of the other layers among them."""
     names: list[str] = []
-    for module in (gpu, engine):
-
-        def noted(name: str, *arguments: Any, launch: Callable[..., None] = module._launch) -> None:
-            names.append(name)
-            launch(name, *arguments)
-
-        monkeypatch.setattr(module, "_launch", noted)
+    for module, function in ((gpu, "_launch"), (device, "launch")):
+        monkeypatch.setattr(module, function, partial(_noted, names, getattr(module, function)))
     return names
+
+
+def _noted(names: list[str], launch: Callable[..., None], name: str, *arguments: Any) -> None:
+    names.append(name)
+    launch(name, *arguments)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Each time step is one matrix product with the hidden state and one Triton kernel: statistics of both paths and their
 streams, gates, the new state; backward likewise, from the last step to the first. The input's products of all steps
-are one product, and so are the weights' gradients. ``gpu_kernels.py`` has the kernels, and ``ops/gpu.py`` says when
+are one product, and so are the weights' gradients. ``gpu_kernels.py`` has the kernels, and ``ops/gpu`` says when
 Triton runs here. Nothing is read back from the device, so a training step can be captured into a CUDA graph: what the
 window rule asks for is a counter on the device, to which a kernel adds how far the sequence has come.
 """
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ...core.reference import NormRef
-from ...core.spec import Formula, State
 from ...layers import Norm
-from ...ops import gpu
 from ...ops.another_pass import another_pass
 from ...ops.checks import check_state
+from ...ops.gpu import device
+from ...ops.gpu.arguments import Affine, Stream, backward_stream, forward_stream, use_of
+from ...ops.gpu.cut import ceil, power_of_two
+from ...ops.gpu.engine import fits, flat
 from ..steps import GATES, Hidden, Norms, Weights
 from . import sequence
 from .sequence import Gradient, Tensors, after_last, states_before
@@ -51,32 +53,27 @@ def supports(kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights:
         and all(_is_plain(t) and t.device == data.device for t in (data, *hidden, *weights) if t is not None)
         and all(norm is None or norm.long.device == data.device for norm in norms)
         and not torch._C._len_torch_dispatch_stack()
-        and not gpu.is_watched()
+        and not device.is_watched()
         and torch._C._get_tracing_state() is None
         and sequence.supports(data, sizes, hidden, weights, norms)
     )
 
 
 def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, nn.Parameter) and gpu._on_device(t)
+    return type(t) in (Tensor, nn.Parameter) and device.holds(t)
 
 
 def _is_known(norm: nn.Module) -> bool:
-    return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and gpu.fits(norm.state)
+    return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and fits(norm.state)
 
 
 class _Path(NamedTuple):
     """A path as the kernels see it; without a norm it has products and a bias alone. The stream is one direction's."""
 
     products: Tensor
-    gain: Tensor | None
-    bias: Tensor | None
+    affine: Affine
     saved: Tensor | None = None
-    long: Tensor | None = None
-    short: Tensor | None = None
-    count: Tensor | None = None  # type: ignore[assignment]  # a tuple method of that name is of no use here
-    samples: Tensor | None = None
-    seen: Tensor | None = None
+    stream: Stream = Stream()
 
 
 class _Into(NamedTuple):
@@ -84,9 +81,8 @@ class _Into(NamedTuple):
 
     dy: Tensor
     dx: Tensor | None
-    d_gain: Tensor
-    d_bias: Tensor
-    scale: Tensor | None
+    gradients: Affine
+    loss_scale: Tensor | None
 
 
 class _States(NamedTuple):
@@ -106,27 +102,6 @@ class _Gradients(NamedTuple):
     cells: Tensor | None
 
 
-class _Use(NamedTuple):
-    """The constants of a norm's use in one direction: the formula's, and α or β."""
-
-    p: float
-    centered: bool
-    k: float
-    eps: float
-    tiny: float
-    w1: float
-    w2: float
-    w3: float
-    window: float
-    floor: float
-
-
-def _use(formula: Formula, backward: bool, dtype: torch.dtype) -> _Use:
-    mix, window = (formula.beta, formula.grad_window) if backward else (formula.alpha, formula.window)
-    numbers = (*((0.0, 0.0, 0.0) if mix is None else mix), window or 0.0, formula.floor)
-    return _Use(formula.p, formula.centered, formula.k, formula.eps, torch.finfo(dtype).tiny, *numbers)
-
-
 class Cut(NamedTuple):
     """How a step is cut into programs."""
 
@@ -140,11 +115,11 @@ class Cut(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _cut(rows: int, hidden: int, gates: int) -> Cut:
-    units = min(MOST_UNITS, gpu._power_of_two(hidden))
-    columns = units * gpu._power_of_two(gates)
-    tile = min(MOST_ROWS, gpu._power_of_two(rows))
+    units = min(MOST_UNITS, power_of_two(hidden))
+    columns = units * power_of_two(gates)
+    tile = min(MOST_ROWS, power_of_two(rows))
     warps = max(1, min(8, tile * columns // ELEMENTS_PER_WARP))
-    return Cut(units, tile, gpu._ceil(rows, tile), gpu._ceil(hidden, units), warps, columns)
+    return Cut(units, tile, ceil(rows, tile), ceil(hidden, units), warps, columns)
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -155,7 +130,7 @@ def _at_device(method: _Method) -> _Method:
 
     @wraps(method)
     def launched(self: Any, t: Tensors, *rest: Any) -> Any:
-        with gpu._device(t.data):
+        with device.current(t.data):
             return method(self, t, *rest)
 
     return cast(_Method, launched)
@@ -173,7 +148,7 @@ class _Pass:
         self.starts = [0, *accumulate(sizes)]
         self.hidden, self.features = t.w_hh.shape[1], GATES[kind] * t.w_hh.shape[1]
         self.cut = _cut(sizes[0], self.hidden, GATES[kind])
-        self.h0, self.c0 = t.h.resolve_neg().contiguous(), gpu._flat(t.c)
+        self.h0, self.c0 = t.h.resolve_neg().contiguous(), flat(t.c)
         new = t.data.new_empty
         self.cells = new(self.starts[-1], self.hidden) if kind == "LSTM" else None
         self.x = self._path(norms.ih, t.data @ t.w_ih.t(), t.gain_ih, t.b_ih)
@@ -181,14 +156,13 @@ class _Pass:
 
     def _path(self, norm: nn.Module | None, products: Tensor, gain: Tensor | None, bias: Tensor | None) -> _Path:
         saved = None if norm is None else products.new_empty(len(self.sizes), 4, self.features)
-        gain, bias = (None if t is None else gpu._flat(t.detach()) for t in (gain, bias))
-        return _Path(products, gain, bias, saved)
+        return _Path(products, Affine(*(None if t is None else flat(t.detach()) for t in (gain, bias))), saved)
 
     @_at_device
     def forward(self, t: Tensors) -> tuple[Tensor, ...]:
         """All steps."""
         output = self.h.products.new_empty(self.starts[-1], self.hidden)
-        x, h = (_forward_stream(path, state) for path, state in zip((self.x, self.h), self.states))
+        x, h = (path._replace(stream=forward_stream(state)) for path, state in zip((self.x, self.h), self.states))
         constants = self._constants(backward=False)
         w_t, products = t.w_hh.t(), self.h.products.split(self.sizes)
         for number, before in enumerate(states_before(self.h0, output, self.sizes)):
@@ -201,8 +175,8 @@ class _Pass:
 
     def _constants(self, *, backward: bool) -> dict[str, Any]:
         """What the kernels of one direction must know beforehand."""
-        dtype, tl = self.h.products.dtype, gpu._kernels().tl
-        of_x, of_h = (f if f is None else _use(f, backward, dtype) for f in self.formulas)
+        dtype = self.h.products.dtype
+        of_x, of_h = (f if f is None else use_of(f, dtype, backward=backward) for f in self.formulas)
         return {
             "OF_X": of_x,
             "OF_H": of_h,
@@ -212,7 +186,6 @@ class _Pass:
             "TILES": self.cut.tiles,
             "UNITS": self.cut.units,
             "COLS": self.cut.columns,
-            "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         }
 
     def _states(self, number: int, output: Tensor) -> _States:
@@ -251,7 +224,7 @@ class _Pass:
         others = [another_pass(state, n) if self.was_passed else None for state, n in zip(self.states, uses)]
         self.was_passed = True
         now = (state if other is None else other.scratch for state, other in zip(self.states, others))
-        x, h = (_backward_stream(path, state) for path, state in zip((self.x, self.h), now))
+        x, h = (path._replace(stream=backward_stream(state)) for path, state in zip((self.x, self.h), now))
         for number in reversed(range(len(self.sizes))):
             into = (into_x, into_h if number > 0 or first_flows else into_h._replace(dx=None))
             numbers = self._numbers(number, after=total - self.starts[number])
@@ -265,10 +238,10 @@ class _Pass:
                 other.finish()
 
         found: dict[str, Gradient] = {
-            "gain_ih": into_x.d_gain,
-            "b_ih": into_x.d_bias,
-            "gain_hh": into_h.d_gain,
-            "b_hh": into_h.d_bias,
+            "gain_ih": into_x.gradients.gain,
+            "b_ih": into_x.gradients.bias,
+            "gain_hh": into_h.gradients.gain,
+            "b_hh": into_h.gradients.bias,
         }
         found["h"] = d_hidden
         if d_cells is not None:
@@ -283,33 +256,21 @@ class _Pass:
 
     def _into(self, d_x: Tensor | None, d_h: Tensor) -> tuple[_Into, _Into]:
         """Room for the gradients of both paths. Only in a GRU those of their gates differ."""
-        d_affine = d_h.new_zeros(4, self.features)
+        gain_x, bias_x, gain_h, bias_h = d_h.new_zeros(4, self.features)
         dy_x = d_h.new_empty(self.sizes[0], self.features)
         dy_h = torch.empty_like(dy_x) if self.kind == "GRU" else dy_x
         scale_x, scale_h = (_grad_scale(norm, d_h) for norm in self.norms[:2])
-        return _Into(dy_x, d_x, d_affine[0], d_affine[1], scale_x), _Into(dy_h, d_h, d_affine[2], d_affine[3], scale_h)
+        return _Into(dy_x, d_x, Affine(gain_x, bias_x), scale_x), _Into(dy_h, d_h, Affine(gain_h, bias_h), scale_h)
 
 
 def _copy(t: Tensor) -> Tensor:
     return t.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
-def _forward_stream(path: _Path, state: State | None) -> _Path:
-    if state is None:
-        return path
-    return path._replace(long=state.long, short=state.short, count=state.count, samples=state.samples, seen=state.seen)
-
-
-def _backward_stream(path: _Path, s: State | None) -> _Path:
-    if s is None:
-        return path
-    return path._replace(long=s.long_grad, short=s.short_grad, count=s.grad_count, samples=s.grad_samples)
-
-
 def _count(path: _Path, samples: int) -> None:
     """Once the kernels of a sequence have counted for themselves."""
-    if path.samples is not None:
-        path.samples.add_(samples)
+    if path.stream.samples is not None:
+        path.stream.samples.add_(samples)
 
 
 def _grad_scale(norm: nn.Module | None, like: Tensor) -> Tensor | None:

@@ -17,20 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...ops.gpu_kernels import (
-    _advance,
-    _derivative_of_power,
-    _gain_and_bias,
-    _input_gradient_tile,
-    _load,
-    _location,
-    _paths,
-    _power,
-    _recent,
-    _save,
-    _total,
-    _wait_for_readers,
+from ...ops.gpu.arguments import Affine, Statistics
+from ...ops.gpu.kernels.formulas import (
+    advance,
+    derivative_of_power,
+    gain_and_bias,
+    input_gradient_of,
+    location,
+    paths,
+    save,
+    to_power,
+    wait_for_readers,
+    weight_of_short,
 )
+from ...ops.gpu.kernels.tiles import load, sum_of
 
 
 @triton.jit
@@ -81,37 +81,22 @@ def _collect_statistics(
     total = tl.zeros((ROWS, COLS), WIDE)
     for t in range(TILES):
         row, exists = _rows(t, rows, ROWS)
-        total += _load(path.products, (first + row) * G + g, exists & live, WIDE)
-    b_mu = _total(total, True) / rows
-    recent = _recent(path.samples, path.seen, after, use.window)
-    mu = _location(b_mu, g, live, rows, path.long, path.short, path.count, recent, use.w1, use.w2, use.w3, use.window)
+        total += load(path.products, (first + row) * G + g, exists & live, WIDE)
+    b_mu = sum_of(total, True) / rows
+    statistics = Statistics(g, live, rows, G)
+    recent = weight_of_short(path.stream, after, use)
+    mu = location(b_mu, statistics, path.stream, recent, use)
 
     powers = tl.zeros((ROWS, COLS), WIDE)
     for t in range(TILES):
         row, exists = _rows(t, rows, ROWS)
-        d = _load(path.products, (first + row) * G + g, exists & live, WIDE)
+        d = load(path.products, (first + row) * G + g, exists & live, WIDE)
         if use.centered:
             d = d - mu
-        powers += tl.where(exists, _power(tl.abs(d), use.p), 0)
-    b_m = _total(powers, True) / rows
-    m, finite = _advance(
-        b_mu,
-        b_m,
-        g,
-        live,
-        rows,
-        G,
-        path.long,
-        path.short,
-        path.count,
-        recent,
-        use.w1,
-        use.w2,
-        use.w3,
-        use.window,
-        use.floor,
-    )
-    _save(_saved_at(path, number, G), g, live, G, mu, m, finite, use.p, use.k, use.eps, use.tiny)
+        powers += tl.where(exists, to_power(tl.abs(d), use.p), 0)
+    b_m = sum_of(powers, True) / rows
+    m, finite = advance(b_mu, b_m, statistics, path.stream, recent, use)
+    save(_saved_at(path, number, G), statistics, mu, m, finite, use)
 
 
 @triton.jit
@@ -124,8 +109,8 @@ def _saved_at(path, number, G):
 def _normalized(path, number, gate, row, exists, unit, live, H, G, WIDE: tl.constexpr):
     """N(products) + bias of some units in one gate."""
     g = gate * H + unit
-    value = _load(path.products, row * G + g, exists & live, WIDE)
-    gain, bias = _gain_and_bias(path.gain, path.bias, g, live, WIDE)
+    value = load(path.products, row * G + g, exists & live, WIDE)
+    gain, bias = gain_and_bias(path.affine, g, live, WIDE)
     if path.saved is not None:
         saved = _saved_at(path, number, G)
         inverse = tl.load(saved + G + g, mask=live, other=0)
@@ -190,13 +175,13 @@ def forward_step(
     TILES: tl.constexpr,
     UNITS: tl.constexpr,
     COLS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """A step, from the products of both paths to the hidden state.
 
     Its rows begin at ``first``, those of the state before it at ``before`` of ``states.previous``; ``after`` samples of
     this sequence have been seen once it is done.
     """
+    WIDE: tl.constexpr = x.products.dtype.element_ty
     G = GATES * H
     g, live = _features(H, GATES, UNITS, COLS)
     if x.saved is not None:
@@ -213,10 +198,10 @@ def forward_step(
         row = first + row
         if KIND == "GRU":
             _, update, _, new = _gru_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
-            state = new + update * (_load(states.previous, at_before, inside, WIDE) - new)
+            state = new + update * (load(states.previous, at_before, inside, WIDE) - new)
         elif KIND == "LSTM":
             input, forget, candidate, output = _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
-            cell = forget * _load(states.previous_cells, at_before, inside, WIDE) + input * candidate
+            cell = forget * load(states.previous_cells, at_before, inside, WIDE) + input * candidate
             tl.store(states.cells + at, cell, mask=inside)
             state = output * _tanh(cell)
         else:
@@ -247,7 +232,6 @@ def backward_step(
     TILES: tl.constexpr,
     UNITS: tl.constexpr,
     COLS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """A step, from the gradient of its hidden state to those of the products.
 
@@ -255,6 +239,7 @@ def backward_step(
     goes out as what goes to the state before past the matrix product. The gates are computed again: to keep them would
     cost more memory than time.
     """
+    WIDE: tl.constexpr = x.products.dtype.element_ty
     G = GATES * H
     unit, live = _units(H, UNITS)
     for t in range(TILES):
@@ -262,35 +247,35 @@ def backward_step(
         inside = exists & live
         row = first + local
         at, at_before, at_gradient = row * H + unit, (before + local) * H + unit, local * H + unit
-        d = _load(gradients.hidden, at_gradient, inside, WIDE)
+        d = load(gradients.hidden, at_gradient, inside, WIDE)
         if gradients.output is not None:
-            d += _load(gradients.output, at, inside, WIDE)
+            d += load(gradients.output, at, inside, WIDE)
         d_x, d_h = into_x.dy + local * G + unit, into_h.dy + local * G + unit
         if KIND == "GRU":
             reset, update, past, new = _gru_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
             d_new = d * (1 - update) * (1 - new * new)
-            d_update = d * (_load(states.previous, at_before, inside, WIDE) - new) * update * (1 - update)
+            d_update = d * (load(states.previous, at_before, inside, WIDE) - new) * update * (1 - update)
             d_reset = d_new * past * reset * (1 - reset)
             _store_gates(d_x, H, inside, (d_reset, d_update, d_new))
             _store_gates(d_h, H, inside, (d_reset, d_update, d_new * reset))
             into_past = d * update
         elif KIND == "LSTM":
             input, forget, candidate, output = _lstm_gates(x, h, number, row, exists, unit, live, H, G, WIDE)
-            squashed = _tanh(_load(states.cells, at, inside, WIDE))
-            d_cell = _load(gradients.cells, at_gradient, inside, WIDE) + d * output * (1 - squashed * squashed)
+            squashed = _tanh(load(states.cells, at, inside, WIDE))
+            d_cell = load(gradients.cells, at_gradient, inside, WIDE) + d * output * (1 - squashed * squashed)
             d_input = d_cell * candidate * input * (1 - input)
-            d_forget = d_cell * _load(states.previous_cells, at_before, inside, WIDE) * forget * (1 - forget)
+            d_forget = d_cell * load(states.previous_cells, at_before, inside, WIDE) * forget * (1 - forget)
             d_candidate = d_cell * input * (1 - candidate * candidate)
             _store_gates(d_x, H, inside, (d_input, d_forget, d_candidate, d * squashed * output * (1 - output)))
             into_past = tl.zeros_like(d)
-            _wait_for_readers()
+            wait_for_readers()
             tl.store(gradients.cells + at_gradient, d_cell * forget, mask=inside)
         else:
-            state = _load(states.output, at, inside, WIDE)
+            state = load(states.output, at, inside, WIDE)
             d_sum = d * (1 - state * state) if KIND == "RNN_TANH" else tl.where(state <= 0, 0, d)
             tl.store(d_x, d_sum, mask=inside)
             into_past = tl.zeros_like(d)
-        _wait_for_readers()
+        wait_for_readers()
         tl.store(gradients.hidden + at_gradient, into_past, mask=inside)
     _wait_for_writers()
 
@@ -335,7 +320,7 @@ def _path_backward(
         mu = tl.load(saved + g, mask=live, other=0)
         inverse = tl.load(saved + G + g, mask=live, other=0)
         slope = tl.load(saved + 2 * G + g, mask=live, other=0)
-    gain, _ = _gain_and_bias(path.gain, None, g, live, WIDE)
+    gain, _ = gain_and_bias(Affine(path.affine.gain, None), g, live, WIDE)
 
     sum_dy = tl.zeros((ROWS, COLS), WIDE)
     sum_dyx = tl.zeros((ROWS, COLS), WIDE)
@@ -343,55 +328,46 @@ def _path_backward(
     for t in range(TILES):
         row, exists = _rows(t, rows, ROWS)
         inside = exists & live
-        dy = _load(into.dy, row * G + g, inside, WIDE)
+        dy = load(into.dy, row * G + g, inside, WIDE)
         sum_dy += dy
         if path.saved is not None:
-            from_mu = _load(path.products, (first + row) * G + g, inside, WIDE) - mu
+            from_mu = load(path.products, (first + row) * G + g, inside, WIDE) - mu
             sum_dyx += tl.where(exists, dy * from_mu, 0)
             if use.centered:
-                sum_u += tl.where(exists, _derivative_of_power(from_mu, use.p), 0)
-    d_bias, d_gain = _total(sum_dy, True), _total(sum_dyx, True)
-    _grow(into.d_bias, g, live, d_bias)
+                sum_u += tl.where(exists, derivative_of_power(from_mu, use.p), 0)
+    d_bias, d_gain = sum_of(sum_dy, True), sum_of(sum_dyx, True)
+    _grow(into.gradients.bias, g, live, d_bias)
     if path.saved is not None:
-        _grow(into.d_gain, g, live, d_gain * inverse)
+        _grow(into.gradients.gain, g, live, d_gain * inverse)
         location_path = tl.zeros((1, COLS), WIDE)
         moment_path = tl.zeros((1, COLS), WIDE)
         if into.dx is not None:
-            location_path, moment_path = _paths(
+            total_u = sum_of(sum_u, True)
+            statistics = Statistics(g, live, rows, G)
+            recent = weight_of_short(path.stream, after, use)
+            location_path, moment_path = paths(
                 gain * d_bias,
                 gain * d_gain,
-                _total(sum_u, True),
-                g,
-                live,
-                rows,
-                G,
+                total_u,
+                statistics,
                 inverse,
                 slope,
-                into.scale,
-                path.long,
-                path.short,
-                path.count,
-                _recent(path.samples, None, after, use.window),
-                use.p,
-                use.centered,
-                use.w1,
-                use.w2,
-                use.w3,
-                use.window,
+                into.loss_scale,
+                path.stream,
+                recent,
+                use,
             )
     if into.dx is not None:
         cut = slope != slope  # NaN
         for t in range(TILES):
             row, exists = _rows(t, rows, ROWS)
             inside = exists & live
-            dx = _load(into.dy, row * G + g, inside, WIDE)
+            dx = load(into.dy, row * G + g, inside, WIDE)
             at = (first + row) * G + g
             if path.saved is not None:
-                x = _load(path.products, at, inside, WIDE)
-                dx = _input_gradient_tile(
-                    dx, x, mu, gain * inverse, location_path, moment_path, cut, use.p, use.centered
-                )
-            _wait_for_readers()  # dx may lie where the products do
+                x = load(path.products, at, inside, WIDE)
+                dx = input_gradient_of(dx, x, mu, gain * inverse, location_path, moment_path, cut, use.p, use.centered)
+            wait_for_readers()  # dx may lie where the products do
             tl.store(into.dx + at, dx, mask=inside)
 
 
@@ -399,5 +375,5 @@ def _path_backward(
 def _grow(pointer, g, live, more):
     """Add to what earlier steps have left."""
     grown = tl.load(pointer + g, mask=live, other=0) + more
-    _wait_for_readers()
+    wait_for_readers()
     tl.store(pointer + g, grown, mask=live)

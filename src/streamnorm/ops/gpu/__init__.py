@@ -1,0 +1,5 @@
+"""The Triton engine, on NVIDIA GPUs; ``engine.py`` explains it."""
+
+from .engine import ENGINE
+
+__all__ = ["ENGINE"]
