@@ -7,12 +7,14 @@ of that name in ``FACTS`` makes of the results. ``make reports`` writes them all
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+import streamnorm
 from streamnorm_lab.analysis.claims import FALSE, MIXED, OPEN, PARTLY
 from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.analysis.headline import plain
@@ -109,11 +111,22 @@ def small_batches(root: Path) -> str:
         for size in SIZES:
             words = f"{kind}, {Setting.parse(size).samples}"
             rows.append([words, *(_accuracy(results, name, size) for name in names)])
-    table = _table(["network, images in a mini-batch", *names.values()], rows)
-    return (
+    words = (
         "Test accuracy on CIFAR-10 in percent, each method at its best learning rate, mean ± 95% interval over seeds, "
-        f"after {_listed(saw)}:\n\n{table}"
+        f"after {_listed(saw)}:"
     )
+    table = _table(["network, images in a mini-batch", *names.values()], rows)
+    versions = {results.version for results, _ in of_small_batches(root)}
+    return "\n\n".join([words, table, *_older(versions, "docs/")])
+
+
+def _older(versions: set[str], docs: str = "") -> list[str]:
+    """A note where layers were of an earlier version than this one, whose defaults differ."""
+    now = ".".join(streamnorm.__version__.split(".")[:2])
+    if not (older := sorted(versions - {now})):
+        return []
+    how = f"[how]({docs}experiments.md#versions)"
+    return [f"The defaults of streamnorm {now} differ from those of {_listed(older)} ({how})."]
 
 
 def _accuracy(results: Results, method: str, setting: str) -> str:
@@ -190,9 +203,10 @@ def situations(root: Path) -> str:
                 f"{difference_text(score, difference)} {score.unit}: {'not clear' if reading == 'not' else reading}",
             ]
         )
-    versions = sorted({results_of(newest(root, name, "batch", OURS)).version for _, name, _ in SITUATIONS})
+    versions = {results_of(newest(root, name, "batch", OURS)).version for _, name, _ in SITUATIONS}
     head = ["situation", "Streaming L1", "best of the others", "difference, paired by seed, and reading"]
-    return f"{_table(head, rows)}\n\nThe layers were those of streamnorm {_listed(versions)}."
+    said = [f"The layers were those of streamnorm {_listed(sorted(versions))}.", *_older(versions)]
+    return f"{_table(head, rows)}\n\n{' '.join(said)}"
 
 
 def _best_first(results: Results, setting: Setting) -> list[Cell]:
@@ -243,8 +257,48 @@ def targets(root: Path) -> str:
     }
     parts = [f"\n- {len(found)} of {kind}: {_listed(found)}." for kind, found in by_kind.items() if found]
     return (
-        f"In [bench](../results/bench/tables.txt) {met} of the {len(layers)} targets of `layers` and `one-pass` are "
-        f"met; the nearest of these are {near}. Over all suites {len(missed)} targets are missed:\n{''.join(parts)}"
+        f"In [bench](../results/bench/tables.txt) ({_machine(root / 'bench')}) {met} of the {len(layers)} targets of "
+        f"`layers` and `one-pass` are met; the nearest of these are {near}. Over all suites {len(missed)} targets are "
+        f"missed:\n{''.join(parts)}"
+    )
+
+
+def other_machines(root: Path) -> str:
+    """The targets met in the other benchmarks of whole steps, by folder."""
+    lines = []
+    for name, words in OTHER_BENCHMARKS:
+        aims = [aim for aim in _aims(root / name) if aim[2] == "time"]
+        met = sum(ratio <= bound for *_, ratio, bound in aims)
+        lines.append(
+            f"- [{name}](../results/{name}/tables.txt), {words} ({_machine(root / name)}): {met} of {len(aims)} targets "
+            "of time are met."
+        )
+    return "\n".join(lines)
+
+
+OTHER_BENCHMARKS = (
+    ("bench-kept", "with an allocator that keeps freed memory"),
+    ("bench-avx2", "that too, and both sides limited to AVX2"),
+    ("bench-intel", "on another processor, `layers` and `one-pass`"),
+)
+
+
+def _machine(folder: Path) -> str:
+    """The version and the processor of a benchmark."""
+    found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    return f"streamnorm {found['streamnorm']}, {found['processor']}"
+
+
+def moments_timed(root: Path) -> str:
+    """In how many cases L1 is faster than L2, or slower."""
+    rows = [
+        row for row in _csv(root / "bench" / "times.csv")
+        if row["part"] == "together" and row["ours"].endswith(" L1") and row["rival"].endswith(" L2")
+    ]  # fmt: skip
+    faster, slower = (sum(float(row["ratio_q3"]) < 1 for row in rows), sum(float(row["ratio_q1"]) > 1 for row in rows))
+    return (
+        f"In [bench](../results/bench/tables.txt) L1 is faster in {faster} of {len(rows)} cases and slower in {slower}; "
+        f"in the other {len(rows) - faster - slower} the quartiles include 1."
     )
 
 
@@ -304,6 +358,8 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "adaptation": adaptation,
     "adaptation-sentence": adaptation_sentence,
     "targets": targets,
+    "other-machines": other_machines,
+    "moments-timed": moments_timed,
     "gains": gains,
     "claims": claims,
 }
