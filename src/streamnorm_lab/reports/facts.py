@@ -270,8 +270,8 @@ def other_machines(root: Path) -> str:
         aims = [aim for aim in _aims(root / name) if aim[2] == "time"]
         met = sum(ratio <= bound for *_, ratio, bound in aims)
         lines.append(
-            f"- [{name}](../results/{name}/tables.txt), {words} ({_machine(root / name)}): {met} of {len(aims)} targets "
-            "of time are met."
+            f"- [{name}](../results/{name}/tables.txt), {words} ({_machine(root / name)}): {met} of {len(aims)} "
+            "targets of time are met."
         )
     return "\n".join(lines)
 
@@ -297,8 +297,8 @@ def moments_timed(root: Path) -> str:
     ]  # fmt: skip
     faster, slower = (sum(float(row["ratio_q3"]) < 1 for row in rows), sum(float(row["ratio_q1"]) > 1 for row in rows))
     return (
-        f"In [bench](../results/bench/tables.txt) L1 is faster in {faster} of {len(rows)} cases and slower in {slower}; "
-        f"in the other {len(rows) - faster - slower} the quartiles include 1."
+        f"In [bench](../results/bench/tables.txt) L1 is faster in {faster} of {len(rows)} cases and slower in "
+        f"{slower}; in the other {len(rows) - faster - slower} the quartiles include 1."
     )
 
 
