@@ -68,6 +68,7 @@ class Score:
 
 
 ACCURACY = Score("accuracy", lower_is_better=False, factor=100, digits=1, sign="%", unit="points")
+DICE = Score("dice", lower_is_better=False, factor=100, digits=1, sign="%", unit="points")
 LOSS = Score("loss", lower_is_better=True, factor=1, digits=3, sign=" nats", unit="nats")
 
 

@@ -108,7 +108,9 @@ class ImageTask(Task[Data]):
         images = self.tune_limit or images
         for setting in settings:
             if setting.samples > images:
-                raise UserError(f"setting {setting}: a mini-batch cannot have more than the {images} training images")
+                raise UserError(
+                    f"setting {setting}: a mini-batch cannot have more than the {images} training {source.samples}"
+                )
         return Images(source, self.limit, self.validation, self.tune_limit, self.test_limit)
 
     def load(self, folder: Path) -> Data:

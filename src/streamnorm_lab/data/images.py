@@ -27,7 +27,7 @@ SPLITS = ("train", "validation", "test")
 class Split:
     """Images kept as bytes, and standardized per channel whenever a batch of them is asked for.
 
-    Samples of another kind, which have no ``mean`` and ``std``, are given as they are.
+    Samples of another kind, which have no ``mean`` and ``std``, are given as they are. They may have many labels each.
     """
 
     pixels: Tensor
@@ -40,14 +40,15 @@ class Split:
 
     @property
     def count(self) -> int:
-        """The number of images."""
-        return len(self)
+        """The number of labels: one an image, or one for each place of a volume."""
+        return self.labels.numel()
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Standardized images, float32 of shape (n, C, H, W), and their labels."""
+        """Standardized images, float32 of shape (n, C, H, W), and their labels, those of each after the other."""
+        pixels, labels = self.pixels[index], self.labels[index].flatten()
         if self.mean is None or self.std is None:
-            return self.pixels[index].clone(), self.labels[index]
-        return self.pixels[index].float().sub_(self.mean).div_(self.std), self.labels[index]
+            return pixels.clone(), labels
+        return pixels.float().sub_(self.mean).div_(self.std), labels
 
     def to(self, device: str) -> Split:
         """The same images on a device."""
@@ -92,11 +93,13 @@ def split_sizes(
     held_out = source.default_validation if validation is None else validation
     count = source.default_train if limit is None else limit
     if tune_limit is not None and not 1 <= tune_limit <= count:
-        raise UserError(f"--tune-limit {tune_limit}: must be between 1 and the {count} training images of --limit")
+        raise UserError(
+            f"--tune-limit {tune_limit}: must be between 1 and the {count} training {source.samples} of --limit"
+        )
     if count < 1 or held_out < 1 or max(count, (tune_limit or count) + held_out) > source.train_size:
         message = (
             f"--limit {count} and --validation {held_out} do not fit {source.name}: "
-            f"it has {source.train_size} training images, and both must be at least 1"
+            f"it has {source.train_size} training {source.samples}, and both must be at least 1"
         )
         raise UserError(message)
     return count, held_out
@@ -120,7 +123,7 @@ def prepare(
     pixels, labels = source.train(max(count, tune + held_out))
     test_pixels, test_labels = source.test()
     if test_limit is not None and test_limit > len(test_labels):
-        raise UserError(f"--test-limit {test_limit}: {source.name} has {len(test_labels)} test images")
+        raise UserError(f"--test-limit {test_limit}: {source.name} has {len(test_labels)} test {source.samples}")
     arrays = {
         "train": (pixels[:count], labels[:count]),
         "validation": (pixels[tune : tune + held_out], labels[tune : tune + held_out]),
@@ -139,6 +142,7 @@ def prepare(
         "classes": source.classes or _classes(source.name, *(targets for _, targets in arrays.values())),
         "shape": list(pixels.shape[1:]),
         **({} if pixels.dtype == np.uint8 else {"dtype": str(pixels.dtype)}),
+        **({} if labels.ndim == 1 else {"targets": labels.shape[1]}),
         **{split: len(targets) for split, (_, targets) in arrays.items()},
         "tune": tune,
         "fingerprint": digest.hexdigest()[:16],
@@ -153,7 +157,8 @@ def load(folder: Path) -> Data:
     about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     kind = np.dtype(about.get("dtype", "uint8"))
     pixels = {s: _mapped(folder / f"{s}.pixels", kind, (about[s], *about["shape"])) for s in SPLITS}
-    labels = {s: _mapped(folder / f"{s}.labels", np.dtype(np.int64), (about[s],)) for s in SPLITS}
+    each = (about["targets"],) if "targets" in about else ()
+    labels = {s: _mapped(folder / f"{s}.labels", np.dtype(np.int64), (about[s], *each)) for s in SPLITS}
     mean, std = standardization(pixels["train"])
     splits = {s: Split(pixels[s], labels[s], mean, std) for s in SPLITS}
     return Data(about["classes"], **splits)

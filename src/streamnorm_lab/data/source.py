@@ -11,7 +11,7 @@ import numpy as np
 from streamnorm_lab.common.errors import UserError
 
 Samples = tuple[np.ndarray, np.ndarray]
-"""Inputs of shape (N, …), and labels, int64 of shape (N,). Images are uint8 of shape (N, C, H, W)."""
+"""Inputs of shape (N, …), and labels, int64 of shape (N,), or (N, places). Images are uint8 of shape (N, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Source:
 
     ``train(n)`` reads the first n training samples, ``test()`` all test samples. ``default_train`` and
     ``default_validation`` are how many training samples a first look trains on and chooses learning rates on.
-    ``classes`` is None where only the labels tell.
+    ``classes`` is None where only the labels tell, and ``samples`` what they are called.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Source:
     default_validation: int
     train: Callable[[int], Samples]
     test: Callable[[], Samples]
+    samples: str = "images"
 
 
 def of_files(

@@ -125,6 +125,11 @@ class Task(ABC, Generic[DataT]):
         """The options that say how much of the data is used, with what they came to."""
 
     @staticmethod
+    def measure(logits: Tensor, targets: Tensor, samples: int) -> Mapping[str, float]:
+        """Scores beside loss and accuracy, summed over the samples; their means are reported."""
+        return {}
+
+    @staticmethod
     @abstractmethod
     def guess(classes: int) -> Scores:
         """The scores of guessing, with which a run that diverged counts."""

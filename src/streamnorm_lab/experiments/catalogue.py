@@ -18,6 +18,7 @@ from streamnorm_lab.experiments.online_fc import OnlineFC
 from streamnorm_lab.experiments.recurrent_conv import RecurrentConv
 from streamnorm_lab.experiments.resnet import ResNet
 from streamnorm_lab.experiments.variants import Variants
+from streamnorm_lab.experiments.volumes import Volumes
 
 _ALL: tuple[type[Experiment[Any]], ...] = (
     OnlineFC,
@@ -33,6 +34,7 @@ _ALL: tuple[type[Experiment[Any]], ...] = (
     ResNet,
     Adapt,
     Finetune,
+    Volumes,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 """What ``streamnorm run`` runs."""

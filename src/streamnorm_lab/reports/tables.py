@@ -108,7 +108,7 @@ def _run_rows(results: Results, run: LoggedRun) -> Iterator[Row]:
             **run.run,
             "evaluated_as": evaluated_as,
             **{name: run.end[name] for name in ("status", "updates", results.experiment.kind.unit, "seconds")},
-            **{name: scores.get(name) for name in ("loss", "accuracy")},
+            **{name: scores.get(name) for name in ("loss", "accuracy", results.experiment.score.key)},
         }
 
 

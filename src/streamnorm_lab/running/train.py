@@ -6,7 +6,8 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.optim.swa_utils import update_bn
 
 import streamnorm as sn
 from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.data.task import Batch, Data, Scores, Split
+from streamnorm_lab.data.task import Batch, Data, Scores, Split, Task
 from streamnorm_lab.experiments.experiment import Experiment
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.logs.runlog import RunLog
@@ -30,6 +31,9 @@ from streamnorm_lab.running.watching import watched
 EVALUATION_BATCH = 1000
 RECALIBRATION_BATCH = 128
 TICK_SECONDS = 0.2
+
+Measure = Callable[[Tensor, Tensor, int], Mapping[str, float]]
+"""`Task.measure`."""
 
 Tick = Callable[[int, float, float], None]
 """Told now and then: images or characters seen, and the training loss and accuracy of the last point."""
@@ -242,7 +246,7 @@ def _point(training: Training, experiment: Experiment[Any]) -> dict[str, Any]:
         "train": {"loss": training.meter.loss, "accuracy": training.meter.accuracy},
     }
     if training.run.stage == "final":
-        point["test"] = evaluate(training.model, training.task.watched(training.data))
+        point["test"] = evaluate(training.model, training.task.watched(training.data), training.task.measure)
     return point
 
 
@@ -252,7 +256,7 @@ def _final_scores(training: Training) -> dict[str, Any]:
     scores = {}
     for row in rows(training.run.method, training.experiment.catalogue):
         model = training.model if row.name == training.run.method else _recalibrated(training)
-        scores[row.name] = evaluate(model, held_out)
+        scores[row.name] = evaluate(model, held_out, training.task.measure)
     if any(score["loss"] is None for score in scores.values()):
         raise Diverged
     return {f"{training.experiment.kind.unit}_evaluated": held_out.count, "scores": scores}
@@ -276,14 +280,20 @@ def _recalibrated(training: Training) -> nn.Module:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split) -> Scores:
-    """Mean loss and accuracy; the loss is None where it is not a finite number."""
+def evaluate(model: nn.Module, split: Split, measure: Measure = Task.measure) -> Scores:
+    """Mean loss and accuracy, and what ``measure`` adds; the loss is None where it is not a finite number."""
     model.eval()
-    loss, correct = 0.0, 0
+    loss, correct, further = 0.0, 0, defaultdict[str, float](float)
     for start in range(0, len(split), EVALUATION_BATCH):
         inputs, targets = split.batch(slice(start, start + EVALUATION_BATCH))
         logits = model(inputs)
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         correct += int((logits.argmax(1) == targets).sum())
+        for name, total in measure(logits, targets, len(inputs)).items():
+            further[name] += total
     model.train()
-    return {"loss": loss / split.count if math.isfinite(loss) else None, "accuracy": correct / split.count}
+    return {
+        "loss": loss / split.count if math.isfinite(loss) else None,
+        "accuracy": correct / split.count,
+        **{name: total / len(split) for name, total in further.items()},
+    }

@@ -76,7 +76,7 @@ MISTAKES = [
     (["rnu"], "unknown command 'rnu' (did you mean 'run'?): choose from run"),
     (["run", "online"], "unknown experiment 'online' (did you mean 'online-fc'?): choose from online-fc"),
     (["run", "table2"], "unknown experiment 'table2' (did you mean 'table1'?): choose from online-fc"),
-    (["run", "shoe-size"], "char-lstm, resnet, adapt, finetune, table1"),
+    (["run", "shoe-size"], "char-lstm, resnet, adapt, finetune, volumes, table1"),
     (
         ["run", "online-fc", "--methods", "layer", "bach"],
         "unknown method 'bach' (did you mean 'batch'?): choose from none, batch, batch-renorm",

@@ -145,7 +145,7 @@ def test_the_log_says_when_a_layer_ran_away(make_experiment, data, tmp_path, rat
 def test_another_error_is_not_taken_for_a_result(make_experiment, data, tmp_path, monkeypatch):
     calls = []
 
-    def broken(model, split):
+    def broken(model, split, measure):
         calls.append(split)
         raise ValueError("a mistake of ours")
 
