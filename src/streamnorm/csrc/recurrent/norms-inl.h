@@ -212,7 +212,7 @@ OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t
   }
   Vector<F> fresh_m = old_m + (g_m - old_m) * share, moment = use.see(long_m, fresh_m, g_m) * r_p;
   moment = cut ? Vector<F>{} : moment * (F)P;
-  g_mu -= cut ? Vector<F>{} : moment * (u * use.per_n);
+  g_mu -= moment * ((cut ? Vector<F>{} : u) * use.per_n);  // where m is cut, moment is 0 and u may be infinite
   g_mu *= s;
   Vector<F> fresh_mu = old_mu + (g_mu - old_mu) * share, location = use.see(long_mu, fresh_mu, g_mu) * r;
   if (use.lasting) use.keep(g, fresh_mu, fresh_m, finite<F>(g_m) & finite<F>(g_mu) & ~cut, part);
@@ -221,7 +221,7 @@ OUTLINE void normalize_features_backward(const Use<F>& use, const F* dy, int64_t
   Vector<F> direct = gain * scale;
   for (int64_t b = 0; b < use.rows; b++) {
     Vector<F> x = part.load(deviations + b * use.G), d = Whole<F>::load(dy + b * stride);
-    part.store(dx + b * use.G, d * direct + location + (cut ? Vector<F>{} : moment * (P == 1 ? sign<F>(x) : x)));
+    part.store(dx + b * use.G, d * direct + location + moment * (cut ? Vector<F>{} : P == 1 ? sign<F>(x) : x));
   }
 }
 
