@@ -30,8 +30,11 @@ def record(layers: int = 5, samples: int = 30, status: str = "running") -> Recor
     made = Record("Net<b>", 10, [LayerFacts(name, "StreamingNorm2d", 16, "window=50") for name in names], 0, status)
     made.updates, made.seconds = 10 * samples, 2.0 * samples
     for n in range(1, samples + 1):
-        drift = {name: reading(drift=i + n / samples, drift_worst=2.0 * i + 1) for i, name in enumerate(names)}
-        made.add(Sample(10 * n, 2.0 * n, 0.1, drift))
+        readings = {
+            name: reading(drift=i + n / samples, drift_worst=2.0 * i + 1, location_low=-0.42, location_high=0.38)
+            for i, name in enumerate(names)
+        }
+        made.add(Sample(10 * n, 2.0 * n, 0.1, readings))
     made.note(Event(1, 0.1, "update", "SGD: 5 of 5 layers commit"))
     made.note(Event(120, 5.1, "warning", "body.1.norm: </script> & more"))
     return made
@@ -184,6 +187,10 @@ def test_a_click_opens_the_curves_of_a_layer(width: int, browser: Browser, writt
         const [a, b] = [curve.getBoundingClientRect(), curve.ownerSVGElement.getBoundingClientRect()];
         return a.left >= b.left - 1 && a.right <= b.right + 3 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1; })"""
     assert browser.value(inside)
+    marks = "[...e.querySelectorAll('text')].filter(t => (t.getAttribute('x') === '40') === up).length"
+    for up in ("true", "false"):
+        fewest = f"Math.min(...[...document.querySelectorAll('.detail .chart svg')].map(e => (up => {marks})({up})))"
+        assert browser.value(fewest) >= 2, "an axis with one number has no scale"
     browser.hover(".detail .chart svg")
     assert "update" in browser.value("document.querySelector('.detail .key').textContent")
     browser.click(row)

@@ -60,7 +60,7 @@ def write_index(folder: Path, live: bool = False) -> Path:
         ]
         for entry in entries
     ]
-    table = html_table(["run", "layers", "updates", "status"], rows, numbers=True)
+    table = f'<div class="runs">{html_table(["run", "layers", "updates", "status"], rows, numbers=True)}</div>'
     nothing = "<p>Nothing yet. Runs come here once they train, as far as they have streaming layers.</p>"
     reload = "<script>setTimeout(() => location.reload(), 3000)</script>" if live else ""
     path = folder / INDEX
