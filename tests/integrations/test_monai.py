@@ -12,6 +12,7 @@ from integrations.training import (
     assert_learns,
     assert_same_state,
     converted,
+    from_the_prior,
     in_batches,
     layers,
     with_statistics,
@@ -82,7 +83,7 @@ def test_by_name() -> None:
     torch.manual_seed(0)
     model = unet(("streaming", {"window": 50}))
     torch.manual_seed(0)
-    twin = converted(unet(), scale="raw", window=50)
+    twin = from_the_prior(unet(), window=50)
     assert [layer.stream for layer in layers(model)] == [layer.stream for layer in layers(twin)]
     for each in (model, twin):
         segmentation(each, volumes_of_seed(1)).backward()

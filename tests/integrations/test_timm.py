@@ -14,6 +14,7 @@ from integrations.training import (
     assert_trains_alike,
     classification,
     converted,
+    from_the_prior,
     images,
     in_batches,
     layers,
@@ -95,11 +96,11 @@ def norm_act(channels: int, apply_act: bool = True, act_layer: Any = nn.ReLU, **
 )
 @pytest.mark.parametrize(("name", "act_layer"), [("efficientnet_b0", nn.SiLU), ("regnety_002", nn.ReLU)])
 def test_norm_layer_where_it_brings_its_activation(name: str, act_layer: type[nn.Module]) -> None:
-    """The same network as one that is converted after it was built."""
+    """The same network as one that is converted after it was built, and starts from the prior."""
     torch.manual_seed(3)
     model = network(name, norm_layer=partial(norm_act, act_layer=act_layer))
     torch.manual_seed(3)
-    twin = converted(network(name), scale="raw")
+    twin = from_the_prior(network(name))
     assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert list(model.state_dict()) == list(twin.state_dict())
     assert_trains_alike(model, twin)
@@ -118,7 +119,7 @@ def test_dropout_and_activation_stay(act: type[nn.Module] | None) -> None:
     assert isinstance(new, sn.StreamingNormAct2d)
     x = torch.randn(4, 8, 3, 3, dtype=torch.float64)
     assert_evaluates_as_before(old, new, x)
-    alone = sn.StreamingNorm2d(8, scale="gaussian").double()
+    alone = sn.StreamingNorm2d(8, window=new.stream.window).double()
     alone.load_state_dict(new.state_dict())
     torch.manual_seed(1)
     expected = alone(x)

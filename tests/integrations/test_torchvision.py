@@ -14,6 +14,7 @@ from integrations.training import (
     assert_learns,
     assert_trains_alike,
     converted,
+    from_the_prior,
     images,
     in_batches,
     layers,
@@ -41,11 +42,11 @@ def pretrained(name: str) -> nn.Module:
 @pytest.mark.shows("ResNet, MobileNetV2, EfficientNet, RegNet", "`norm_layer=sn.StreamingNorm2d`")
 @pytest.mark.parametrize("name", NETWORKS[:4])
 def test_norm_layer(name: str) -> None:
-    """The same as a conversion before training."""
+    """The same as a conversion before training that starts from the prior."""
     torch.manual_seed(3)
     model = network(name, norm_layer=sn.StreamingNorm2d)
     torch.manual_seed(3)
-    twin = converted(network(name), scale="raw")
+    twin = from_the_prior(network(name))
     assert [type(layer) for layer in layers(model)] == [type(layer) for layer in layers(twin)]
     assert_trains_alike(model, twin)
 

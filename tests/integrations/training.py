@@ -44,6 +44,13 @@ def converted(model: nn.Module, **options: Any) -> Any:
     return model
 
 
+def from_the_prior(model: nn.Module, **options: Any) -> Any:
+    """A converted copy that starts as new layers do: from a moment of 1, and not from a variance of 1."""
+    model = converted(model, **options)
+    sn.reset_stats(model)
+    return model
+
+
 def layers(model: nn.Module) -> list[sn.Norm]:
     return [module for module in model.modules() if isinstance(module, sn.Norm)]
 
