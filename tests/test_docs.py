@@ -43,7 +43,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for needs, code in examples(page):
         if all(find_spec(library) for library in needs):
             with warnings.catch_warnings():
-                if needs:  # the warnings of other libraries are not ours to mend
+                if needs:  # the warnings of other libraries are theirs to repair
                     warnings.simplefilter("ignore")
                     libraries.prepare()
                 exec(compile(code, page, "exec"), names)

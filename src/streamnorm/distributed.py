@@ -1,4 +1,4 @@
-"""What a program with several processes can say about statistics: when they are joined, and with whom."""
+"""Statistics in programs with several processes: when they are joined, and in which process group."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _EVERY = ("update", "batch", "never")
 
 
 def synchronize(model: Module, every: str = "update", process_group: dist.ProcessGroup | None = None) -> Module:
-    """Say when the layers of ``model`` join their statistics with those of other processes, and with which.
+    """Choose when the layers of ``model`` join their statistics with those of other processes, and of which.
 
-    Nothing has to be said for the usual case: as soon as ``torch.distributed`` is initialized, streaming layers join
-    at every weight update, in the process group of their ``DistributedDataParallel`` or ``fully_shard``, or with all.
+    The default needs no call: once ``torch.distributed`` is initialized, streaming layers join at every weight update,
+    in the process group of their ``DistributedDataParallel`` or ``fully_shard``, or with all processes.
 
     Args:
         model: a layer, or any module that holds some.
-        every: ``"update"``: streaming layers collect apart, and one all-reduce per weight update joins all layers.
+        every: ``"update"``: each process collects by itself, and one all-reduce per weight update joins all layers.
             ``"batch"``: at every forward and backward pass streaming layers and GeneralBatchNorm see the mini-batches
             of all processes as one, as ``nn.SyncBatchNorm`` does. It costs three all-reduces a layer.
             ``"never"``: each process keeps statistics of its own.
-        process_group: the processes that train this model together. Default: found out as said above.
+        process_group: the processes that train this model together. Default: as described above.
 
     Returns:
         ``model``.
@@ -79,18 +79,18 @@ def _check_batch(model: nn.Module, layers: list[tuple[str, Norm]]) -> None:
         if isinstance(layer, GeneralBatchNorm) and layer.ghosts > 1:
             raise ValueError(
                 f"{name or 'the layer'} has ghosts={layer.ghosts}: ghost batches divide the mini-batch that "
-                "every='batch' would join; set ghosts to 1 or leave it apart"
+                "every='batch' would join; set ghosts to 1 or keep every='update'"
             )
 
 
 def joinable(model: DistributedDataParallel) -> Joinable:
-    """What streaming statistics need under ``torch.distributed.algorithms.Join``, for unequal numbers of mini-batches.
+    """The entry of streaming statistics for ``torch.distributed.algorithms.Join``, for unequal numbers of mini-batches.
 
-    A process without data goes on taking part in the weight updates of the others, with nothing collected. It does
+    A process without data continues to take part in the weight updates of the others, with nothing collected. It does
     so once for every backward pass that averages gradients: accumulate under ``model.no_sync()``.
 
     Args:
-        model: the DistributedDataParallel model; it stands before this in the list.
+        model: the DistributedDataParallel model, which precedes this entry in the list.
 
     Example:
         >>> from torch.distributed.algorithms import Join

@@ -1,4 +1,4 @@
-"""Statistics: freeze them, calibrate them, let them adapt, start over."""
+"""Functions on the statistics of a model: freeze, calibrate, adapt and reset them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AVERAGE_ALL = Stream(alpha=(0, 1), beta=(0, 0), kappa=(0, 1, 1, 0))
 def freeze(model: nn.Module) -> nn.Module:
     """Let every layer of ``model`` normalize by its evaluation statistics and collect nothing, also in training mode.
 
-    Gain and bias go on learning. ``model.train()`` does not undo it; :func:`unfreeze` does.
+    Gain and bias continue to learn. ``model.train()`` does not undo it; :func:`unfreeze` does.
 
     Args:
         model: a layer, or any module that holds some.
@@ -77,13 +77,13 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Adaptation:
-    """What :func:`adapt` began; ``stop`` ends it, and so does the end of a ``with`` block."""
+    """An adaptation that :func:`adapt` has started; ``stop`` or the end of a ``with`` block ends it."""
 
     def __init__(self, layers: list[Norm], before: list[Formula | None]) -> None:
         self._layers, self._before = layers, before
 
     def stop(self) -> None:
-        """Let evaluation leave the statistics alone again; what they have become stays."""
+        """End the adaptation; the statistics keep their present values."""
         for layer, before in zip(self._layers, self._before):
             layer._adapting = before
         self._layers = []
@@ -98,14 +98,14 @@ class Adaptation:
 def adapt(model: nn.Module, window: float = WINDOW) -> Adaptation:
     """Let forward passes in evaluation update the statistics: learning without labels, for data that drift.
 
-    Each forward pass of a streaming layer takes its input into the statistics, normalizes by them, and commits.
-    Weights, gain, bias and the streams of gradients stay as they are, and gradients go through the layer as in
-    evaluation. Frozen layers do not adapt, nor do layers in training mode. To go back, keep a ``state_dict``.
+    Each forward pass of a streaming layer adds its input to the statistics, normalizes by them, and commits. Weights,
+    gain, bias and the streams of gradients do not change, and gradients flow through the layer as in evaluation.
+    Frozen layers do not adapt, nor do layers in training mode. To return to the old statistics, keep a ``state_dict``.
 
     Args:
         model: a layer, or any module that holds some.
-        window: memory in samples while it adapts, > 0. The layers' own may be far too long for it, as in a network that
-            was converted.
+        window: memory in samples while it adapts, > 0. The layers' own memory may be far too long, as in a converted
+            network.
 
     Returns:
         A context manager with a method ``stop``; either ends the adaptation.
@@ -136,7 +136,7 @@ def adapt(model: nn.Module, window: float = WINDOW) -> Adaptation:
 
 
 def reset_stats(model: nn.Module) -> None:
-    """Let every layer of ``model`` forget its statistics and start from its prior; gain and bias stay.
+    """Reset the statistics of every layer of ``model`` to its prior; gain and bias stay.
 
     Example:
         >>> import streamnorm as sn
@@ -155,20 +155,20 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     """Replace the statistics of every layer by their exact average over ``batches``; only forward passes are run.
 
     While it runs, a layer normalizes by what it has collected so far, and the rest of the model is in evaluation
-    mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for sharper ones at the end of
-    training. The streamed gradients start over. A layer that the mini-batches do not reach keeps what it had, and so
-    does a time step of ``norm="batch-per-step"``.
+    mode. Use it after :func:`streamnorm.convert` of layers that keep no statistics, or for statistics of less variance
+    at the end of training. The streamed gradients are reset. A layer that the mini-batches do not reach keeps its
+    statistics, and so does a time step of ``norm="batch-per-step"``.
     With several processes, all of them have to call it, each with mini-batches of its own: the average is over all.
 
-    "Exact" means that every element weighs the same, however the data fall into mini-batches. Deviations about the
-    mean (``center="mean"``) are those about the location known when their mini-batch was seen, so the first few
+    "Exact" means that every element weighs the same, however the data are divided into mini-batches. Deviations about
+    the mean (``center="mean"``) are those about the location known when their mini-batch was seen, so the first few
     mini-batches should not be tiny; raw moments (``center="zero"``) are those of the union.
 
     Args:
         model: a layer, or any module that holds some; its training modes are restored.
         batches: mini-batches of any size. Of a tuple or list the first item goes to the model; of a dict, all items
             as keywords.
-        forward: what to do with a mini-batch instead, as ``lambda batch: model(batch["image"])``.
+        forward: a function to call on each mini-batch instead, such as ``lambda batch: model(batch["image"])``.
 
     Raises:
         ValueError: if there is no mini-batch, the model has no layer with statistics, or one of them meets nothing but

@@ -975,7 +975,7 @@ def test_a_layer_of_ours_that_computes_something_else_is_refused() -> None:
     for layer in others:
         model = nn.Sequential(sn.StreamingNorm2d(4), layer)
         before = list(model)
-        with pytest.raises(ValueError, match=r"^1 has no equal in torch\.nn: .*what would take its place"):
+        with pytest.raises(ValueError, match=r"^1 has no equivalent in torch\.nn: .*what would take its place"):
             sn.to_batchnorm(model)
         assert list(model) == before
 
@@ -1011,7 +1011,7 @@ def test_sample_norm_becomes_group_norm(ref: Any, groups: int) -> None:
 def test_a_layer_without_a_plain_equal_is_refused(layer: sn.Norm) -> None:
     model = nn.Sequential(sn.StreamingNorm2d(4), layer)
     before = list(model)
-    with pytest.raises(ValueError, match=r"1 has no equal in torch\.nn|1 keeps a statistic per place"):
+    with pytest.raises(ValueError, match=r"1 has no equivalent in torch\.nn|1 keeps a statistic per place"):
         sn.to_batchnorm(model, dims=2)
     assert list(model) == before
 

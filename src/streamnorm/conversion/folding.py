@@ -32,11 +32,11 @@ def fold(model: Module) -> Module:
     """A copy of ``model`` for inference with our layers folded into the Linear or convolution before them.
 
     Statistics, gain and bias become part of that layer's weight and bias, and ``nn.Identity``, or dropout and
-    activation alone, stands where the normalization was. Which layer comes before is found by tracing the model with
-    ``torch.fx``; a normalization stays if it follows something else or a layer that is used more than once, or if
-    either of the two has forward hooks. A Linear is taken to give ``(N, C)``. Recurrent layers and cells become those
-    of torch.nn where these evaluate the same and take the same arguments. What gives other results on a few random
-    numbers stays too, with a warning that names it.
+    activation alone, replaces the normalization. The preceding layer is found by tracing the model with ``torch.fx``;
+    a normalization stays if it follows something else or a layer that is used more than once, or if either of the two
+    has forward hooks. The output of a Linear is assumed to be ``(N, C)``. Recurrent layers and cells become those of
+    torch.nn if these evaluate the same and take the same arguments. A layer whose results on a few random numbers
+    would change stays too, with a warning that names it.
 
     Args:
         model: any module that ``torch.fx`` can trace.

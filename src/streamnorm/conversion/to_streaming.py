@@ -33,10 +33,10 @@ def convert(
     """Replace the BatchNorm layers of ``model`` by Streaming Normalization, in place.
 
     The converted model evaluates as before, to rounding: running mean and variance become the long-term statistics
-    (``scale="gaussian"`` unless said otherwise, so that σ of any p means a standard deviation). Statistics of a trained
-    network have a memory of 20,000 samples unless said otherwise, which is what fine-tuning wants. Parameters stay the
-    same objects, so an optimizer made before goes on working; names, device, dtype, mode and hooks stay too. With a
-    reference wider than a channel (``ref="layer"``) the channels' statistics are pooled, and evaluation changes.
+    (by default with ``scale="gaussian"``, so that σ of any p means a standard deviation). Statistics of a trained
+    network have a memory of 20,000 samples by default, for fine-tuning that changes the network little. Parameters stay
+    the same objects, so an optimizer made before continues to work; names, device, dtype, mode and hooks stay too. With
+    a reference wider than a channel (``ref="layer"``) the channels' statistics are pooled, and evaluation changes.
 
     Args:
         model: any module. If it is itself a BatchNorm, the new layer is only returned.
@@ -44,7 +44,7 @@ def convert(
         also: further layer types to convert. ``nn.GroupNorm``, ``nn.InstanceNorm2d`` and their like keep no
             statistics (unless they track them), so the result does not evaluate as before: run
             :func:`streamnorm.calibrate` next. A ``FrozenBatchNorm2d``, as torchvision, timm and transformers have
-            it, evaluates as before; its gain and bias become parameters, which the optimizer has to be told of.
+            it, evaluates as before; its gain and bias become parameters, so make the optimizer afterwards.
         options: arguments of ``StreamingNorm2d``, such as ``p=2`` or ``window=500``, but not ``affine``, ``bias``,
             ``device`` and ``dtype``, which are those of each layer.
 
@@ -57,11 +57,11 @@ def convert(
         TypeError: for an option that StreamingNorm does not have; the nearest one is named.
 
     Warns:
-        UserWarning: for each layer that stays as it is, with its name and the reason: a forward of its own
-            (:func:`streamnorm.register_converter` says how to convert it), no channels yet, or a streaming layer that
-            gives other results on a few random numbers; for each BatchNorm without running statistics, which needs
-            :func:`streamnorm.calibrate`; for layers held in evaluation mode within a module in training mode; and
-            where nothing was converted. timm's layers with an activation inside are known and become
+        UserWarning: for each layer that is not converted, with its name and the reason: a forward of its own
+            (register a converter with :func:`streamnorm.register_converter`), no channels yet, or a streaming layer
+            that gives other results on a few random numbers; for each BatchNorm without running statistics, which
+            needs :func:`streamnorm.calibrate`; for layers held in evaluation mode within a module in training mode;
+            and if nothing was converted. timm's layers with an activation become
             :class:`streamnorm.StreamingNormAct2d`.
 
     Example:
@@ -116,10 +116,10 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def register_converter(cls: type[nn.Module], converter: Converter) -> None:
-    """Teach :func:`convert` a layer type.
+    """Register a converter for a layer type, for :func:`convert`.
 
     Args:
-        cls: the type, exactly; its subclasses are not meant.
+        cls: the exact type, without its subclasses.
         converter: ``converter(module, **options)`` returns the layer to put in its place.
 
     Example:

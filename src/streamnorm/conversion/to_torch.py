@@ -31,7 +31,7 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
     """Replace our layers by plain ``torch.nn`` ones that evaluate the same, in place: for deployment.
 
     Streaming and General Batch Normalization become ``nn.BatchNorm1d/2d/3d``; Sample Normalization with p = 2 becomes
-    ``nn.GroupNorm``, which it equals. StreamingNormAct2d becomes timm's ``BatchNormAct2d`` again. Recurrent layers and
+    ``nn.GroupNorm``. StreamingNormAct2d becomes timm's ``BatchNormAct2d`` again. Recurrent layers and
     cells become those of torch.nn, with the statistics in weights of their own (``to_torch``); these take no
     ``lengths``, ``mask`` or ``step``.
 
@@ -43,8 +43,8 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: if a layer has no plain equal, gives other results than it on a few random numbers, or takes any
-            rank and ``dims`` is not given; nothing is changed.
+        ValueError: if a layer has no plain equivalent, its equivalent gives other results on a few random numbers, or
+            it takes any rank and ``dims`` is not given; nothing is changed.
 
     Example:
         >>> to_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), StreamingNorm2d(8)))[1]
@@ -66,7 +66,7 @@ def to_batchnorm(model: nn.Module, dims: int | None = None) -> nn.Module:
             found = None
             remarks.append(f"{name} could not be compared with the layer of torch.nn in its place: {error}")
         if found is not None:
-            raise ValueError(f"{name} has no equal in torch.nn: {found}")
+            raise ValueError(f"{name} has no equivalent in torch.nn: {found}")
         return new
 
     result = replace(model, plain)
@@ -134,7 +134,9 @@ def _to_groupnorm(name: str, layer: Norm) -> nn.GroupNorm:
         or layer.moment.center != "mean"
         or (layer.weight is None) != (layer.bias is None)
     ):
-        raise ValueError(f"{name} has no equal in torch.nn: {layer}. Convert the parts of the model that do have one")
+        raise ValueError(
+            f"{name} has no equivalent in torch.nn: {layer}. Convert the parts of the model that do have one"
+        )
     return nn.GroupNorm(groups[layer.ref], layer.num_features, layer.eps, affine=layer.weight is not None)
 
 

@@ -73,7 +73,7 @@ class View(NamedTuple):
 
 
 class Formula(NamedTuple):
-    """The constants of sections 2.2 and 2.3: all that a step needs to know and that does not change.
+    """The constants of docs/mathematics.md that a step needs, and that do not change.
 
     ``alpha`` and ``beta`` mix the statistics and their gradients, ``kappa`` says what a weight update keeps and
     takes; with a ``window``, and a ``grad_window`` for the gradients, the three are None and follow from the samples
@@ -128,7 +128,7 @@ def by_evidence(lasting: float, recent: float) -> Mix:
 
 
 class Weights(NamedTuple):
-    """How long-term, short-term and present are mixed at a use, and what a commit keeps and takes (section 2.4)."""
+    """The mix of long-term, short-term and present at a use, and the rates of a commit (docs/mathematics.md)."""
 
     alpha: Mix
     beta: Mix

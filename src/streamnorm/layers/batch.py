@@ -32,7 +32,7 @@ class GeneralBatchNorm(Norm):
         ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
         momentum: share of the present mini-batch in the running statistics, in [0, 1]; None averages over all.
         ghosts: number of ghost batches: sample i is normalized with the samples of its index modulo ``ghosts``
-            (lowered to a divisor of N). Evaluation is as without.
+            (lowered to a divisor of N). Evaluation ignores them.
         eps: added to sigma², ≥ 0.
         affine: whether to learn a gain and a bias per channel.
         p: order of the moment, ≥ 1.

@@ -26,23 +26,23 @@ from .construction import INSTEAD
 _REDUCED = (torch.float16, torch.bfloat16)
 
 _REMEMBERED = ("_accepted", "_plan", "_planned_shape")
-"""What a layer knows of the inputs that it met last. A copy starts without."""
+"""Caches for the last kind of input. A copy starts without them."""
 
 _BEFORE_TIES = frozenset(("_name", "_per_batch", "_sync"))
 """Attributes of version 0.1 that are in the ties now."""
 
 
 class Stateful(Streaming):
-    """A layer with what it keeps from call to call. Copies and pickles are without its ties to this process."""
+    """A layer with state. Copies and pickles are without its ties to this process."""
 
     _version = saved_state.VERSION
 
     moment: LpMoment
 
-    # The kind of input that was looked at last, and its view: the same kind is not looked at again.
+    # The kind of input that was checked last, and its view: the same kind is not checked again.
     _accepted: tuple[torch.Size, torch.dtype, torch.device, bool] | None = None
     _accepted_view: View
-    # What the C++ engine knows of inputs of the shape that it took last, if it took the last one with this formula.
+    # The plan of the C++ engine for the shape that it took last, if it took the last one with this formula.
     _plan: ops.Plan | None = None
     _planned_shape: torch.Size | None = None
 
@@ -58,7 +58,7 @@ class Stateful(Streaming):
     def set_stream(self, stream: Stream) -> None:
         """Change the constants of a streaming layer; its statistics stay.
 
-        Between the window rule and the paper's constants the streams of gradients start over.
+        A change between the window rule and the paper's constants resets the streams of gradients, whose units differ.
         """
         if self.stream is None:
             raise ValueError(f"{type(self).__name__} carries no stream; make the layer with one")
@@ -116,7 +116,7 @@ class Stateful(Streaming):
         return mu, formula.k**2 * m ** (2 / formula.p)
 
     def __getattr__(self, name: str) -> Any:
-        """As nn.Module's, and what to ask for instead of a BatchNorm's attribute that a stream does not have."""
+        """As ``nn.Module``, with an error that names the counterpart of a BatchNorm's attribute."""
         if name in INSTEAD and self.__dict__.get("stream") is not None and name not in self._buffers:
             raise AttributeError(f"{type(self).__name__} has no {name}: {INSTEAD[name]}", name=name, obj=self)
         return super().__getattr__(name)
@@ -143,19 +143,19 @@ class Stateful(Streaming):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy starts with: not the ties to this process's optimizers."""
+        """The attributes that a copy starts with, without the ties to this process's optimizers."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _REMEMBERED}
         return {**kept, "_ties": self._ties.of_a_copy()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stateful:
-        """As without this method, which parametrized modules would have another in place of."""
+        """Copy by ``__getstate__``; without this method parametrized modules would inherit another one."""
         new = self.__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(Stateful.__getstate__(self), memo))
         return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, which may have been made in the middle of an update: the next step commits it.
+        """Set up a copy, which may have been made in the middle of an update: the next step commits it.
 
         A pickle of version 0.1 holds no moment among its buffers, no number of samples seen, and no ties.
         """

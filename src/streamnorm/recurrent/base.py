@@ -60,7 +60,7 @@ class Normalized(nn.Module):
             An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, or a cell of these, in evaluation mode, with weights of its own.
 
         Raises:
-            ValueError: if torch.nn has no equal: statistics of each sample or time step, a normalized cell, a GRU
+            ValueError: if torch.nn has no equivalent: statistics of each sample or time step, a normalized cell, a GRU
                 that resets before the product, or a factory's modules.
 
         Example:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _CELL_DOC = """{title}: ``torch.nn.{name}`` with a normalization of the input's path and one of the hidden state's.
 
-    Weight names, their start and the equations are those of ``torch.nn.{name}``; ``N(W_ih·x) + b_ih`` and
-    ``N(W_hh·h) + b_hh`` stand where it has the products alone. With ``norm=None`` it is ``torch.nn.{name}``.
+    Weight names, initial values and equations are those of ``torch.nn.{name}``, with ``N(W_ih·x) + b_ih`` and
+    ``N(W_hh·h) + b_hh`` in place of the products alone. With ``norm=None`` it is ``torch.nn.{name}``.
 
     Args:
         input_size: features of the input.
@@ -39,7 +39,7 @@ _CELL_DOC = """{title}: ``torch.nn.{name}`` with a normalization of the input's 
     Shape:
         - input: ``(N, input_size)`` or ``(input_size,)``.
         - hx: {hidden}.
-        - step: the number of the time step, from 0 on; only ``"batch-per-step"`` asks for it.
+        - step: the number of the time step, from 0 on; only ``"batch-per-step"`` needs it.
         - mask: ``(N,)`` bool. Rows where it is False are padding: they enter no statistic and keep their hidden state.
         - Output: the next hidden state, as hx.
 
@@ -212,7 +212,7 @@ class LSTMCell(_Cell, nn.LSTMCell):  # noqa: D101
         title="A step of an LSTM",
         name="LSTMCell",
         extra="",
-        own="\n        norm_cell: whether to normalize the cell too, where it goes through its tanh.",
+        own="\n        norm_cell: whether to normalize the cell state too, before its tanh.",
         hidden="a pair (h, c), each ``(N, hidden_size)`` or ``(hidden_size,)``; zeros if None",
         probe="h[0]",
     )

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _LAYER_DOC = """{title}: ``torch.nn.{name}`` with normalized paths.
 
-    ``N(W_ih·x) + b_ih`` and ``N(W_hh·h) + b_hh`` stand where ``torch.nn.{name}`` has the products alone, with a
-    normalization N of its own for each layer, direction and path. Signature, weight names and semantics are those of
+    ``N(W_ih·x) + b_ih`` and ``N(W_hh·h) + b_hh`` replace the products of ``torch.nn.{name}``, with a separate
+    normalization N for each layer, direction and path. Signature, weight names and semantics are those of
     ``torch.nn.{name}``; with ``norm=None`` it is that layer, and each loads the other's weights.
 
     Args:
@@ -51,7 +51,7 @@ _LAYER_DOC = """{title}: ``torch.nn.{name}`` with normalized paths.
         - input: ``(T, N, input_size)``, ``(N, T, input_size)`` with ``batch_first``, ``(T, input_size)`` for one
           sequence, or a PackedSequence.
         - hx: {hidden}.
-        - lengths: ``(N,)`` integers: how much of each sequence is not padding. Padding enters no statistic, its
+        - lengths: ``(N,)`` integers: the length of each sequence without padding. Padding enters no statistic, its
           outputs are zero, and the final hidden state is that after each sequence's own last step.
         - Output: as torch.nn's: the hidden states of all steps, and the final one.
 
@@ -376,7 +376,7 @@ class LSTM(_Layer, nn.LSTM):  # noqa: D101
         name="LSTM",
         nonlinearity="",
         proj_size="\n        proj_size: if above 0, the hidden state is projected to this many features.",
-        own="norm_cell: whether to normalize the cell too, where it goes through its tanh.\n        ",
+        own="norm_cell: whether to normalize the cell state too, before its tanh.\n        ",
         hidden="a pair (h, c), each ``(layers·directions, N, hidden_size)``, h with ``proj_size``; zeros if None",
     )
 

@@ -17,8 +17,8 @@ Batch = TypeVar("Batch")
 def accumulate(loader: Iterable[Batch], batches: int) -> Iterator[list[tuple[Batch, float]]]:
     """Group mini-batches that share a weight update, each with its weight in the group (the paper's DAU).
 
-    A mini-batch weighs as many samples as it has, so that a group of unequal mini-batches gives the gradient of their
-    union; the weights of a group sum to 1. The last group may be shorter. One group is held in memory at a time.
+    The weight of a mini-batch is its share of the group's samples, so that a group of unequal mini-batches gives the
+    gradient of their union. The last group may be shorter. One group is held in memory at a time.
 
     Args:
         loader: any iterable of mini-batches: tensors, or tuples, lists or dicts that hold some, samples first.

@@ -1,16 +1,15 @@
-"""Training that runs away: said once for each layer, as soon as its statistics show it.
+"""Training that runs away: one warning for each layer, as soon as its statistics show it.
 
 A learning rate that is too high ends in statistics of 1e28 and then NaN within a few weight updates. Two signs of it
-are looked for where layers commit, and neither is seen in training that goes well (docs/monitoring.md says how
-that was measured):
+are checked when layers commit (docs/monitoring.md explains them):
 
 - The long-term scale *leaps*: one weight update makes it more than ten times as large, and ten times as large as the
   last leap did. After a jump of the data, however large, a long-term average at most doubles from one update to the
   next (its growth is 1 + κ1 for data that stay as they are), so that a few leaps are growth that feeds itself.
-- Between two weight updates a statistic, or its gradient, meets nothing that is finite, and so stays as it was.
+- Between two weight updates a statistic, or its gradient, sees no finite value, and so stays as it was.
 
-The C++ engine adds both up while it commits. On the others a layer is looked at every sixteenth commit; an accelerator
-is not waited for, its answer is read at the next look.
+The C++ engine counts both while it commits. On other engines a layer is checked at every sixteenth commit, without
+waiting for an accelerator: its answer is read at the next check.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from ..core.spec import Sign
 from .streaming import Streaming
 
 TIMES = 3
-"""How often a sign is seen before it is believed. The first leap may be that from the prior to the data."""
+"""How many signs lead to a warning. The first leap may be that from the prior to the data."""
 
 LEAP = 10.0
-"""By how much the scale has grown where it leapt."""
+"""The growth of the scale that counts as a leap."""
 
 EVERY = 16
-"""On engines that do not tell signs by themselves, every how many commits is looked."""
+"""The number of commits from one check to the next, on engines that do not report signs by themselves."""
 
 
 @dataclass
@@ -156,7 +155,7 @@ def _describe(layer: Streaming, record: _Record, sign: Sign) -> str:
     memory = (
         f"window, now {layer.formula.window:g}" if layer.formula.window else "alpha and kappa, the weights of the past"
     )
-    mend = (
+    advice = (
         "Lower the learning rate (one for 32 samples per weight update is about 32 times too high for single samples), "
         f"or shorten the memory of the statistics ({memory})"
     )
@@ -165,12 +164,12 @@ def _describe(layer: Streaming, record: _Record, sign: Sign) -> str:
         before, after = ((level / size) ** root * layer.formula.k for level in (sign.before, sign.after))
         return (
             f"its scale leapt {record.leaps} times to more than {LEAP:g} times what it was, the last time "
-            f"from {before:.3g} to {after:.3g}, which ends in NaN. {mend}"
+            f"from {before:.3g} to {after:.3g}, which ends in NaN. {advice}"
         )
     kind, number = ("", sign.missed) if record.missed >= TIMES else ("gradients of its ", sign.missed_gradients)
     overflow = f", or take a smaller p: |x|^{layer.formula.p:g} overflows early" if layer.formula.p > 2 else ""
     return (
         f"for the {TIMES}rd weight update, NaN and infinity were all that {kind}statistics met ({number} of "
         f"{layer.count.numel()}), and these stay as they were. Look for the first of them in the data, the weights and "
-        f"the loss. {mend}{overflow}"
+        f"the loss. {advice}{overflow}"
     )

@@ -152,9 +152,9 @@ def before_commit(listener: Listener) -> RemovableHandle:
 
 
 def commit(model: nn.Module) -> None:
-    """Say that the weights of ``model`` changed: short-term statistics move into the long-term ones.
+    """Commit the statistics of ``model`` after a change of its weights: short-term ones enter the long-term ones.
 
-    Needed only where no ``torch.optim`` optimizer makes the update. A second call changes nothing, since nothing was
+    It is needed only if no ``torch.optim`` optimizer makes the update. A second call changes nothing, since nothing was
     collected in between. With several processes, all of them have to call it: their statistics are joined first.
 
     Args:
@@ -174,14 +174,14 @@ def commit(model: nn.Module) -> None:
 def bind(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
     """Name the optimizer, and the GradScaler if any, of a model's streaming layers.
 
-    Needed in few cases. A layer commits at the steps of the optimizer that trains its network, and finds it out by
-    itself (docs/weight-updates.md); say it where that cannot be found out, such as for an optimizer that trains copies
-    of the parameters. And a GradScaler multiplies the loss by a number that changes, while streamed gradients have a
-    memory: given the scaler, layers stream unscaled gradients, and a change of scale changes nothing.
+    It is needed in few cases. A layer commits at the steps of the optimizer that trains its network, and determines it
+    by itself (docs/weight-updates.md); name the optimizer if the layer cannot, such as one that trains copies of the
+    parameters. A GradScaler multiplies the loss by a number that changes, and streamed gradients have a memory: given
+    the scaler, layers stream unscaled gradients, and a change of scale changes nothing.
 
-    What counts from then on are the steps of every optimizer that trains one of the model's parameters that
-    ``optimizer`` trains now (one of all that it trains, where the model has none of them). So ``optimizer`` may wrap
-    another one, or be replaced by a later one. A second call takes the place of the first.
+    From then on the steps of every optimizer count that trains one of the model's parameters that ``optimizer`` trains
+    now (or any parameter that it trains, if the model has none of them). So ``optimizer`` may wrap another one, or be
+    replaced by a later one. A second call replaces the first.
 
     With several processes it also names the layers, whose order must be the same in all of them
     (:func:`streamnorm.synchronize`).

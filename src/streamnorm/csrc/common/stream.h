@@ -1,5 +1,5 @@
-// The numbers of a stream that hold for all of its statistics (docs/mathematics.md, section 2.4): how a use mixes them, and what a
-// commit keeps and takes. Both extensions take them from here.
+// The numbers of a stream that hold for all of its statistics (docs/mathematics.md, "The window rule"): how a use mixes them, and
+// what a commit keeps and takes. Both extensions take them from here.
 
 #pragma once
 
