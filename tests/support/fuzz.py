@@ -273,11 +273,14 @@ class LayerPlayer(Player):
 
     def begin(self) -> None:
         x, mask = self.input(), None
-        kind = self.draw.choice(["none"] * 4 + ["samples", "places"])
+        kind = self.draw.choice(["none"] * 5 + ["samples", "places", "lengths"])
         if kind == "samples":
             mask = torch.rand(len(x)) < 0.7
         elif kind == "places":
             mask = torch.rand(len(x), *x.shape[2:]) < 0.7
+        elif kind == "lengths":
+            lengths = torch.randint(0, x[0, 0].numel() + 1, (len(x),))
+            mask = (torch.arange(x[0, 0].numel()) < lengths[:, None]).view(len(x), *x.shape[2:])
         leaf = x.requires_grad_(self.draw.random() < 0.85)
         try:
             y = self.model(leaf, mask) if mask is not None else self.model(leaf)

@@ -47,7 +47,7 @@ def attempt(
     """
     if plan is None:
         return NotImplemented
-    return _active[0].attempt(x, weight, bias, (plan, state, grad_scale, None))
+    return _active[0].attempt(x, weight, bias, (plan, state, grad_scale, None, None))
 
 
 def normalize(call: Call) -> Tensor:

@@ -127,7 +127,7 @@ def plan(view: View, formula: Formula) -> Plan:
     return found
 
 
-def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Plan, Any, Any, Any]) -> Any:
+def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Plan, Any, Any, Any, Any]) -> Any:
     """Normalize as ``normalize`` does, or return NotImplemented with nothing changed.
 
     This is the short way: all checks are made in C++, on the way to the result.
@@ -136,8 +136,8 @@ def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Pl
         x: of the shape that the plan is for, else it is refused.
         weight: gain, or None.
         bias: or None.
-        use: the plan, the state (or the module's dict of buffers that holds it, or None), grad_scale and stats. It
-            may be kept from call to call.
+        use: the plan, the state (or the module's dict of buffers that holds it, or None), grad_scale, stats and mask.
+            It may be kept from call to call.
     """
     try:
         return _apply(x, weight, bias, use)
@@ -152,7 +152,7 @@ def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Pl
 def _again(ctx: Any) -> Again:
     """What a use was computed from, and how."""
     (_, view, formula), _, _, weight, bias, *half = ctx.kept
-    (x,) = ctx.saved_tensors
+    x, mask = _inputs(ctx.saved_tensors)
     if half:
         return (x, weight, bias), None
     if weight is not None and not _saved_values(ctx)[3 * view.num_stats :][: len(weight)].equal(
@@ -162,7 +162,7 @@ def _again(ctx: Any) -> Again:
             "the gain of a streamnorm layer was changed between its forward and a backward pass that asks for second "
             "derivatives or a batch of gradients, such as by an optimizer step: compute these before the update"
         )
-    return (x, weight, bias), lambda x, weight, bias: (plain.normalize(x, weight, bias, None, view, formula),)
+    return (x, weight, bias), lambda x, weight, bias: (plain.normalize(x, weight, bias, mask, view, formula),)
 
 
 class _Normalize(torch.autograd.Function):
@@ -187,7 +187,8 @@ def _another_pass(ctx: Any, dy: Tensor) -> Any:
     """Another pass through a graph that was kept, after one whose gradients have reached the stream."""
     saved_tensors, state = ctx.saved_tensors, _gradient_state(ctx.kept)
     assert state is not None
-    another = AnotherPass(state, ctx.kept[0].view.num_elements, saved_tensors[0].shape[0])
+    here = operations.Here.of(*_inputs(saved_tensors), ctx.kept[0].view)
+    another = AnotherPass(state, here.n, here.samples)
     scratch = another.scratch
     half = tuple(getattr(scratch, name) for name in GRADIENTS)
     stand_in = SimpleNamespace(
@@ -210,6 +211,12 @@ def _gradient_state(kept: tuple[Any, ...]) -> State | None:
     return State._make(half.get(name) for name in State._fields)
 
 
+def _inputs(saved_tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The input and the mask, of what C++ saves."""
+    x, *mask = saved_tensors
+    return x, mask[0] if mask else None
+
+
 def _saved_values(ctx: Any) -> Tensor:
     """mu, 1/s and slope of all statistics, and then the gain."""
     (_, view, _), saved = ctx.kept[:2]
@@ -220,20 +227,21 @@ def _saved_values(ctx: Any) -> Tensor:
 def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
     """For an output gradient that is no plain tensor."""
     (_, view, formula), _, grad_scale, weight, bias, *_ = ctx.kept
-    (x,), values = ctx.saved_tensors, _saved_values(ctx)
+    (x, mask), values = _inputs(ctx.saved_tensors), _saved_values(ctx)
+    here = operations.Here.of(x, mask, view)
     statistics = values[: 3 * view.num_stats].view(3, -1)
     if weight is not None:
         weight = values[3 * view.num_stats :][: len(weight)].to(weight.dtype)
     stand_in = SimpleNamespace(
-        saved_tensors=(x, weight, None, statistics),
+        saved_tensors=(x, weight, mask, statistics),
         needs_input_grad=ctx.needs_input_grad,
         view=view,
         formula=formula,
         state=_gradient_state(ctx.kept),
         grad_scale=grad_scale,
         over=None,
-        n=view.num_elements,
-        samples=x.shape[0],
+        n=here.n,
+        samples=here.samples,
         has_bias=bias is not None,
     )
     return *operations.gradients(stand_in, dy), None
@@ -254,11 +262,11 @@ class _Native(Engine):
         return _status
 
     def takes(self, call: Call) -> bool:
-        """Without a mask; more is seen on the way."""
-        return _native is not None and call.mask is None and len(call.view.split) <= _MOST_AXES
+        """More is seen on the way."""
+        return _native is not None and len(call.view.split) <= _MOST_AXES
 
     def normalize(self, call: Call) -> Any:
-        use = plan(call.view, call.formula), call.state, call.grad_scale, call.stats
+        use = plan(call.view, call.formula), call.state, call.grad_scale, call.stats, call.mask
         y = attempt(call.x, call.weight, call.bias, use)
         if y is NotImplemented and _native.accepts(use[0], call.x) == _AFTER_A_COPY:
             return attempt(call.x.contiguous(), call.weight, call.bias, use)

@@ -30,7 +30,8 @@ struct Call {
   const Layout* layout;
   Type type;
   int threads;
-  int64_t n;  // elements behind each statistic
+  int64_t n;  // elements behind each statistic; under a mask, those of one statistic or another
+  const uint8_t* mask;  // 0 where an element does not count: in the order of memory, of which it leaves the channels out; or null
   const void *x, *dy;
   void *y, *dx;
   const void *weight, *bias;  // weight: in the type of statistics

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "norm/call.h"
+#include "norm/masked_runs.h"
 #include "norm/rows.h"
 #include "norm/runs.h"
 
@@ -52,6 +53,10 @@ template <class W> void walk(const Call& call, bool forward) {
   else kernel.backward();
 }
 
-void run(const Call& call, bool forward) { call.layout->rows ? walk<Rows>(call, forward) : walk<Runs>(call, forward); }
+void run(const Call& call, bool forward) {
+  if (call.layout->rows) walk<Rows>(call, forward);
+  else if (call.mask) walk<MaskedRuns>(call, forward);
+  else walk<Runs>(call, forward);
+}
 
 }  // namespace

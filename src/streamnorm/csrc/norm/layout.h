@@ -15,6 +15,9 @@ struct Layout {
   bool rows;
   int64_t A, sa, G1, sg1, G2, sg2, B, sb;
   int64_t G, C, Bc, S;
+  int64_t inside;  // elements from a channel to the next
+  // Where a mask over the input without its channels, in the order of memory, has the element at `offset`.
+  int64_t place(int64_t offset) const { return offset / (C * inside) * inside + offset % inside; }
 };
 
 constexpr int max_axes = DLTensor::most_axes;
@@ -105,6 +108,7 @@ bool make_layout(const View& view, const int64_t* strides, Layout& out) {
   l.A = l.G1 = l.G2 = l.B = l.sb = 1;
   l.C = view.channels;
   l.G = view.G;
+  l.inside = view.channels > 1 ? strides[1] : view.numel;
   Axis* inner = count ? &block[count - 1] : nullptr;
   if (inner && inner->stride != 1) return false;
   l.rows = !inner || (inner->kept && inner->channel);

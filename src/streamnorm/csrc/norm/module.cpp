@@ -46,6 +46,26 @@ bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type&
   return type != Type::other;
 }
 
+// A mask over (samples, places), one byte for each, into the call, whose x has been read; and how many samples it leaves. False, with a
+// Python error or without, for one that does not lie as x does without its channels.
+bool read_mask(const Plan& plan, PyObject* object, const DLTensor& x, Call& call, int64_t& samples) {
+  DLTensor t;
+  if (!borrow(object, t) || t.dtype.code != 6 || t.dtype.bits != 8 || t.ndim != x.ndim - 1 || !is_contiguous(t) || !fills_storage(object, t)) return false;
+  int64_t places = 1, last_stride = INT64_MAX;
+  for (int i = 0; i < t.ndim; i++) {
+    const int axis = i ? i + 1 : 0;
+    if (t.shape[i] != x.shape[axis]) return false;
+    if (i) places *= t.shape[i];
+    if (t.shape[i] == 1) continue;
+    if (x.strides[axis] > last_stride) return false;
+    last_stride = x.strides[axis];
+  }
+  call.mask = (const uint8_t*)t.data;
+  samples = 0;
+  for (int64_t i = 0; i < plan.samples; i++) samples += count_kept(call.mask + i * places, places) > 0;
+  return true;
+}
+
 // Whether tensors may have tangents: a level of forward-mode differentiation was entered, the first of which is 0. Or -1.
 int has_tangents() {
   PyObject* level = PyDict_GetItemWithError(torch.forward_ad, own.current_level);
@@ -93,13 +113,13 @@ bool execute(Call& call, int64_t numel, bool forward) {
 // of its state. Of weight and bias only the kind is needed, the gain's values are saved.
 enum Kept { kept_plan, kept_saved, kept_grad_scale, kept_weight, kept_bias, kept_half };
 
-// forward(ctx, x, weight, bias, (plan, state, grad_scale, stats)) -> y
+// forward(ctx, x, weight, bias, (plan, state, grad_scale, stats, mask)) -> y
 // Refuses, before anything has changed, whatever it does not take.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !PyTuple_Check(args[4]) || PyTuple_Size(args[4]) != 4) return refuse("these arguments");
+  if (count != 5 || !PyTuple_Check(args[4]) || PyTuple_Size(args[4]) != 5) return refuse("these arguments");
   PyObject *ctx = args[0], *x_object = args[1], *weight = args[2], *bias = args[3];
   PyObject *plan_object = PyTuple_GetItem(args[4], 0), *state = PyTuple_GetItem(args[4], 1), *grad_scale = PyTuple_GetItem(args[4], 2),
-           *stats_object = PyTuple_GetItem(args[4], 3);
+           *stats_object = PyTuple_GetItem(args[4], 3), *mask = PyTuple_GetItem(args[4], 4);
   Plan* plan = get_plan(plan_object);
   if (!plan) return nullptr;
   const int watching = watched();
@@ -109,6 +129,8 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Layout layout;
   if (!read_input(*plan, x_object, x, call, layout) || !fills_storage(x_object, x)) return refuse("this input");
   plan->whole[Plan::whole_x] = x.data;
+  int64_t samples = plan->samples;
+  if (mask != Py_None && !read_mask(*plan, mask, x, call, samples)) return refuse("this mask");
   Type wide = wide_of(call.type);
   Reference output(new_like_input(*plan, x, y));
   if (!output) return nullptr;
@@ -146,7 +168,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call.weight = gain;
   }
   if (streams) {
-    half.use(*plan, plan->formula.alpha, call);
+    half.use(*plan, plan->formula.alpha, samples, call);
   } else {
     call.mix[2] = 1;
   }
@@ -160,7 +182,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                         grad[short_part], grad[count_part], grad[samples_part])
                          : PyTuple_Pack(kept_half, plan_object, saved.object, grad_scale, weight, bias));
   if (!kept || PyObject_SetAttr(ctx, own.kept, kept)) return nullptr;
-  Reference inputs(PyTuple_Pack(1, x_object));
+  Reference inputs(mask == Py_None ? PyTuple_Pack(1, x_object) : PyTuple_Pack(2, x_object, mask));
   return inputs && !PyObject_SetAttr(ctx, own.to_save, inputs) ? output.release() : nullptr;
 }
 
@@ -182,6 +204,8 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object, bool first_only) {
   Call call = {};
   Layout layout;
   if (!read_input(*plan, x_object, x, call, layout) || !is_whole(x_object, x, plan->whole[Plan::whole_x])) return refuse("this input");
+  int64_t samples = plan->samples;
+  if (PyTuple_Size(inputs) > 1 && !read_mask(*plan, PyTuple_GetItem(inputs, 1), x, call, samples)) return refuse("this mask");
   Type wide = wide_of(call.type);
   call.saved = PyBytes_AsString(saved);
   if (!call.saved) return nullptr;
@@ -226,7 +250,7 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object, bool first_only) {
   if (call.dx) {
     call.mix[2] = 1;
     if (streams) {
-      half.use(*plan, plan->formula.beta, call);
+      half.use(*plan, plan->formula.beta, samples, call);
       was_passed(saved) = 1;
     }
   }

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "norm/mask.h"
 #include "norm/walk.h"
 
 namespace {
@@ -21,12 +22,12 @@ struct Rows : Walk {
   const bool by_signs;
 
   Rows(const Call& c, const Kernels& k)
-      : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), copied(narrow || columns < lanes), copied_stride(larger(columns, lanes)),
+      : Walk(c, k), columns(at.C), stride((columns + 15) / 16 * 16), copied(narrow || columns < lanes || c.mask), copied_stride(larger(columns, lanes)),
         rows_per_task(larger(4, task_size / columns / 4 * 4)), rows_per_strip(columns > most_narrow ? 2 : larger(16, strip_size / copied_stride / 4 * 4)),
         rows_ahead(columns > most_narrow ? 2 : rows_per_strip / 2),
         write_rows(columns > most_narrow ? 2 : write_ahead / (columns * width)),
         tasks_per_block((at.B + rows_per_task - 1) / rows_per_task), tasks_per_outer(at.A * tasks_per_block), tasks(at.G1 * tasks_per_outer),
-        merged(!knows_mu(c) && p == 2 && centered && columns <= most_narrow),
+        merged(!knows_mu(c) && p == 2 && centered && columns <= most_narrow && !c.mask),
         by_signs(!known && p == 1 && c.dx && k.input_signs_columns && !copied && columns % lanes == 0 && at.sb == columns &&
                  rows_per_strip * columns <= strip_size) {}
 
@@ -45,6 +46,7 @@ struct Rows : Walk {
   // fn(task, strip) for each strip; what it writes is put into `out`. Whoever reads a tensor again goes the other way: what
   // was read last is still in the cache.
   template <class Fn> void each_strip(Way way, bool with_dy, void* out, const Fn& fn) const {
+    if (call.mask) return each_kept_strip(with_dy, out, fn);
     parallel(tasks, call.threads, way, [&](int64_t task) {
       const size_t bytes = copied ? rows_per_strip * (copied_stride + 1) * wide_width : 0;
       Scratch scratch((1 + with_dy + (out != nullptr)) * bytes);
@@ -66,6 +68,45 @@ struct Rows : Walk {
       }
     });
   }
+
+  // The same under a mask: a strip has rows that count, copied together, and the others are written as zeros.
+  template <class Fn> void each_kept_strip(bool with_dy, void* out, const Fn& fn) const {
+    parallel(tasks, call.threads, [&](int64_t task) {
+      const int64_t row_bytes = copied_stride * wide_width, bytes = (rows_per_strip + 1) * row_bytes;
+      Scratch scratch(3 * bytes);
+      char *x = scratch.data, *dy = x + bytes, *results = dy + bytes;
+      int64_t o = task / tasks_per_outer, a = task % tasks_per_outer / tasks_per_block, r = task % tasks_per_block * rows_per_task;
+      int64_t end = smaller(at.B, r + rows_per_task), offset = o * at.sg1 + a * at.sa + r * at.sb;
+      int64_t kept[strip_size / 8];  // where the rows of a strip begin
+      const uint8_t* mask = call.mask + at.place(offset);
+      while (r < end) {
+        int64_t rows = 0;
+        for (; r < end && rows < rows_per_strip; r++, offset += at.sb, mask += at.sb / columns) {
+          if (*mask) kept[rows++] = offset;
+          else if (out) memset(move(out, offset), 0, columns * width);
+        }
+        for (int64_t i = 0; i < rows; i++) copy_in(move(call.x, kept[i]), 0, x + i * row_bytes, 0, 1, columns);
+        for (int64_t i = 0; with_dy && i < rows; i++) copy_in(move(call.dy, kept[i]), 0, dy + i * row_bytes, 0, 1, columns);
+        if (rows) fn(task, Strip{o, 0, {rows, columns, copied_stride, copied_stride, 0, 0, false}, x, dy, results});
+        for (int64_t i = 0; out && i < rows; i++) copy_out(results + i * row_bytes, 0, move(out, kept[i]), 0, 1, columns);
+      }
+    });
+  }
+  // The call as an outer index sees it: under a mask each has a number of elements of its own.
+  const Call& of(int64_t o) const {
+    if (!call.mask) return call;
+    if (o == masked_outer) return masked;
+    masked = call;
+    masked.n = 0;
+    masked_outer = o;
+    for (int64_t a = 0; a < at.A; a++) {
+      const uint8_t* mask = call.mask + at.place(o * at.sg1 + a * at.sa);
+      for (int64_t r = 0; r < at.B; r++) masked.n += mask[r * (at.sb / columns)] != 0;
+    }
+    return masked;
+  }
+  mutable Call masked;
+  mutable int64_t masked_outer = -1;
 
   // The sums of outer index o from those of its tasks, in order; in place where it has but one.
   void fold(double* sums, const double* partial, int64_t size) const {
@@ -112,13 +153,13 @@ struct Rows : Walk {
     Parameter bias(call.bias, call.bias_type, wide, columns, 1, columns < lanes, 0);
     char* scale = (char*)coefficients.zeroed(at.G * wide_width + 64);
 
-    auto locate = [&](int64_t o, int64_t from, int64_t to) { loops.locations(call, from, to, sums + o * size); };
+    auto locate = [&](int64_t o, int64_t from, int64_t to) { loops.locations(of(o), from, to, sums + o * size); };
     auto scales = [&](int64_t o, int64_t from, int64_t to) {
-      loops.scales(call, from, to, sums + o * size, sums + o * size + stride, true, !known);
+      loops.scales(of(o), from, to, sums + o * size, sums + o * size + stride, true, !known);
       loops.column_scales(call, from, to, call.weight, from_outer(scale, o));
     };
     auto advance = [&](int64_t o, int64_t from, int64_t to) {
-      loops.scales(call, from, to, sums + o * size, sums + o * size + stride, false, true);
+      loops.scales(of(o), from, to, sums + o * size, sums + o * size + stride, false, true);
     };
     auto add = [&](int64_t task, const Strip& s) { loops.sum_columns(s.block, s.x, partial + task * size); };
     auto add_powers = [&](int64_t task, const Strip& s) {
@@ -176,7 +217,7 @@ struct Rows : Walk {
     auto stream = [&](int64_t o, int64_t from, int64_t to, bool use, bool advance) {
       double* t = sums + o * size;
       if (use) loops.column_scales(call, from, to, call.weight, from_outer(scale, o));
-      loops.stream_gradients(call, from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), use, advance);
+      loops.stream_gradients(of(o), from, to, t, t + stride, t + 2 * stride, from_outer(constant, o), from_outer(along, o), use, advance);
     };
     auto add_parameters = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;

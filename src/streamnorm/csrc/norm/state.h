@@ -84,11 +84,11 @@ struct Half {
   // The samples that the long-term average stands for, or 0 where there is no window.
   double lasting(const double* windows) const { return gradients || windows[0] == 0 ? windows[gradients] : evidence(windows[0], seen()); }
   // Count the samples of this use, which then mixes with these constants or by the window.
-  void use(const Plan& plan, const double* constants, Call& call) {
+  void use(const Plan& plan, const double* constants, int64_t use_samples, Call& call) {
     call.lasting = part[long_part].data;
     call.recent = part[short_part].data;
     call.count = (int64_t*)part[count_part].data;
-    samples() += plan.samples;
+    samples() += use_samples;
     mixing_weights(lasting(plan.formula.windows), constants, (double)samples(), call.mix);
   }
 };

@@ -85,18 +85,18 @@ template <class F, bool usual> struct Stream {
   const F* lasting;
   F* recent;
   int64_t *count, G, elements;
-  double n, per_n, w1, w2, w3, common_share;
+  double n, some, per_n, w1, w2, w3, common_share;  // some: n, and 1 where a mask leaves nothing: to be divided by
 
   INLINE Stream(const Call& call, int64_t from)
       : lasting((const F*)call.lasting), recent((F*)call.recent), count(call.count), G(call.layout->G), elements(call.n),
-        n((double)call.n), per_n(1 / n), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]),
-        common_share(usual ? n / ((double)count[from] + n) : 0) {}
+        n((double)call.n), some((double)larger(1, call.n)), per_n(1 / some), w1(call.mix[0]), w2(call.mix[1]), w3(call.mix[2]),
+        common_share(usual ? n / ((double)count[from] + some) : 0) {}
 
   INLINE bool on() const { return usual || lasting; }
   // This call's share in the short-term average.
   template <class D> INLINE D share(int64_t i) const {
     if (usual) return D{} + common_share;
-    return on() ? n / (get<D>(count + i) + n) : D{};
+    return on() ? n / (get<D>(count + i) + some) : D{};
   }
   // The short-term average, and what this call makes of it.
   template <class D> struct Recent {

@@ -1,4 +1,4 @@
-// What both walks over a tensor need: memory for the time of a call, parameters, and what follows from the call.
+// What all walks over a tensor need: memory for the time of a call, parameters, and what follows from the call.
 
 #pragma once
 
@@ -82,7 +82,7 @@ struct Parameter {
 bool knows_mu(const Call& c) { return c.lasting && c.mix[0] == 1 && c.mix[1] == 0 && c.mix[2] == 0; }
 bool is_one_pass(const Call& c) { return knows_mu(c) && c.formula->floor == 0; }
 
-// What both walks need of a call.
+// What all walks need of a call.
 struct Walk {
   static constexpr int64_t large_output = 1 << 24, write_ahead = 4096;  // bytes
 
