@@ -41,22 +41,37 @@ MODES = {
     "as trained": Mode(""),
     "each image": Mode(", statistics of each image", "#8a8a8a", "v"),
     "64 images": Mode(", statistics of 64 images", "#e69f00", "D"),
+    "entropy": Mode(", entropy of 64 images", "#56b4e9", "^"),
     "adapting": Mode(", adapting", "#ee3377", "P"),
 }
 """The ways of evaluating, in the order of the table."""
+
+ORDERED, GRADUAL = "ordered", "gradual"
+"""Streams of another order: clean images, one class after the other; fog that comes and goes."""
+
+KINDS = ("clean", *CORRUPTIONS, ORDERED, GRADUAL)
+"""The streams, in the order of the table; logs of earlier versions lack the last two."""
+
+ENTROPY_RATE = 1e-3
+"""The learning rate of Adam for gains and biases in entropy minimization: that of its authors for CIFAR-10."""
 
 Evaluate = Callable[[nn.Module, Tensor], Tensor]
 """Logits of a stream of images, from a model that may be changed."""
 
 
-class Accuracies(TypedDict):
-    """Accuracy by kind of images."""
-
+class _Accuracies(TypedDict):
     clean: Share
     noise: Share
     blur: Share
     contrast: Share
     fog: Share
+
+
+class Accuracies(_Accuracies, total=False):
+    """Accuracy by kind of stream."""
+
+    ordered: Share
+    gradual: Share
 
 
 class AdaptEnd(End, total=False):
@@ -70,9 +85,10 @@ class Adapt(ConvExperiment):
     """Corrupt the test images of a trained convolutional network, and let normalizations adapt without labels.
 
     Networks are trained on clean images as by `streamnorm run conv`. Then test images come one at a time, clean or
-    with noise, blur, low contrast or fog. Streaming Normalization is evaluated as trained, and with `sn.adapt`, which
-    lets every test image update its statistics; Batch Normalization as trained, and with the statistics of each test
-    image, or of 64 of them. Weights stay as they are.
+    with noise, blur, low contrast or fog; clean ones also ordered by class, and with fog that comes and goes. Streaming
+    Normalization is evaluated as trained, and with `sn.adapt`, which lets every test image update its statistics;
+    Batch Normalization as trained, with the statistics of each test image, or of 64 of them, and with gains and biases
+    that are trained meanwhile on the entropy of its predictions for these 64. All other weights stay as they are.
     """
 
     name: ClassVar[str] = "adapt"
@@ -113,7 +129,12 @@ class Adapt(ConvExperiment):
         if run.stage != "final":
             return {}
         clean = data.test.first(self.stream_images)
-        streams = {"clean": clean, **{kind: _corrupted(clean, kind, run.seed) for kind in CORRUPTIONS}}
+        streams = {
+            "clean": clean,
+            **{kind: _corrupted(clean, kind, run.seed) for kind in CORRUPTIONS},
+            ORDERED: _ordered(clean),
+            GRADUAL: _gradual(clean, run.seed),
+        }
         return {
             "adaptation": {
                 mode: {kind: _accuracy(evaluate, model, stream) for kind, stream in streams.items()}
@@ -126,6 +147,7 @@ class Adapt(ConvExperiment):
         modes: dict[str, Evaluate] = {"as trained": _as_trained}
         if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
             modes |= {"each image": partial(_by_batch, size=1), "64 images": partial(_by_batch, size=64)}
+            modes["entropy"] = partial(_by_entropy, size=64)
         if any(isinstance(layer, sn.Norm) and layer.stream is not None for layer in model.modules()):
             modes["adapting"] = partial(_adapting, window=self.window)
         return modes
@@ -142,7 +164,6 @@ class Adapt(ConvExperiment):
         evaluated = [
             Evaluated(one, mode, means) for one in finals for mode in MODES if (means := _means(one.ends, mode))
         ]
-        rows = [(one.label, one.finals.setting.label, *map(_number, one.means.values())) for one in evaluated]
         options = config["options"]
         ways = (
             "“Adapting”: sn.adapt lets each image, before it is judged, update the statistics, with a memory of "
@@ -154,7 +175,18 @@ class Adapt(ConvExperiment):
             "Noise: normal, with a deviation of a sixth of the range. Blur: Gaussian, with a deviation of a 24th of "
             "the height. Contrast: 30% of it is left. Fog: between a quarter and three quarters of white, in clouds."
         )
-        head = ("Method", "Trained at", "clean", *CORRUPTIONS)
+        kinds = _kinds(evaluated)
+        if ORDERED in kinds:
+            text += (
+                " Ordered: clean images, one class after the other. Gradual: fog that becomes thicker over the first "
+                "half of the images, and thinner over the second. “Entropy of 64 images” is Tent (Wang et al. 2021): "
+                "the statistics of 64 images, and a step of Adam for gains and biases on the entropy of their "
+                f"predictions, at a rate of {ENTROPY_RATE:g}."
+            )
+        rows = [
+            (one.label, one.finals.setting.label, *(_number(one.means[kind]) for kind in kinds)) for one in evaluated
+        ]
+        head = ("Method", "Trained at", *kinds)
         return Section(
             "adaptation",
             "When the images change",
@@ -168,6 +200,19 @@ class Adapt(ConvExperiment):
 
 def _corrupted(split: Split, kind: str, seed: int) -> Split:
     pixels = corrupt(split.pixels.cpu(), kind, seed).to(split.pixels.device)
+    return Split(pixels, split.labels, split.mean, split.std)
+
+
+def _ordered(split: Split) -> Split:
+    order = split.labels.argsort(stable=True)
+    return Split(split.pixels[order], split.labels[order], split.mean, split.std)
+
+
+def _gradual(split: Split, seed: int) -> Split:
+    """Fog that grows from nothing to all of it in the middle of the stream, and goes away again."""
+    foggy = _corrupted(split, "fog", seed).pixels.float()
+    share = 1 - torch.linspace(-1, 1, len(split), device=foggy.device).abs().view(-1, 1, 1, 1)
+    pixels = torch.lerp(split.pixels.float(), foggy, share).round().to(torch.uint8)
     return Split(pixels, split.labels, split.mean, split.std)
 
 
@@ -187,6 +232,28 @@ def _by_batch(model: nn.Module, images: Tensor, size: int) -> Tensor:
     """Logits with the statistics of ``size`` images at a time, as in training."""
     model.train()
     return torch.cat([model(part) for part in images.split(size)])
+
+
+@torch.enable_grad()
+def _by_entropy(model: nn.Module, images: Tensor, size: int) -> Tensor:
+    """The same, while gains and biases are trained on the entropy of the predictions.
+
+    Each part is predicted before it is learnt from.
+
+    Reference:
+        Wang, Shelhamer, Liu, Olshausen, Darrell: Tent: Fully Test-Time Adaptation by Entropy Minimization, ICLR 2021.
+    """
+    model.train().requires_grad_(False)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    trained = [parameter.requires_grad_() for norm in norms for parameter in norm.parameters()]
+    optimizer, found = torch.optim.Adam(trained, ENTROPY_RATE), []
+    for part in images.split(size):
+        logits = model(part)
+        optimizer.zero_grad()
+        torch.distributions.Categorical(logits=logits).entropy().mean().backward()
+        optimizer.step()
+        found.append(logits.detach())
+    return torch.cat(found)
 
 
 def _adapting(model: nn.Module, images: Tensor, window: float) -> Tensor:
@@ -213,7 +280,14 @@ class Evaluated:
 def _means(ends: Iterable[Mapping[str, Any]], mode: str) -> dict[str, Interval]:
     """Mean accuracies by kind of images; nothing if no run was evaluated in this way."""
     tables = [end["adaptation"][mode] for end in ends if mode in end.get("adaptation", {})]
-    return {kind: interval([table[kind] for table in tables]) for kind in ("clean", *CORRUPTIONS)} if tables else {}
+    kinds = [kind for kind in KINDS if all(kind in table for table in tables)]
+    return {kind: interval([table[kind] for table in tables]) for kind in kinds} if tables else {}
+
+
+def _kinds(evaluated: Iterable[Evaluated]) -> tuple[str, ...]:
+    """The streams that all were evaluated on."""
+    found = [set(one.means) for one in evaluated]
+    return tuple(kind for kind in KINDS if all(kind in kinds for kinds in found))
 
 
 def _number(mean: Interval) -> str:
@@ -222,7 +296,8 @@ def _number(mean: Interval) -> str:
 
 def _chart(config: Mapping[str, Any], evaluated: Sequence[Evaluated], caption: str) -> Chart:
     """Accuracy by kind of images, for each method and way of evaluating."""
-    lines = [_line(one) for one in evaluated]
+    kinds = _kinds(evaluated)
+    lines = [_line(one, kinds) for one in evaluated]
     seeds = spread_words(len(one.finals.ends) for one in evaluated)
     return Chart(
         title=f"Test images that change: {data_name(config)}",
@@ -231,13 +306,13 @@ def _chart(config: Mapping[str, Any], evaluated: Sequence[Evaluated], caption: s
         caption=caption,
         x="test images",
         rows=(Row("test accuracy", (Panel("", lines),), fit(lines), "%"),),
-        names=("clean", *CORRUPTIONS),
-        breaks=tuple(float(place) for place in range(1, 1 + len(CORRUPTIONS))),
+        names=kinds,
+        breaks=tuple(float(place) for place in range(1, len(kinds))),
     )
 
 
-def _line(one: Evaluated) -> Line:
-    method, mode, means = one.finals.method, MODES[one.mode], list(one.means.values())
+def _line(one: Evaluated, kinds: Sequence[str]) -> Line:
+    method, mode, means = one.finals.method, MODES[one.mode], [one.means[kind] for kind in kinds]
     halves = [mean.half if mean.known else 0.0 for mean in means]
     return Line(
         one.label,

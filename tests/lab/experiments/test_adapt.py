@@ -10,8 +10,17 @@ import torch
 import streamnorm as sn
 from streamnorm_lab.analysis.folders import open_results
 from streamnorm_lab.commands.main import main
-from streamnorm_lab.data.corruptions import CORRUPTIONS
-from streamnorm_lab.experiments.adapt import Adapt, _accuracy, _adapting, _as_trained, _by_batch
+from streamnorm_lab.experiments.adapt import (
+    KINDS,
+    Adapt,
+    _accuracy,
+    _adapting,
+    _as_trained,
+    _by_batch,
+    _by_entropy,
+    _gradual,
+    _ordered,
+)
 from streamnorm_lab.logs.records import Run
 from streamnorm_lab.running.train import Training
 
@@ -38,23 +47,55 @@ def test_a_whole_experiment_at_the_smallest_size(tmp_path):
         if log.end is not None and log.run["stage"] == "final"
     }
     assert modes == {
-        "batch": {"as trained", "each image", "64 images"},
+        "batch": {"as trained", "each image", "64 images", "entropy"},
         "layer": {"as trained"},
         "streaming-l1": {"as trained", "adapting"},
     }
     section = results.section
     assert section is not None
-    assert section.head[2:] == ("clean", *CORRUPTIONS)
+    assert section.head[2:] == KINDS
     assert [row[0] for row in section.rows] == [
-        *("Batch", "Batch, statistics of each image", "Batch, statistics of 64 images"),
+        *("Batch", "Batch, statistics of each image", "Batch, statistics of 64 images", "Batch, entropy of 64 images"),
         *("Layer", "Streaming L1", "Streaming L1, adapting"),
     ]
     ends = [log.end for log in results.logs if log.end and log.run["method"] == "layer" and "adaptation" in log.end]
     fog = 100 * sum(end["adaptation"]["as trained"]["fog"] for end in ends) / 2
-    assert section.rows[3][-1].startswith(f"{fog:.1f} ± ")
+    assert section.rows[4][section.head.index("fog")].startswith(f"{fog:.1f} ± ")
     page = (tmp_path / "report.html").read_text()
     assert "When the images change" in page
-    assert f"{section.rows[3][-1]}<" in page
+    assert f"{section.rows[4][-1]}<" in page
+
+
+def test_streams_of_another_order_have_the_same_images(data):
+    clean = data.test.first(60)
+    ordered, gradual = _ordered(clean), _gradual(clean, 0)
+    assert ordered.labels.tolist() == sorted(clean.labels.tolist())
+    for pixels, label in zip(ordered.pixels, ordered.labels, strict=True):
+        assert any(torch.equal(pixels, other) for other in clean.pixels[clean.labels == label])
+    assert torch.equal(gradual.labels, clean.labels)
+    change = (gradual.pixels.float() - clean.pixels.float()).abs().mean((1, 2, 3))
+    assert change[0] == change[-1] == 0
+    assert change[25:35].mean() > 2 * change[5:15].mean() > 0
+
+
+def test_entropy_minimization_is_its_rule(data, trained):
+    """Each part is predicted before it is learnt from; gains and biases alone are trained, and the entropy falls."""
+    model, (images, _) = trained("batch"), data.test.batch(slice(0, 48))
+    by_hand, given = copy.deepcopy(model).train(), copy.deepcopy(model)
+    norms = [m for m in by_hand.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    optimizer = torch.optim.Adam([p for m in norms for p in (m.weight, m.bias)], 1e-3)
+    expected = []
+    for part in (images[:32], images[32:]):
+        logits = by_hand(part)
+        chances = logits.softmax(1)
+        optimizer.zero_grad()
+        (-(chances * chances.log()).sum(1).mean()).backward()
+        optimizer.step()
+        expected.append(logits.detach())
+    with torch.no_grad():
+        torch.testing.assert_close(_by_entropy(given, images, 32), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert torch.equal(given[0].weight, model[0].weight)
+    assert not torch.equal(given[1].weight, model[1].weight)
 
 
 def test_evaluating_leaves_the_model_as_it_is(data, trained):
