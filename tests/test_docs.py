@@ -7,6 +7,7 @@ import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integrations import libraries, table
@@ -47,6 +48,18 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                     warnings.simplefilter("ignore")
                     libraries.prepare()
                 exec(compile(code, page, "exec"), names)
+
+
+def test_the_network_of_the_start_does_not_train_with_batch_normalization(tmp_path, monkeypatch) -> None:
+    """docs/start.md: below 30% with nn.BatchNorm2d in the place of sn.StreamingNorm2d."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for _, code in examples(ROOT / "docs" / "start.md"):
+        code = code.replace("sn.StreamingNorm2d", "nn.BatchNorm2d").replace("assert accuracy > 0.7", "")
+        exec(compile(code, "start.md", "exec"), names)
+        if "accuracy" in names:
+            break
+    assert names["accuracy"] < 0.3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
