@@ -237,6 +237,20 @@ def adaptation(root: Path) -> str:
     return _table([name.lower() for name in section.head], section.rows)
 
 
+def adaptation_streams(root: Path) -> str:
+    """The same for streams of another order and for entropy minimization, on digits."""
+    results = results_of(newest(root, "adapt-digits", OURS))
+    section = results.section
+    assert section is not None
+    kept = [0, *range(2, len(section.head))]  # all are trained at one setting
+    head, *rows = ([row[i] for i in kept] for row in (section.head, *section.rows))
+    return (
+        f"Test accuracy in percent on {results.config['data']['test']:,} images, trained at "
+        f"{results.settings[0].label}, mean ± 95% interval, streamnorm {results.version}:\n\n"
+        + _table([name.lower() for name in head], rows)
+    )
+
+
 def adaptation_sentence(root: Path) -> str:
     """What adapting gave back."""
     section = results_of(newest(root, "adapt-cifar10", OURS)).section
@@ -356,6 +370,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "situations": situations,
     "one-at-a-time": one_at_a_time,
     "adaptation": adaptation,
+    "adaptation-streams": adaptation_streams,
     "adaptation-sentence": adaptation_sentence,
     "targets": targets,
     "other-machines": other_machines,

@@ -107,6 +107,20 @@ def test_what_the_guide_says_in_prose_of_adaptation() -> None:
         assert layer["clean"].mean - layer[kind].mean < trained["clean"].mean - trained[kind].mean
 
 
+def test_what_the_guide_says_in_prose_of_streams_of_another_order() -> None:
+    """Ordered classes harm adapting a little and statistics of 64 images much; fog that comes and goes is followed."""
+    results = results_of(newest(HOME / "results", "adapt-digits", "streaming-l1"))
+    found = {(one.finals.method.name, one.mode): one.means for one in Adapt.evaluated(results.finals)}
+    trained, adapting = found["streaming-l1", "as trained"], found["streaming-l1", "adapting"]
+    waiting, entropy = found["batch", "64 images"], found["batch", "entropy"]
+    assert 0.03 < trained["ordered"].mean - adapting["ordered"].mean < 0.05
+    assert trained["ordered"].low > adapting["ordered"].high
+    assert waiting["ordered"].mean < 0.5 * waiting["clean"].mean
+    assert adapting["gradual"].low > trained["gradual"].mean
+    assert all(abs(entropy[kind].mean - mean.mean) < 0.002 for kind, mean in waiting.items())
+    assert all(waiting[kind].low > adapting[kind].mean for kind in ("contrast", "fog"))
+
+
 def test_the_picture_is_drawn_from_the_results(tmp_path: Path) -> None:
     committed = (HOME / PICTURE).read_text(encoding="utf-8")
     save_picture(HOME, tmp_path / "evidence.svg")
