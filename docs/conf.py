@@ -58,6 +58,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
+    "write_computation_times": False,
 }
 
 RESULTS = Path(__file__).parents[1] / "results"

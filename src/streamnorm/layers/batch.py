@@ -36,8 +36,8 @@ class GeneralBatchNorm(Norm):
         eps: added to sigma², ≥ 0.
         affine: whether to learn a gain and a bias per channel.
         p: order of the moment, ≥ 1.
-        center: ``"mean"`` or ``"zero"``, see LpMoment.
-        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        center: ``"mean"`` or ``"zero"``, see :class:`LpMoment`.
+        scale: ``"raw"`` or ``"gaussian"``, see :class:`LpMoment`.
         bias: with ``affine``, whether to learn the bias too.
         device: of parameters and state.
         dtype: of parameters; the state is float64 for float64 and float32 for all others.

@@ -27,8 +27,8 @@ class SampleNorm(Norm):
         eps: added to sigma², ≥ 0.
         affine: whether to learn a gain and a bias per channel.
         p: order of the moment, ≥ 1.
-        center: ``"mean"`` or ``"zero"``, see LpMoment.
-        scale: ``"raw"`` or ``"gaussian"``, see LpMoment.
+        center: ``"mean"`` or ``"zero"``, see :class:`LpMoment`.
+        scale: ``"raw"`` or ``"gaussian"``, see :class:`LpMoment`.
         bias: with ``affine``, whether to learn the bias too.
         device: of the parameters.
         dtype: of the parameters.

@@ -87,11 +87,12 @@ _STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn
         eps: added to sigma², ≥ 0.
         affine: whether to learn a gain and a bias per channel.
         p: order of the moment, ≥ 1; 1 is recommended.
-        center: ``"mean"`` or ``"zero"``, see LpMoment.
-        scale: ``"gaussian"``, so that outputs have a variance near 1 whatever p is, or ``"raw"``; see LpMoment.
+        center: ``"mean"`` or ``"zero"``, see :class:`LpMoment`.
+        scale: ``"gaussian"``, so that outputs have a variance near 1 whatever p is, or ``"raw"``, see
+            :class:`LpMoment`.
         ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
-        window: memory in samples, > 0; {window:g} if none of the four is given. See Stream, which has further options;
-            ``layer.set_stream`` takes one.
+        window: memory in samples, > 0; {window:g} if none of the four is given. :class:`Stream` has further options,
+            and :meth:`set_stream` takes one.
         alpha: weights of long-term, short-term and present statistics, in place of the window.
         beta: the same for their gradients.
         kappa: what a weight update keeps of the long-term and takes of the short-term average.

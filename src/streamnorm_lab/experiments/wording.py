@@ -31,7 +31,9 @@ class Words(ABC):
     """The sentences of one kind of data."""
 
     numbers: str
-    """What the numbers of the large table are, and how differences are paired; with places for reference and spread."""
+    """What the cells of the large table are, with places for the spread and for ``difference``."""
+    difference: str
+    """What differences in these cells are, with a place for the reference; left out where that was not run."""
     measure: str
     """What is measured, in a sentence."""
     difference_unit: str
@@ -84,10 +86,11 @@ class Words(ABC):
 class ImageWords(Words):
     """Classifying images."""
 
-    numbers = (
-        "Test accuracy in percent, {spread}. Below it, smaller: the difference to "
-        "{reference} in percentage points, paired by seed, since the same seed means the same initial weights and the "
-        "same order of the images."
+    numbers = "Test accuracy in percent, {spread}.{difference}"
+    difference = (
+        " Below it, smaller: the difference to {reference} in percentage points, paired by seed, since the same seed "
+        "means the same initial weights and the same order of the images. It is coloured where the interval excludes "
+        "zero."
     )
     measure = "test accuracy"
     difference_unit = "percentage points"
@@ -211,9 +214,9 @@ class VolumeWords(ImageWords):
 
     numbers = (
         "Dice coefficient on the test volumes in percent, {spread}: the mean over volumes and over the two kinds of "
-        "bodies. Below it, smaller: the difference to {reference} in percentage points, paired by seed, since the same "
-        "seed means the same initial weights and the same order of the volumes."
+        "bodies.{difference}"
     )
+    difference = ImageWords.difference.replace("images", "volumes")
     measure = "Dice coefficient"
     chosen_by = "the best Dice coefficient on the validation volumes, which are neither trained on nor tested on"
     guessing = "Dice coefficient of finding nothing, which is 0"
@@ -293,10 +296,13 @@ class TextWords(Words):
     """Predicting the next character."""
 
     numbers = (
-        "Loss on the test text in nats per character, lower is better, {spread}. Below it, "
-        "smaller: the difference to {reference}, paired by seed, since the same seed means the same initial weights "
-        "and the same pieces of text in the same order; the loss in bits per character; and the training loss in nats, "
-        "over the last part of the run, each piece judged before it is learnt from."
+        "Loss on the test text in nats per character, lower is better, {spread}. Below it, smaller: {difference}the "
+        "loss in bits per character; and the training loss in nats, over the last part of the run, each piece judged "
+        "before it is learnt from."
+    )
+    difference = (
+        "the difference to {reference}, paired by seed, since the same seed means the same initial weights and the "
+        "same pieces of text in the same order, coloured where the interval excludes zero; "
     )
     measure = "test loss"
     difference_unit = "nats per character"

@@ -36,7 +36,7 @@ function ticks(low, high, wanted) {
   const raw = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map(f => f * power).find(s => s >= raw * .999), found = [];
   for (let t = Math.ceil(low / step - 1e-9) * step; t <= high + step * 1e-9; t += step) found.push(Math.abs(t) < step / 1e6 ? 0 : t);
-  return found;
+  return found.length > 1 || wanted > 20 || !(high > low) ? found : ticks(low, high, 1.5 * wanted);  // one number alone is no scale
 }
 function logTicks(low, high, wanted) {
   const found = [];

@@ -139,7 +139,7 @@ def _accuracy(results: Results, method: str, setting: str) -> str:
 def convolutions(root: Path) -> str:
     """Test accuracy of a convolutional network on 20,000 images, by setting, and the rates that were chosen."""
     results = results_of(root / "conv-cifar10-20000-0.2")
-    names = {"batch": "`nn.BatchNorm`", "batch-recalibrated": "recalibrated", OURS: "`sn.StreamingNorm2d`"}
+    names = {"batch": "Batch", "batch-recalibrated": "Recalibrated", OURS: "Streaming"}
     rows = []
     for setting in results.settings:
         cells = {name: results.cells[name, setting] for name in names}

@@ -115,16 +115,15 @@ def _named(results: Results, name: str, cells: Iterable[str]) -> list[str]:
 
 
 def _numbers(results: Results) -> str:
-    words = results.experiment.words.numbers.format(
-        reference=results.method(results.experiment.reference).label, spread=results.spread
-    )
+    reference, words = results.experiment.reference, results.experiment.words
+    compared = reference in {method.name for method in results.methods} and len(results.methods) > 1
+    difference = words.difference.format(reference=results.method(reference).label) if compared else ""
     rows = (
         _named(results, method.name, (_number(results, results.cells[method.name, s]) for s in results.settings))
         for method in results.methods
     )
-    return f"<p>{words} Coloured where the interval excludes zero.</p>\n" + html_table(
-        ["Method", *_labels(results)], rows, numbers=True
-    )
+    said = words.numbers.format(spread=results.spread, difference=difference)
+    return f"<p>{said}</p>\n" + html_table(["Method", *_labels(results)], rows, numbers=True)
 
 
 def _number(results: Results, cell: Cell) -> str:

@@ -148,3 +148,13 @@ def test_labels_keep_their_distance_and_order(values):
     moved = _apart(values, 0.05)
     assert all(b - a >= 0.05 - 1e-6 for a, b in pairwise(moved))
     assert sum(moved) == pytest.approx(sum(values))
+
+
+def test_a_table_says_nothing_of_a_reference_that_was_not_run(finished):
+    assert "the difference to Layer" in (finished / "report.html").read_text(encoding="utf-8")
+    for log in (finished / "logs").rglob("layer_*"):
+        log.unlink()
+    assert main(["report", str(finished)]) == 0
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "the difference to" not in page
+    assert "Test accuracy in percent, mean" in page
