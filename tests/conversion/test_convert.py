@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from torch.nn.utils import parametrize, prune
 
 import streamnorm as sn
-from streamnorm.conversion import foreign
+from streamnorm.conversion import comparison, foreign
 
 BATCH_NORMS: dict[type[nn.Module], tuple[type[sn.Norm], tuple[int, ...]]] = {
     nn.BatchNorm1d: (sn.StreamingNorm1d, (5, 4)),
@@ -1107,6 +1107,16 @@ class ResNet(nn.Module):
         h = self.blocks(self.stem(x)).mean((2, 3))
         y: Tensor = self.head(h)
         return y
+
+
+def test_terms_that_cancel_each_other_do_not_keep_a_layer() -> None:
+    """Their sum is nearly 0, and what rounding leaves of it differs once the weights have another scale."""
+    x = comparison.random((comparison.SAMPLES, 2), torch.zeros(1))
+    model = nn.Sequential(nn.Linear(2, 64, bias=False), sn.StreamingNorm1d(64))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linspace(50, 90, 64)[:, None] * torch.stack((x[0, 1], -x[0, 0])))
+        model[1].weight.fill_(0.3)
+    assert not any(isinstance(module, sn.Norm) for module in sn.fold(model).modules())
 
 
 def test_a_resnet_folds() -> None:
