@@ -18,7 +18,7 @@ from .choice import (
     prepare,
     tells_signs,
 )
-from .native import keep_memory
+from .native import keep_memory, waiting_memory
 
 __all__ = [
     "ENGINES",
@@ -34,4 +34,5 @@ __all__ = [
     "normalize",
     "prepare",
     "tells_signs",
+    "waiting_memory",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import streamnorm as sn
 from streamnorm_lab.bench.contestants import Contestant, Floor, LayerSteps, NetworkSteps, Pair
+from streamnorm_lab.bench.inference import INFERENCE, folded_beside_group
 from streamnorm_lab.bench.networks import resnet20
 from streamnorm_lab.networks.images import fully_connected
 
@@ -47,10 +48,17 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case, suite by suite."""
-    return [*_layer_cases(), *_one_pass_cases(), *_recurrent_cases(), *_network_cases()]
+    return [
+        *_layer_cases(),
+        *_one_pass_cases(),
+        *_mask_cases(),
+        *_recurrent_cases(),
+        *_network_cases(),
+        *_inference_cases(),
+    ]
 
 
-SUITES = ("layers", "one-pass", "recurrent", "networks")
+SUITES = ("layers", "one-pass", "masks", "recurrent", "networks", "inference")
 
 
 def _layer_cases() -> list[Case]:
@@ -71,11 +79,12 @@ def _layers(shape: tuple[int, ...], channels_last: bool = False) -> list[Match]:
     l1, l2 = (LayerSteps(f"streaming L{p}", streaming(shape, p=p), inputs) for p in (1, 2))
     torch1, torch2 = (LayerSteps(f"PyTorch engine L{p}", streaming(shape, p=p), inputs, engine="torch") for p in (1, 2))
     batch = LayerSteps("BatchNorm", batch_norm(shape), inputs)
+    layer, group = nn.LayerNorm(shape[1:]), nn.GroupNorm(32, channels)
     matches = [
         Match(l1, batch, stock=True),
         Match(l2, batch, stock=True),
-        Match(l1, LayerSteps("LayerNorm", nn.LayerNorm(shape[1:]), inputs)),
-        Match(l1, LayerSteps("GroupNorm", nn.GroupNorm(32, channels), inputs)),
+        Match(l1, LayerSteps("LayerNorm", layer, inputs)),
+        Match(l1, LayerSteps("GroupNorm", group, inputs)),
         Match(l1, torch1),
         Match(l2, torch2),
         Match(l1, l2),
@@ -83,10 +92,18 @@ def _layers(shape: tuple[int, ...], channels_last: bool = False) -> list[Match]:
     if 4 * math.prod(shape) >= FLOOR_FROM:
         floor = Floor(inputs)
         matches += [Match(l1, floor), Match(batch, floor)]
-        cold_batch = LayerSteps("BatchNorm, cold inputs", batch.module, inputs, cold=True)
-        matches += [
-            Match(LayerSteps(f"{x.name}, cold inputs", x.module, inputs, cold=True), cold_batch) for x in (l1, l2)
-        ]
+        cold = {
+            name: LayerSteps(f"{name}, cold inputs", module, inputs, cold=True)
+            for name, module in (
+                (l1.name, l1.module),
+                (l2.name, l2.module),
+                ("BatchNorm", batch.module),
+                ("LayerNorm", layer),
+                ("GroupNorm", group),
+            )
+        }
+        matches += [Match(cold[l1.name], cold[rival]) for rival in ("BatchNorm", "LayerNorm", "GroupNorm")]
+        matches.append(Match(cold[l2.name], cold["BatchNorm"]))
     return matches
 
 
@@ -102,6 +119,53 @@ def _one_pass(shape: tuple[int, ...]) -> list[Match]:
     batch = LayerSteps("BatchNorm", batch_norm(shape), inputs)
     l1, l2 = (LayerSteps(f"one-pass L{p}", streaming(shape, p=p, **past), inputs) for p in (1, 2))
     return [Match(l1, batch, stock=True), Match(l2, batch, stock=True), Match(l1, l2), Match(l1, Floor(inputs))]
+
+
+MASKS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
+    "lengths": lambda places: (
+        (torch.arange(places[-1]) < torch.randint(1, places[-1] + 1, (places[0], 1)))
+        .view(places[0], *[1] * (len(places) - 2), -1)
+        .expand(places)
+        .contiguous()
+    ),
+    "places": lambda places: torch.rand(places) < 0.5,
+}
+"""What masks keep: of each sample all places up to a length, as of padded sequences; or half of the places."""
+
+
+def _mask_cases() -> list[Case]:
+    shapes = ((32, 128, 100), (8, 64, 32, 32))
+    return [
+        Case("masks", f"{shape} {kind}", partial(_masks, shape, kind), (len(shape), kind) == (3, "lengths"))
+        for shape in shapes
+        for kind in MASKS
+    ]
+
+
+def _masks(shape: tuple[int, ...], kind: str) -> list[Match]:
+    """A layer under a mask beside itself without, and on the PyTorch engine."""
+    torch.manual_seed(0)
+    inputs, mask = input_pool(shape), MASKS[kind]((shape[0], *shape[2:]))
+
+    kind_of_layer = sn.StreamingNorm1d if len(shape) == 3 else sn.StreamingNorm2d
+    layer, other = kind_of_layer(shape[1]), kind_of_layer(shape[1])
+    masked = LayerSteps("streaming L1, masked", _Masked(layer, mask), inputs)
+    return [
+        Match(masked, LayerSteps("streaming L1", layer, inputs)),
+        Match(masked, LayerSteps("PyTorch engine L1, masked", _Masked(other, mask), inputs, engine="torch")),
+    ]
+
+
+class _Masked(nn.Module):
+    """A layer that is always called with the same mask."""
+
+    def __init__(self, layer: nn.Module, mask: Tensor) -> None:
+        super().__init__()
+        self.layer, self.mask = layer, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x, self.mask)
+        return y
 
 
 def _recurrent_cases() -> list[Case]:
@@ -173,6 +237,14 @@ def _resnet(norm: str) -> nn.Module:
         "BatchNorm": nn.BatchNorm2d,
     }
     return resnet20(kinds[norm])
+
+
+def _inference_cases() -> list[Case]:
+    return [Case("inference", f"{name}, batch 1", partial(_inference, name), name == "ResNet-20") for name in INFERENCE]
+
+
+def _inference(name: str) -> list[Match]:
+    return [Match(*pair) for pair in folded_beside_group(name)]
 
 
 def input_pool(shape: tuple[int, ...], channels_last: bool = False) -> list[Pair]:

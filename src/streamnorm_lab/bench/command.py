@@ -22,6 +22,7 @@ from streamnorm_lab.bench.cuda import bench_cuda
 from streamnorm_lab.bench.cuda_cases import SUITES as CUDA_SUITES
 from streamnorm_lab.bench.figures import save_figure
 from streamnorm_lab.bench.fresh import keep_freed_memory, measure
+from streamnorm_lab.bench.inference import missing_libraries
 from streamnorm_lab.bench.results import MemoryRow, Results, TimeRow
 from streamnorm_lab.bench.tables import print_results, save_results
 from streamnorm_lab.bench.timing import Effort
@@ -107,6 +108,8 @@ def bench(words: Sequence[str]) -> int:
     with locked(folder):
         before = machine_load()
         warn_if_busy(Console(stderr=True), before, 0)
+        if "inference" in options.only and (missing := missing_libraries()):
+            _warn(Console(stderr=True), f"Inference is measured in PyTorch alone: {missing[0]} is not installed.")
         results = _measure(options)
         results.environment.update(load_before=before, load_after=machine_load(), options=asdict(options))
         results.environment.update(engines=sn.engines(), torch_instructions=torch.backends.cpu.get_cpu_capability())

@@ -25,8 +25,8 @@ class Contestant(ABC):
         engine: the engine of ``streamnorm.ops`` that it is bound to, or None for the usual choice.
     """
 
-    updates: ClassVar[bool] = False
-    """Whether ``update`` is a part of the step that is timed, and not only tidying."""
+    parts: ClassVar[tuple[str, ...]] = ("forward", "backward")
+    """The parts of a step that are timed; ``update`` may only be tidying."""
 
     has_memory = True
     """Whether its memory is measured, too."""
@@ -123,7 +123,7 @@ class NetworkSteps(Contestant):
         engine: as Contestant.
     """
 
-    updates = True
+    parts = ("forward", "backward", "update")
 
     def __init__(
         self, name: str, network: nn.Module, images: list[Tensor], labels: list[Tensor], engine: str | None = None

@@ -39,8 +39,8 @@ def measure(
             together.ours.extend(part.rounds[pairing].ours)
             together.rival.extend(part.rounds[pairing].rival)
         times += time_rows(case, pairing, Comparison.of(together))
-    stock = next(pairing.rival for pairing in parts[0].rounds if pairing.stock)
-    return times, list(memory_rows(case, parts[0].memory, stock))
+    stock = [pairing.rival for pairing in parts[0].rounds if pairing.stock]
+    return times, list(memory_rows(case, parts[0].memory, stock[0])) if stock else []
 
 
 def in_fresh_process(case: Case, thread_counts: list[int], effort: Effort, keep_memory: bool) -> Measured:
@@ -62,7 +62,7 @@ def measure_here(case: Case, thread_counts: list[int], effort: Effort, keep_memo
             rounds[Pairing.of(match, threads)] = compare(match.ours, match.rival, effort)
     torch.set_num_threads(1)
     contestants: dict[str, Contestant] = {}
-    for match in matches:
+    for match in matches if any(match.stock for match in matches) else ():
         contestants |= {contestant.name: contestant for contestant in (match.ours, match.rival)}
     return Measured(rounds, {name: measure_memory(one) for name, one in contestants.items() if one.has_memory})
 

@@ -1,4 +1,4 @@
-"""ResNet-20 for images of 32×32 (He et al., 2016), with any normalization."""
+"""ResNet-20 for images of 32×32 and ResNet-18 for larger ones (He et al., 2016), with any normalization."""
 
 from __future__ import annotations
 
@@ -35,10 +35,28 @@ def resnet20(norm: Callable[[int], nn.Module], classes: int = 10) -> nn.Sequenti
     Shape:
         Input (N, 3, 32, 32), output (N, classes).
     """
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU()]
-    channels = 16
-    for width, first_stride in ((16, 1), (32, 2), (64, 2)):
-        for stride in (first_stride, 1, 1):
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU()]
+    return _resnet(stem, (16, 32, 64), 3, norm, classes)
+
+
+def resnet18(norm: Callable[[int], nn.Module], classes: int = 1000) -> nn.Sequential:
+    """ResNet-18; ``norm`` makes a normalization of so many channels.
+
+    Shape:
+        Input (N, 3, 224, 224), output (N, classes).
+    """
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    return _resnet(stem, (64, 128, 256, 512), 2, norm, classes)
+
+
+def _resnet(
+    stem: list[nn.Module], widths: tuple[int, ...], blocks: int, norm: Callable[[int], nn.Module], classes: int
+) -> nn.Sequential:
+    """Groups of blocks, each but the first of half the resolution of the one before."""
+    layers, channels = list(stem), widths[0]
+    for width in widths:
+        for block in range(blocks):
+            stride = 2 if block == 0 and width != widths[0] else 1
             layers.append(_Block(channels, width, stride, norm))
             channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))

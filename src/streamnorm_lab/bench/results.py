@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from streamnorm_lab.bench.cases import Case, Match
 from streamnorm_lab.bench.memory import Memory
-from streamnorm_lab.bench.targets import MEMORY_TARGETS, TIME_TARGETS
+from streamnorm_lab.bench.targets import MEMORY_TARGETS, RIVAL_TARGETS, TIME_TARGETS
 from streamnorm_lab.bench.timing import TOGETHER, Comparison
 
 
@@ -75,8 +75,7 @@ class Pairing(NamedTuple):
 def time_rows(case: Case, pairing: Pairing, comparison: Comparison) -> Iterator[TimeRow]:
     """A row for each part of the step."""
     for part, ratio in comparison.ratio.items():
-        aimed = pairing.stock and part == TOGETHER
-        target = TIME_TARGETS.get((case.suite, case.name, pairing.threads)) if aimed else None
+        target = _target(case, pairing) if part == TOGETHER else None
         yield TimeRow(
             case.suite,
             case.name,
@@ -94,6 +93,12 @@ def time_rows(case: Case, pairing: Pairing, comparison: Comparison) -> Iterator[
             target,
             None if target is None else ratio.median <= target,
         )
+
+
+def _target(case: Case, pairing: Pairing) -> float | None:
+    if pairing.stock:
+        return TIME_TARGETS.get((case.suite, case.name, pairing.threads))
+    return RIVAL_TARGETS.get((case.suite, pairing.rival))
 
 
 def memory_rows(case: Case, found: dict[str, Memory], stock: str) -> Iterator[MemoryRow]:
@@ -125,7 +130,8 @@ def _miss(row: TimeRow | MemoryRow) -> str:
     if isinstance(row, MemoryRow):
         return f"memory of {row.contestant}, {row.case}: {row.saved_ratio:.2f} saved, {row.peak_ratio:.2f} peak"
     threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
-    return f"{row.ours}, {row.case}, {threads}: {row.ratio:.2f} for {row.target:g}"
+    against = "" if row.stock else f" against {row.rival}"
+    return f"{row.ours}{against}, {row.case}, {threads}: {row.ratio:.2f} for {row.target:g}"
 
 
 def l1_verdict(results: Results) -> str | None:

@@ -103,7 +103,7 @@ def _others_table(results: Results) -> Table:
 
 
 def _ratio(row: TimeRow) -> str:
-    return f"{row.ratio:.2f} ({row.ratio_q1:.2f}–{row.ratio_q3:.2f})"
+    return f"{row.ratio:.2f} ({row.ratio_q1:.2f}–{row.ratio_q3:.2f}) {_target(row)}".rstrip()
 
 
 def _memory_table(results: Results) -> Table:

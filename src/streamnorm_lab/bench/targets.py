@@ -34,5 +34,10 @@ TIME_TARGETS: dict[tuple[str, str, int], float] = {
 """By suite, case and number of threads, forward plus backward, against the stock layer: ``nn.BatchNorm`` (or
 ``torch.batch_norm``), or the layer of ``torch.nn`` of the same name; of ``compiled``, both compiled."""
 
+RIVAL_TARGETS: dict[tuple[str, str], float] = {
+    ("layers", f"{name}{inputs}"): 1.0 for name in ("LayerNorm", "GroupNorm") for inputs in ("", ", cold inputs")
+}
+"""By suite and rival, for every case and number of threads: what people use where ``nn.BatchNorm`` fails."""
+
 MEMORY_TARGETS: dict[str, float] = {"recurrent": 1.5}
 """By suite: the largest ratio of saved and of peak memory to the stock layer."""

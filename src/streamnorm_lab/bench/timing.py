@@ -105,9 +105,9 @@ class _Runner:
     def warm_up(self, seconds: float) -> float:
         """Seconds of one step, once everything is warm."""
         start = time.perf_counter()
-        taken = [sum(self.block(1).values()) / 2 for _ in range(2)]  # the parts and their sum
+        taken = [self.block(1)[TOGETHER] for _ in range(2)]
         while time.perf_counter() - start < seconds:
-            taken.append(sum(self.block(1).values()) / 2)
+            taken.append(self.block(1)[TOGETHER])
         return float(np.median(taken))
 
     def block(self, steps: int) -> dict[str, float]:
@@ -129,9 +129,8 @@ class _Runner:
                 backward += ended - began
                 del output
                 self._turn += 2
-        times = {"forward": forward, "backward": backward}
-        if contestant.updates:
-            times["update"] = update
+        taken = {"forward": forward, "backward": backward, "update": update}
+        times = {part: taken[part] for part in contestant.parts}
         times[TOGETHER] = sum(times.values())
         return {part: seconds / steps for part, seconds in times.items()}
 
