@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,7 @@ class InOnnxruntime:
         return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
     def _open(self, threads: int) -> Any:
-        import onnxruntime
-
+        onnxruntime: Any = import_module("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         session = onnxruntime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])

@@ -303,6 +303,70 @@ def _machine(folder: Path) -> str:
     return f"streamnorm {found['streamnorm']}, {found['processor']}"
 
 
+KEPT = (
+    ("bench", "kept by the engine (default)"),
+    ("bench-keep-0", "kept by nobody (`STREAMNORM_KEEP_MIB=0`)"),
+    ("bench-kept", "kept by the allocator, for all layers"),
+)
+"""Where the memory of freed outputs stays, by benchmark."""
+
+
+def kept_memory(root: Path) -> str:
+    """Ratios of large inputs, by who keeps the memory of freed outputs, as far as it was measured."""
+    columns = [(name, words) for name, words in KEPT if (root / name).is_dir()]
+    found = {
+        (name, row["case"], row["threads"], row["rival"]): float(row["ratio"])
+        for name, _ in columns
+        for row in _csv(root / name / "times.csv")
+        if row["suite"] == "layers" and row["part"] == "together" and row["ours"] == "streaming L1"
+    }
+    large = list(dict.fromkeys(key[1:3] for key in found if key[3] == "floor"))
+    rows = []
+    for case, threads in large:
+        for rival in ("BatchNorm", "GroupNorm"):
+            ratios = (found.get((name, case, threads, rival)) for name, _ in columns)
+            rows.append([case, threads, rival, *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+    made = {_machine(root / name) for name, _ in columns}
+    head = ["case", "threads", "against", *(f"[{words}](../results/{name}/tables.txt)" for name, words in columns)]
+    return f"Streaming L1, forward and backward ({_listed(sorted(made))}):\n\n{_table(head, rows)}"
+
+
+def resident_memory(root: Path) -> str:
+    """The memory of processes that train ResNet-18, with and without kept outputs."""
+    folder = root / "bench-resident"
+    made = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"`nn.{row['norm']}2d`" if row["norm"] == "BatchNorm" else "`sn.StreamingNorm2d`",
+            row["kept_mib"] or "–",
+            *(f"{float(row[part]):.0f}" for part in ("before", "peak", "after", "waiting")),
+        ]
+        for row in _csv(folder / "memory.csv")
+    ]
+    head = ["normalization", "`STREAMNORM_KEEP_MIB`", "before training", "peak", "after", "of which waits"]
+    return (
+        f"MiB that a process holds which trains ResNet-18 on mini-batches of {made['batch']} images of "
+        f"{made['image']}×{made['image']} ({_machine(folder)}):\n\n{_table(head, rows)}"
+    )
+
+
+def inference(root: Path) -> str:
+    """The time of folded networks beside networks with Group Normalization; nothing where it was not measured."""
+    folder = root / "bench-inference"
+    if not (folder / "times.csv").is_file():
+        return ""
+    parts: dict[str, list[str]] = {}
+    for row in _csv(folder / "times.csv"):
+        if (row["suite"], row["part"], row["threads"]) == ("inference", "together", "1"):
+            where = "in onnxruntime" if row["rival"].endswith("onnxruntime") else "in PyTorch"
+            parts.setdefault(row["case"].split(",")[0], []).append(f"{float(row['ratio']):.2f} {where}")
+    found = _listed([f"{_listed(ratios)} with {name}" for name, ratios in parts.items()])
+    return (
+        "A folded network computes what the convolutions compute, and nothing for the normalization. Beside the same "
+        f"network with `nn.GroupNorm`, one image takes it {found} of the time, on one thread ({_machine(folder)})."
+    )
+
+
 def moments_timed(root: Path) -> str:
     """In how many cases L1 is faster than L2, or slower."""
     rows = [
@@ -322,6 +386,7 @@ def _aims(folder: Path) -> Iterator[tuple[str, str, str, float, float]]:
         if row["target"] and row["part"] == "together":
             what = f"`{row['case']}` {row['ours']} on {row['threads']} thread{'s' * (row['threads'] != '1')}"
             what = row["case"] if row["suite"] == "recurrent" else what
+            what += "" if row["stock"] == "True" else f" against {row['rival']}"
             yield row["suite"], what, "time", float(row["ratio"]), float(row["target"])
     for row in _csv(folder / "memory.csv"):
         for kind in ("saved", "peak") if row["target"] else ():
@@ -374,6 +439,9 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "adaptation-sentence": adaptation_sentence,
     "targets": targets,
     "other-machines": other_machines,
+    "kept-memory": kept_memory,
+    "resident-memory": resident_memory,
+    "inference": inference,
     "moments-timed": moments_timed,
     "gains": gains,
     "claims": claims,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,11 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from streamnorm_lab.bench import command, compiled, fresh
-from streamnorm_lab.bench.cases import FLOOR_FROM, Case, _layers, _networks, _recurrent, _resnet, all_cases, input_pool
+import streamnorm as sn
+from streamnorm_lab.bench import command, compiled, fresh, inference, resident, timing
+from streamnorm_lab.bench.cases import (
+    FLOOR_FROM,
+    MASKS,
+    Case,
+    _layers,
+    _masks,
+    _networks,
+    _recurrent,
+    _resnet,
+    all_cases,
+    input_pool,
+)
 from streamnorm_lab.bench.contestants import Floor, LayerSteps
 from streamnorm_lab.bench.memory import Memory
+from streamnorm_lab.bench.networks import resnet20
 from streamnorm_lab.bench.results import (
     MemoryRow,
     Results,
@@ -25,7 +40,7 @@ from streamnorm_lab.bench.results import (
     memory_rows,
     targets_line,
 )
-from streamnorm_lab.bench.targets import MEMORY_TARGETS, TIME_TARGETS
+from streamnorm_lab.bench.targets import MEMORY_TARGETS, RIVAL_TARGETS, TIME_TARGETS
 from streamnorm_lab.bench.timing import Effort
 from streamnorm_lab.commands.main import main
 
@@ -38,16 +53,34 @@ def test_every_target_belongs_to_a_case():
     cases = {(case.suite, case.name) for case in [*all_cases(), *compiled.compiled_cases()]}
     assert {key[:2] for key in TIME_TARGETS} <= cases
     assert set(MEMORY_TARGETS) <= {suite for suite, _ in cases}
+    rivals = {match.rival.name for match in _layers((8, 64, 32, 32))}
+    assert {rival for _, rival in RIVAL_TARGETS} <= rivals
 
 
 def test_every_contestant_trains():
     """Each forward gives what its backward takes, and leaves gradients for the update."""
-    for matches in (_layers((2, 32, 8, 8)), _layers((1, 64)), _recurrent("LSTM", 2, 4), _networks(2, _resnet)):
-        assert any(match.stock for match in matches)
+    trained = (_layers((2, 32, 8, 8)), _layers((1, 64)), _recurrent("LSTM", 2, 4), _networks(2, _resnet))
+    assert all(any(match.stock for match in matches) for matches in trained)
+    for matches in (*trained, *(_masks((2, 3, 8), kind) for kind in MASKS)):
         for match in matches:
             for turn, contestant in enumerate(match[:2]):
                 contestant.backward(contestant.forward(turn), turn)
                 contestant.update()
+
+
+def test_a_folded_network_has_no_normalization_left(monkeypatch: pytest.MonkeyPatch):
+    """And it gives what the network gave; without onnxruntime it is measured in PyTorch alone."""
+    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    images = [torch.randn(1, 3, 32, 32)]
+    folded = inference.folded_network(resnet20, images)
+    assert not any(isinstance(module, sn.Norm) for module in folded.modules())
+    ((ours, rival),) = inference.folded_beside_group("ResNet-20")
+    for contestant in (ours, rival):
+        assert not contestant.forward(0).requires_grad
+        assert set(timing._Runner(contestant, 0).block(1)) == {"forward", "together"}
+    assert isinstance(rival, inference.InferenceSteps)
+    assert isinstance(rival._run, nn.Module)
+    assert any(isinstance(module, nn.GroupNorm) for module in rival._run.modules())
 
 
 def test_the_lstm_is_measured_without_onednn_too():
@@ -110,6 +143,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         Case("layers", "(1, 128)", partial(_layers, (1, 128)), quick=True),
         Case("layers", "(1, 64, 32, 32)", partial(_layers, (1, 64, 32, 32)), quick=True),
         Case("recurrent", "GRU B1 H128", partial(_recurrent, "GRU", 1, 8), quick=True),
+        Case("masks", "(2, 3, 8) lengths", partial(_masks, (2, 3, 8), "lengths"), quick=True),
         Case("recurrent", "left out", partial(_recurrent, "GRU", 1, 8)),
     ]
     monkeypatch.setattr(command, "all_cases", lambda: cases)
@@ -140,9 +174,12 @@ def test_files_and_words(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     with open(tmp_path / "times.csv") as file:
         times = list(csv.DictReader(file))
     assert {row["part"] for row in times} == {"forward", "backward", "together"}
-    assert {row["case"] for row in times} == {"(1, 128)", "(1, 64, 32, 32)", "GRU B1 H128"}
+    layers = {"(1, 128)", "(1, 64, 32, 32)"}
+    assert {row["case"] for row in times} == {*layers, "(2, 3, 8) lengths", "GRU B1 H128"}
     aimed = [row for row in times if row["target"]]
-    assert {(row["rival"], row["part"]) for row in aimed} == {("BatchNorm", "together"), ("nn.GRU", "together")}
+    assert {row["part"] for row in aimed} == {"together"}
+    others = {f"{name}{inputs}" for name in ("LayerNorm", "GroupNorm") for inputs in ("", ", cold inputs")}
+    assert {row["rival"] for row in aimed} == {"BatchNorm", "nn.GRU", *others}
     assert all(row["met"] == str(float(row["ratio"]) <= float(row["target"])) for row in aimed)
     assert all(0 < float(row["ratio_q1"]) <= float(row["ratio"]) <= float(row["ratio_q3"]) for row in times)
     with open(tmp_path / "memory.csv") as file:
@@ -167,7 +204,7 @@ def test_memory_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(command, "_can_keep_memory", lambda: True)
     monkeypatch.setattr(fresh, "keep_freed_memory", lambda: told.append("glibc"))
     assert main(["bench", "--quick", "--threads", "1", "--keep-memory"]) == 0
-    assert told == ["glibc"] * 3  # cases
+    assert told == ["glibc"] * 4  # cases
     facts = json.loads((tmp_path / "runs/bench-quick-kept/environment.json").read_text())
     assert facts["options"]["keep_memory"] is True
 
@@ -189,6 +226,20 @@ def test_compiled_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert facts["load_before"] == facts["load_after"] == 3.2
     assert "The machine is busy" in capsys.readouterr().out
     assert "nn.GRU, compiled" in (tmp_path / "tables.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resident, "KEPT_MIB", {"streaming L1": (64, 0)})
+    resident.bench_resident(str(tmp_path), quick=True)
+    with open(tmp_path / "memory.csv") as file:
+        kept, dropped = csv.DictReader(file)
+    assert (kept["kept_mib"], dropped["kept_mib"], dropped["waiting"]) == ("64", "0", "0")
+    for row in (kept, dropped):
+        before, after, peak = (float(row[part]) for part in ("before", "after", "peak"))
+        assert 0 < before < peak
+        assert after <= peak
+    assert "ResNet-18, 8 images of 32×32" in (tmp_path / "tables.txt").read_text()
 
 
 def test_memory_is_kept_by_glibc_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -233,12 +284,14 @@ def test_the_verdict_follows_the_quartiles():
 
 
 def test_missed_targets_are_named():
-    met = replace(ROW, rival="BatchNorm", target=1.0, met=True)
+    met = replace(ROW, rival="BatchNorm", stock=True, target=1.0, met=True)
     missed = replace(met, ratio=1.25, met=False)
+    other = replace(missed, rival="LayerNorm", stock=False)
     memory = MemoryRow("recurrent", "GRU B1 H128", "sn.GRU", 20, 30, 2.0, 1.0, 1.5, False)
     assert targets_line(results(met)) == "1 of 1 targets met."
-    line = targets_line(results(met, missed, memory=(memory,)))
-    assert line.startswith("1 of 3 targets met; missed: ")
+    line = targets_line(results(met, missed, other, memory=(memory,)))
+    assert line.startswith("1 of 4 targets met; missed: ")
+    assert "streaming L1 against LayerNorm, (1, 128), 1 thread: 1.25 for 1" in line
     assert "streaming L1, (1, 128), 1 thread: 1.25 for 1" in line
     assert "memory of sn.GRU, GRU B1 H128: 2.00 saved, 1.00 peak" in line
     assert targets_line(results(ROW)) == "No target belongs to what was measured."
