@@ -27,7 +27,7 @@ from .training.accumulation import accumulate
 from .training.checkpoint import checkpoint_context_fn
 from .training.updates import bind, commit
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "GRU",

@@ -27,6 +27,28 @@ def test_the_default_is_the_window_rule() -> None:
     assert Stream(window=7).window == 7
 
 
+def test_layers_for_images_give_a_mini_batch_a_share_of_the_gradient() -> None:
+    kinds = (sn.StreamingNorm1d, sn.StreamingNorm2d, sn.StreamingNorm3d)
+    assert [kind(2).formula.own for kind in kinds] == [math.inf, 8, 8]
+    assert sn.StreamingNorm2d(2, kappa=0.7).formula.own == math.inf
+    formula = Stream(window=9, own=8).formula(1, True, 1, 1e-5)
+    assert formula.weights(6, 3, 2, use=2).beta == pytest.approx((0.8 * 32 / 35, 0.8 * 3 / 35, 0.2))
+    assert formula.weights(6, 3, 2, use=2).kappa == formula.weights(6, 3, 2).kappa
+    assert repr(Stream(own=8)) == "Stream(window=200, own=8)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"own": 0}, "a number above 0, or math.inf for no weight, got 0"),
+        ({"own": 8, "kappa": 0.7}, "own=8 and kappa=0.7 exclude each other"),
+    ],
+)
+def test_a_share_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stream(**arguments)
+
+
 @pytest.mark.parametrize("given", [{"alpha": (0.7, 0.3)}, {"beta": (0.7, 0.3, 0)}, {"kappa": 0.7}])
 def test_one_constant_brings_the_papers_others(given: dict[str, Any]) -> None:
     stream = Stream(**given)

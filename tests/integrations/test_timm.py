@@ -119,6 +119,7 @@ def test_dropout_and_activation_stay(act: type[nn.Module] | None) -> None:
     assert isinstance(new, sn.StreamingNormAct2d)
     x = torch.randn(4, 8, 3, 3, dtype=torch.float64)
     assert_evaluates_as_before(old, new, x)
+    assert new.stream is not None
     alone = sn.StreamingNorm2d(8, window=new.stream.window).double()
     alone.load_state_dict(new.state_dict())
     torch.manual_seed(1)

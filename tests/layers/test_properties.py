@@ -99,10 +99,10 @@ def kinds(draw: st.DrawFn, *, sample: bool = False) -> Kind:
 def rules(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     """A stream's constants, as the layer takes them and as the oracle does."""
     if draw(st.booleans()):
-        window, grad_window, limit = draw(
-            st.sampled_from([(3.0, 50.0, 1.1), (200.0, 32.0, 4.0), (20.0, 2.0, math.inf)])
+        window, grad_window, limit, own = draw(
+            st.sampled_from([(3.0, 50.0, 1.1, 2.0), (200.0, 32.0, 4.0, math.inf), (20.0, 2.0, math.inf, 8.0)])
         )
-        by_window = {"window": window, "grad_window": grad_window, "limit": limit}
+        by_window = {"window": window, "grad_window": grad_window, "limit": limit, "own": own}
         return by_window, by_window
     alpha = draw(st.sampled_from([(0.7, 0.3, 0), (0.4, 0.4, 0.2), (0.2, 0, 0.8), (1, 0, 0)]))
     beta = draw(st.sampled_from([(0.7, 0.3, 0), (0.7, 0, 0.3), (0, 0, 1), (0, 0, 0), (0, 1, 0)]))

@@ -29,6 +29,7 @@ WINDOW: list[tuple[sn.Stream, dict[str, Any]]] = [
     (sn.Stream(window=200), {"window": 200.0, "grad_window": 32.0, "limit": 4.0}),
     (sn.Stream(window=9.0, grad_window=20, limit=1.1), {"window": 9.0, "grad_window": 20.0, "limit": 1.1}),
     (sn.Stream(window=30, limit=math.inf), {"window": 30, "grad_window": 32.0, "limit": math.inf}),
+    (sn.Stream(window=100, own=3), {"window": 100.0, "grad_window": 32.0, "limit": 4.0, "own": 3.0}),
 ]
 EXPLICIT: list[tuple[sn.Stream, dict[str, Any]]] = [
     (sn.Stream(alpha=(0.7, 0.3)), {"alpha": (0.7, 0.3, 0), "beta": (0.7, 0.3, 0), "kappa": (0.7, 0.3, 0.7, 0.3)}),

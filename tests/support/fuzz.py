@@ -42,6 +42,7 @@ STREAMS: list[dict[str, Any]] = [
     {"alpha": (1, 0, 0), "beta": (1, 0, 0)},
     {"beta": (0, 0, 0)},
     {"window": 20.0, "grad_window": 3.0, "limit": 1.1},
+    {"window": 100.0, "own": 8.0},
     {"alpha": (1, 0, 0), "beta": (0.6, 0.1, 0.3), "limit": 1.2},
 ]
 Results = list[tuple[str, Any]]

@@ -93,6 +93,7 @@ class Oracle:
         window: W; None with explicit constants.
         grad_window: the same of gradients.
         limit: c of the bound on the moment.
+        own: P of the mini-batch's own share of the gradients under the window rule.
     """
 
     def __init__(
@@ -110,13 +111,14 @@ class Oracle:
         window: float | None = None,
         grad_window: float | None = None,
         limit: float = math.inf,
+        own: float = math.inf,
         gain: Array | None = None,
         bias: Array | None = None,
     ) -> None:
         self.p, self.center, self.eps = p, center, eps
         self.k = {"raw": 1.0, "gaussian": gaussian_factor(p)}[scale]
         self.alpha, self.beta, self.kappa = alpha, beta, kappa
-        self.window, self.grad_window, self.limit = window, grad_window, limit
+        self.window, self.grad_window, self.limit, self.own = window, grad_window, limit, own
         self.gain = np.ones(channels) if gain is None else gain
         self.bias = np.zeros(channels) if bias is None else bias
         g = num_stats
@@ -182,7 +184,7 @@ class Oracle:
         again, use.went_back = use.went_back, True
         if not again or self.grad_samples < use.rows:
             self.grad_samples += use.rows
-        b = self._backward_weights()
+        b = self._backward_weights(use.rows)
         p = self.p
         for g in range(use.ids.shape[1]):
             own = use.ids[:, g, :].reshape(-1)
@@ -263,13 +265,14 @@ class Oracle:
         worth = min(self.window, 16 + self.seen)
         return (worth / (worth + self.samples), self.samples / (worth + self.samples), 0.0)
 
-    def _backward_weights(self) -> tuple[float, ...]:
+    def _backward_weights(self, rows: int = 0) -> tuple[float, ...]:
         if self.window is None:
             assert self.beta is not None
             return tuple(self.beta)
         assert self.grad_window is not None
         total = self.grad_window + self.grad_samples
-        return (self.grad_window / total, self.grad_samples / total, 0.0)
+        own = rows / (rows + self.own)
+        return ((1 - own) * self.grad_window / total, (1 - own) * self.grad_samples / total, own)
 
     def _commit_weights(self) -> tuple[float, ...]:
         if self.window is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .spec import PRIOR_SAMPLES, Formula, Mix, State, by_evidence
+from .spec import PRIOR_SAMPLES, Formula, Mix, State, by_evidence, with_own
 
 Scalar = float | Tensor
 Averages = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,6 +32,7 @@ class Half:
         n: how many elements are behind each value, a number or ``(G,)``.
         samples: the number of samples of the use.
         units: what the averages are multiples of, of both rows; None for 1.
+        own: the share of this use's own value under the window rule.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class Half:
         n: int | Tensor,
         samples: int | Tensor,
         units: tuple[Tensor, Tensor] | None = None,
+        own: Scalar = 0.0,
     ) -> None:
         self.long, self.short, self.count, self.samples = averages
         self.n, self.units = n, units
         self.fresh_samples = self.samples + samples
-        self.weights = mix_weights(constants, lasting, self.fresh_samples, self.long.dtype)
+        self.weights = mix_weights(constants, lasting, self.fresh_samples, self.long.dtype, own)
         self.share = n / (self.count + n).clamp(min=1).to(self.long.dtype)
 
     def mixed(self, row: int, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +107,8 @@ def gradients_half(
         return Present()
     averages = state.long_grad, state.short_grad, state.grad_count, state.grad_samples
     units = None if formula.window is None else (inverse, inverse**formula.p)
-    return Half(averages, formula.beta, formula.grad_window, n, samples, units)
+    own = 0.0 if formula.window is None else _own_share(formula, samples, state.long.dtype)
+    return Half(averages, formula.beta, formula.grad_window, n, samples, units, own)
 
 
 def lasting(formula: Formula, state: State) -> Scalar | None:
@@ -120,18 +123,23 @@ def lasting(formula: Formula, state: State) -> Scalar | None:
     return (state.seen + PRIOR_SAMPLES).to(state.long.dtype).clamp(max=formula.window)
 
 
+def _own_share(formula: Formula, samples: int | Tensor, dtype: torch.dtype) -> Scalar:
+    share: Scalar = formula.own_share(samples.to(dtype) if isinstance(samples, Tensor) else samples)
+    return share
+
+
 def mix_weights(
-    constants: Mix | None, lasting: Scalar | None, samples: Tensor, dtype: torch.dtype
+    constants: Mix | None, lasting: Scalar | None, samples: Tensor, dtype: torch.dtype, own: Scalar = 0.0
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """α or β: the stream's constants, or (E, S, 0)/(E + S) after S samples."""
+    """α or β: the stream's constants, or (E, S, 0)/(E + S) after S samples, and ``own`` of the present value."""
     if lasting is None:
         assert constants is not None
         return constants
     if _can_be_read(samples) and not isinstance(lasting, Tensor):
-        return by_evidence(lasting, samples.item())
+        return with_own(by_evidence(lasting, samples.item()), own)
     recent = samples.to(dtype)
     lasting = lasting if isinstance(lasting, Tensor) else torch.full_like(recent, lasting)  # else it is rounded twice
-    return lasting / (lasting + recent), recent / (lasting + recent), 0.0
+    return with_own((lasting / (lasting + recent), recent / (lasting + recent), 0.0), own)
 
 
 def bounded(m: Tensor, b_m: Tensor, formula: Formula) -> Tensor:

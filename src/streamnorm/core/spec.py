@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class View(NamedTuple):
         return stats.view(self.stats_shape).expand(self.channel_shape).reshape(-1).contiguous()
 
     @property
+    def num_samples(self) -> int:
+        """N, the number of samples."""
+        return math.prod([size for size, axis in zip(self.split, self.axes) if axis == 0])
+
+    @property
     def num_channels(self) -> int:
         """C, the number of channels."""
         return math.prod([size for size, axis in zip(self.split, self.axes) if axis == 1])
@@ -78,7 +83,8 @@ class Formula(NamedTuple):
     ``alpha`` and ``beta`` mix the statistics and their gradients, ``kappa`` says what a weight update keeps and
     takes; with a ``window``, and a ``grad_window`` for the gradients, the three are None and follow from the samples
     seen. Without a stream alpha and beta are ``PRESENT_ONLY`` and there is no kappa. ``limit`` is c of the bound on
-    the moment, infinity for none.
+    the moment, infinity for none. ``own`` is P of the window rule, the samples of a mini-batch whose own gradient
+    counts as much as that of all others; infinity for none.
     """
 
     p: float
@@ -91,6 +97,7 @@ class Formula(NamedTuple):
     window: float | None = None
     grad_window: float | None = None
     limit: float = math.inf
+    own: float = math.inf
 
     @property
     def floor(self) -> float:
@@ -102,13 +109,18 @@ class Formula(NamedTuple):
         assert self.window is not None
         return min(self.window, PRIOR_SAMPLES + seen)
 
-    def weights(self, samples: float, grad_samples: float, seen: float) -> Weights:
+    def own_share(self, samples: Any) -> Any:
+        """β3 of the window rule, S/(S + P) for a use of S samples, a number or a tensor."""
+        return samples / (samples + self.own) if self.own < math.inf else 0.0
+
+    def weights(self, samples: float, grad_samples: float, seen: float, use: float = 0) -> Weights:
         """α, β and κ as they are after so many samples and gradients of samples since the last weight update.
 
         Args:
             samples: whose statistics are in the short-term average.
             grad_samples: whose gradients are.
             seen: the samples that the long-term average has taken in.
+            use: the samples of the use itself, which α and β are for; κ does not depend on them.
 
         Raises:
             ValueError: without a stream.
@@ -116,7 +128,8 @@ class Formula(NamedTuple):
         if self.window is not None and self.grad_window is not None:
             alpha = by_evidence(self.lasting(seen), samples)
             beta = by_evidence(self.grad_window, grad_samples)
-            return Weights(alpha, beta, (*alpha[:2], *beta[:2]))
+            own = self.own_share(use)
+            return Weights(alpha, with_own(beta, own), (*alpha[:2], *beta[:2]))
         if self.alpha is None or self.beta is None or self.kappa is None:
             raise ValueError("a formula without a stream has no memory")
         return Weights(self.alpha, self.beta, self.kappa)
@@ -125,6 +138,11 @@ class Formula(NamedTuple):
 def by_evidence(lasting: float, recent: float) -> Mix:
     """Weights of a long-term average that stands for ``lasting`` samples and a short-term one of ``recent``."""
     return lasting / (lasting + recent), recent / (lasting + recent), 0.0
+
+
+def with_own(mix: tuple[Any, Any, Any], own: Any) -> tuple[Any, Any, Any]:
+    """Weights of which the present value gets a share of its own."""
+    return (1 - own) * mix[0], (1 - own) * mix[1], own
 
 
 class Weights(NamedTuple):

@@ -25,6 +25,10 @@ TRAINED_WINDOW = 20_000.0
 GRAD_WINDOW = 32.0
 """The default memory of gradients, in samples."""
 
+IMAGE_OWN = 8.0
+"""The default of layers for images and volumes, where each sample brings many values for a statistic: half of the
+gradient is a mini-batch's own from eight samples on (docs/mathematics.md)."""
+
 LIMIT = 4.0
 """c, the default bound of the window rule."""
 
@@ -55,6 +59,10 @@ class Stream:
         window: W > 0, in samples. Default: 200, if none of α, β, κ is given. (``StreamingNorm2d`` and ``3d`` give
             100.)
         grad_window: the same for gradients, under the window rule. Default: 32.
+        own: P > 0, in samples, under the window rule: a mini-batch of S samples has a share of S/(S + P) of its own in
+            the gradients that go through the statistics, β = (1 − β3)(G, S', 0)/(G + S') + (0, 0, β3) with G the
+            ``grad_window`` and S' the samples since the last update. Default: infinity, no share.
+            (``StreamingNorm2d`` and ``3d`` give 8.)
         limit: c > 1: the scale in use is at least 1/c of that of the call's own input, so that no input leaves the
             layer with a scale above c; ``math.inf`` for no bound. Default: 4 under the window rule, infinity beside
             the paper's constants.
@@ -64,8 +72,8 @@ class Stream:
         prior: where long_mu and long_m start.
 
     Raises:
-        ValueError: if a number is out of its range, or ``window`` or ``grad_window`` is given together with α, β or
-            κ.
+        ValueError: if a number is out of its range, or ``window``, ``grad_window`` or ``own`` is given together with
+            α, β or κ.
         TypeError: if something else than a number stands for one.
 
     Example:
@@ -82,17 +90,19 @@ class Stream:
     prior: tuple[float, float] = (0.0, 1.0)
     grad_window: float | None = None
     limit: float | None = None
+    own: float | None = None
 
     def __post_init__(self) -> None:
         constants = {"alpha": self.alpha, "beta": self.beta, "kappa": self.kappa}
         given = [name for name, value in constants.items() if value is not None]
-        for name in ("window", "grad_window"):
-            if getattr(self, name) is not None and given:
+        for name, none in (("window", None), ("grad_window", None), ("own", math.inf)):
+            if getattr(self, name) not in (None, none) and given:
                 raise ValueError(
                     f"{name}={getattr(self, name)} and {given[0]}={constants[given[0]]} exclude each other: "
                     "give either the window or the constants alpha, beta, kappa"
                 )
         object.__setattr__(self, "limit", _limit((math.inf if given else LIMIT) if self.limit is None else self.limit))
+        object.__setattr__(self, "own", _own(math.inf if self.own is None else self.own))
         if not given:
             object.__setattr__(self, "window", _memory("window", WINDOW if self.window is None else self.window))
             memory = GRAD_WINDOW if self.grad_window is None else self.grad_window
@@ -116,6 +126,8 @@ class Stream:
             parts.append(f"prior={self.prior}")
         if self.window is not None and self.grad_window != GRAD_WINDOW:
             parts.append(f"grad_window={self.grad_window:g}")
+        if self.own != math.inf:
+            parts.append(f"own={self.own:g}")
         if self.limit != (math.inf if self.window is None else LIMIT):
             parts.append(f"limit={self.limit:g}")
         return ", ".join(parts)
@@ -142,7 +154,7 @@ class Stream:
 
     def formula(self, p: float, centered: bool, k: float, eps: float) -> Formula:
         """What an engine is told of this stream, with the moment's constants."""
-        weights = self.alpha, self.beta, self.kappa, self.window, self.grad_window, self.limit
+        weights = self.alpha, self.beta, self.kappa, self.window, self.grad_window, self.limit, self.own
         return Formula(p, centered, k, eps, *weights)  # type: ignore[arg-type]
 
 
@@ -152,6 +164,14 @@ def _memory(name: str, value: float) -> float:
     if not (math.isfinite(memory) and memory > 0):
         raise ValueError(f"{meaning}, got {value}")
     return memory
+
+
+def _own(value: float) -> float:
+    meaning = "own is how many samples give a mini-batch's own gradient half of the weight, a number above 0"
+    own = arguments.real(value, meaning)
+    if not own > 0:
+        raise ValueError(f"{meaning}, or math.inf for no weight, got {value}")
+    return own
 
 
 def _limit(value: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import arguments
 from ..core.moment import LpMoment
 from ..core.reference import NormRef, RefName
-from ..core.stream import IMAGE_WINDOW, WINDOW, Stream
+from ..core.stream import IMAGE_OWN, IMAGE_WINDOW, WINDOW, Stream
 from .construction import check_groups
 from .norm import Norm
 
@@ -22,6 +22,7 @@ class _StreamingNorm(Norm):
 
     _ranks: tuple[int, ...]
     _window: float  # the default
+    _own: float | None = None  # of the window rule
     _hints: ClassVar[dict[str, str]] = {
         "momentum": "it has a memory in samples. Leave it out for the default window; a BatchNorm's momentum of 0.1 at "
         "N samples a batch is about window=N/0.1",
@@ -52,13 +53,14 @@ class _StreamingNorm(Norm):
             )
         reference = ref if isinstance(ref, NormRef) else NormRef.batch(ref)
         check_groups(ref, num_features)
-        if window is None and alpha is None and beta is None and kappa is None:
+        by_window = alpha is None and beta is None and kappa is None
+        if window is None and by_window:
             window = self._window
         super().__init__(
             num_features,
             reference,
             LpMoment(p, center, scale),
-            Stream(window, alpha, beta, kappa),
+            Stream(window, alpha, beta, kappa, own=self._own if by_window else None),
             eps,
             affine,
             bias=bias,
@@ -91,8 +93,8 @@ _STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn
         scale: ``"gaussian"``, so that outputs have a variance near 1 whatever p is, or ``"raw"``, see
             :class:`LpMoment`.
         ref: ``"channel"``, ``"layer"``, ``("group", g)``, or a NormRef that spans the samples.
-        window: memory in samples, > 0; {window:g} if none of the four is given. :class:`Stream` has further options,
-            and :meth:`set_stream` takes one.
+        window: memory in samples, > 0; {window:g} if none of the four is given. :class:`Stream` has further
+            options{own}, and :meth:`set_stream` takes one.
         alpha: weights of long-term, short-term and present statistics, in place of the window.
         beta: the same for their gradients.
         kappa: what a weight update keeps of the long-term and takes of the short-term average.
@@ -115,19 +117,24 @@ _STREAMING_DOC = """Streaming Normalization (the paper's SN): a drop-in for ``nn
     """
 
 
+_OWN = f" (its ``own`` is {IMAGE_OWN:g} here)"
+
+
 class StreamingNorm1d(_StreamingNorm):  # noqa: D101
     _ranks = (2, 3)
     _window = WINDOW
-    __doc__ = _STREAMING_DOC.format(d=1, window=_window, shape="``(N, C)`` or ``(N, C, L)``", example="1, 8")
+    __doc__ = _STREAMING_DOC.format(d=1, window=_window, own="", shape="``(N, C)`` or ``(N, C, L)``", example="1, 8")
 
 
 class StreamingNorm2d(_StreamingNorm):  # noqa: D101
     _ranks = (4,)
     _window = IMAGE_WINDOW
-    __doc__ = _STREAMING_DOC.format(d=2, window=_window, shape="``(N, C, H, W)``", example="1, 8, 4, 4")
+    _own = IMAGE_OWN
+    __doc__ = _STREAMING_DOC.format(d=2, window=_window, own=_OWN, shape="``(N, C, H, W)``", example="1, 8, 4, 4")
 
 
 class StreamingNorm3d(_StreamingNorm):  # noqa: D101
     _ranks = (5,)
     _window = IMAGE_WINDOW
-    __doc__ = _STREAMING_DOC.format(d=3, window=_window, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")
+    _own = IMAGE_OWN
+    __doc__ = _STREAMING_DOC.format(d=3, window=_window, own=_OWN, shape="``(N, C, D, H, W)``", example="1, 8, 2, 4, 4")

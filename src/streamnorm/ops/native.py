@@ -121,7 +121,7 @@ def plan(view: View, formula: Formula) -> Plan:
             _plans.clear()
         shape = (view.split, view.kept, view.axes)
         windows = (formula.window or 0.0, formula.grad_window or 0.0)
-        constants = (formula.p, formula.centered, formula.k, formula.eps, *windows, formula.floor)
+        constants = (formula.p, formula.centered, formula.k, formula.eps, *windows, formula.own, formula.floor)
         mixes = (formula.alpha or PRESENT_ONLY, formula.beta or PRESENT_ONLY)
         found = _plans[key] = Plan(_native.plan(*shape, *constants, *mixes), view, formula)
     return found

@@ -155,7 +155,7 @@ class _Use:
         return self.inverse ** (self.formula.p if row == 1 else 1)
 
     def _weights(self) -> Weights:
-        return weights(self.formula, self.state)
+        return weights(self.formula, self.state, float(self.samples))
 
 
 class _Streamed(torch.autograd.Function):
@@ -188,9 +188,9 @@ def commit(uses: Uses) -> None:
         state.grad_samples.zero_()
 
 
-def weights(formula: Formula, state: State) -> Weights:
+def weights(formula: Formula, state: State, use: float = 0) -> Weights:
     """α, β and κ of a stream as it is: its constants, or what the window rule makes of the samples seen."""
-    return formula.weights(state.samples.item(), state.grad_samples.item(), state.seen.item())
+    return formula.weights(state.samples.item(), state.grad_samples.item(), state.seen.item(), use)
 
 
 def bounded(m: Tensor, b_m: Tensor, formula: Formula) -> Tensor:

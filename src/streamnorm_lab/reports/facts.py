@@ -155,16 +155,57 @@ def convolutions(root: Path) -> str:
 
 
 def finetuning(root: Path) -> str:
-    """Test accuracy of a trained network that goes on with other classes, by what becomes of Batch Normalization."""
+    """Test accuracy of a small network that goes on with other digits, by what becomes of Batch Normalization."""
     results = results_of(root / "finetune-digits")
+    images = results.config["data"]["train"]
+    return _by_method(
+        results,
+        "Test accuracy in percent, {}: a small network, trained on the digits 0 to 4, goes on with "
+        f"{images:,} images of 5 to 9 in one pass:",
+    )
+
+
+def pretrained(root: Path) -> str:
+    """Test accuracy of a network with weights of ImageNet that goes on with CIFAR-10."""
+    results = results_of(root / "finetune-cifar10")
+    data, size = results.config["data"], results.config["options"]["size"]
+    return _by_method(
+        results,
+        f"Test accuracy in percent on {data['test']:,} images, {{}}: EfficientNet-Lite0 with weights of ImageNet and "
+        f"a new head goes on with {data['train']:,} images of CIFAR-10, scaled to {size}×{size}, in one pass:",
+    )
+
+
+def _by_method(results: Results, words: str) -> str:
+    """A table of all methods and settings, below a sentence that says which version and how many seeds."""
     settings = [str(setting) for setting in results.settings]
     rows = [[method.label, *(_accuracy(results, method.name, at) for at in settings)] for method in results.methods]
+    head = ["method", *(setting.label for setting in results.settings)]
     seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "final"})
+    about = f"streamnorm {results.version}, {seeds} seeds, mean ± 95% interval"
+    return f"{words.format(about)}\n\n{_table(head, rows)}"
+
+
+def stability(root: Path) -> str:
+    """The best learning rate of each method and setting, and how many times as large the largest is that trains."""
+    results = results_of(newest(root, "conv-cifar10", "group", OURS))
+    rows = [
+        [method.label, *(_rates(results, results.cells[method.name, setting]) for setting in results.settings)]
+        for method in results.methods
+        if method.trained_as == method.name
+    ]
     return (
-        f"Test accuracy in percent, streamnorm {results.version}, {seeds} seeds, mean ± 95% interval: a small network, "
-        f"trained on the digits 0 to 4, goes on with {results.config['data']['train']:,} images of 5 to 9 in one pass:"
-        "\n\n" + _table(["method", *(setting.label for setting in results.settings)], rows)
+        f"Best rate, and the largest of those tried that still trains as a multiple of it; rates up to "
+        f"{results.grid[-1]:g}, in steps of about three, {results.config['data']['train']:,} images, streamnorm "
+        f"{results.version}:\n\n" + _table(["method", *(setting.label for setting in results.settings)], rows)
     )
+
+
+def _rates(results: Results, cell: Cell) -> str:
+    largest = results.largest_rate(cell)
+    if largest is None or cell.rate is None or abs(cell.tuning[cell.rate] - results.guessing) < 0.05:
+        return "does not train"
+    return f"{cell.rate:g}, {'≥ ' * (largest == results.grid[-1])}{round(largest / cell.rate):g}×"
 
 
 SITUATIONS = (
@@ -432,6 +473,8 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "small-batches": small_batches,
     "convolutions": convolutions,
     "finetuning": finetuning,
+    "pretrained": pretrained,
+    "stability": stability,
     "situations": situations,
     "one-at-a-time": one_at_a_time,
     "adaptation": adaptation,

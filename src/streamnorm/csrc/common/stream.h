@@ -17,15 +17,16 @@ inline double evidence(double window, int64_t seen) {
 }
 
 // The weights of long-term, short-term and present statistic: constants, or under the window rule, where the long-term average
-// stands for some samples (> 0), what follows from those since the last commit, this use's included.
-inline void mixing_weights(double lasting, const double* constants, double samples, double* weights) {
+// stands for some samples (> 0), what follows from those since the last commit, this use's included; the present statistic then has
+// a share of its own.
+inline void mixing_weights(double lasting, const double* constants, double samples, double own, double* weights) {
   if (!(lasting > 0)) {
     memcpy(weights, constants, 3 * sizeof(double));
     return;
   }
-  weights[0] = lasting / (lasting + samples);
-  weights[1] = samples / (lasting + samples);
-  weights[2] = 0;
+  weights[0] = (1 - own) * (lasting / (lasting + samples));
+  weights[1] = (1 - own) * (samples / (lasting + samples));
+  weights[2] = own;
 }
 
 // What a commit keeps of the long-term average and takes of the short-term one.

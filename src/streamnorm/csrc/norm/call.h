@@ -22,6 +22,7 @@ struct Formula {
   bool centered;
   double windows[2];  // of statistics and of gradients; 0 under the constants that follow
   double alpha[3], beta[3];
+  double own;  // P: a use of S samples has a share of S/(S + P) of its own in the gradients under the window rule
   double floor;  // c^−p, the least share of its own moment that a use sees
 };
 

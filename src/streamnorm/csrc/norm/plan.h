@@ -51,13 +51,13 @@ Plan* get_plan(PyObject* plan) {
   return capsule ? (Plan*)PyCapsule_GetPointer(capsule, plan_name) : nullptr;
 }
 
-// plan(split, kept, axes, p, centered, k, eps, window or 0, grad_window or 0, floor, alpha, beta) -> capsule
+// plan(split, kept, axes, p, centered, k, eps, window or 0, grad_window or 0, own, floor, alpha, beta) -> capsule
 PyObject* make_plan(PyObject*, PyObject* args) {
   PyObject *split, *kept, *origin;
   Formula f = {};
   int centered;
-  if (!PyArg_ParseTuple(args, "O!O!O!dpddddd(ddd)(ddd)", &PyTuple_Type, &split, &PyTuple_Type, &kept, &PyTuple_Type, &origin, &f.p,
-                        &centered, &f.k, &f.eps, &f.windows[0], &f.windows[1], &f.floor, &f.alpha[0], &f.alpha[1], &f.alpha[2], &f.beta[0], &f.beta[1],
+  if (!PyArg_ParseTuple(args, "O!O!O!dpdddddd(ddd)(ddd)", &PyTuple_Type, &split, &PyTuple_Type, &kept, &PyTuple_Type, &origin, &f.p,
+                        &centered, &f.k, &f.eps, &f.windows[0], &f.windows[1], &f.own, &f.floor, &f.alpha[0], &f.alpha[1], &f.alpha[2], &f.beta[0], &f.beta[1],
                         &f.beta[2]))
     return nullptr;
   f.centered = centered;

@@ -89,7 +89,8 @@ struct Half {
     call.recent = part[short_part].data;
     call.count = (int64_t*)part[count_part].data;
     samples() += use_samples;
-    mixing_weights(lasting(plan.formula.windows), constants, (double)samples(), call.mix);
+    const double own = gradients ? (double)use_samples / ((double)use_samples + plan.formula.own) : 0;
+    mixing_weights(lasting(plan.formula.windows), constants, (double)samples(), own, call.mix);
   }
 };
 

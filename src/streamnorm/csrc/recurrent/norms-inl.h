@@ -22,7 +22,7 @@ template <class F> struct Use {
   }
   INLINE void weigh(bool backward, int64_t samples) {
     double weights[3];
-    mixing_weights(backward ? path.grad_window : path.evidence, backward ? path.beta : path.alpha, (double)samples, weights);
+    mixing_weights(backward ? path.grad_window : path.evidence, backward ? path.beta : path.alpha, (double)samples, 0, weights);
     w1 = (F)weights[0];
     w2 = (F)weights[1];
     w3 = (F)weights[2];

@@ -6,6 +6,7 @@ exact.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -45,13 +46,17 @@ class Affine(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """One direction of a stream; without one, all fields are None. Gradients have no ``seen``."""
+    """One direction of a stream; without one, all fields are None.
+
+    Gradients have no ``seen``, but the samples of the ``use``.
+    """
 
     long: Tensor | None = None
     short: Tensor | None = None
     count: Tensor | None = None  # type: ignore[assignment]  # a tuple method of that name is of no use here
     samples: Tensor | None = None
     seen: Tensor | None = None
+    use: int | None = None
 
 
 def forward_stream(state: State | None) -> Stream:
@@ -59,11 +64,11 @@ def forward_stream(state: State | None) -> Stream:
     return Stream() if state is None else Stream(state.long, state.short, state.count, state.samples, state.seen)
 
 
-def backward_stream(state: State | None) -> Stream:
-    """The stream's gradients."""
+def backward_stream(state: State | None, use: int | None = None) -> Stream:
+    """The stream's gradients, for a use of so many samples; None where they have no share of their own."""
     if state is None:
         return Stream()
-    return Stream(state.long_grad, state.short_grad, state.grad_count, state.grad_samples)
+    return Stream(state.long_grad, state.short_grad, state.grad_count, state.grad_samples, None, use)
 
 
 class OnePass(NamedTuple):
@@ -104,11 +109,13 @@ class Use(NamedTuple):
     w2: float
     w3: float
     window: float
+    own: float
     floor: float
 
 
 def use_of(formula: Formula, dtype: torch.dtype, *, backward: bool) -> Use:
     """A formula for kernels that compute in ``dtype``."""
     mix, window = (formula.beta, formula.grad_window) if backward else (formula.alpha, formula.window)
-    numbers = (*(mix or (0.0, 0.0, 0.0)), window or 0.0, formula.floor)
+    own = formula.own if backward and window and formula.own < math.inf else 0.0
+    numbers = (*(mix or (0.0, 0.0, 0.0)), window or 0.0, own, formula.floor)
     return Use(formula.p, formula.centered, formula.k, formula.eps, torch.finfo(dtype).tiny, *numbers)

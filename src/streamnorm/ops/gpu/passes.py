@@ -27,6 +27,7 @@ class Plan(NamedTuple):
     layout: Layout
     sizes: Sizes
     unit: int
+    samples: int
     forward: Use
     backward: Use
     one_pass_forward: bool
@@ -68,6 +69,7 @@ def plan(layout: Layout, view: View, formula: Formula, dtype: torch.dtype, place
             per_statistic,
         ),
         unit,
+        view.num_samples,
         use_of(formula, wide(dtype), backward=False),
         use_of(formula, wide(dtype), backward=True),
         one_pass and formula.alpha == ONE_PASS,
@@ -162,7 +164,7 @@ def backward(
     loss_scale: Tensor | None,
 ) -> Tensor:
     """dx; those of gain and bias are written into ``gradients``."""
-    dx, stream = torch.empty_like(x), backward_stream(state)
+    dx, stream = torch.empty_like(x), backward_stream(state, plan.samples)
     if plan.whole is not None:
         whole = (x, dy, dx, gain, gradients, saved, loss_scale, stream, plan.sizes)
         _launch_whole("backward_whole", plan, whole, plan.backward)

@@ -6,6 +6,7 @@ paths, gates. This module decides what goes there and makes the tensors; ``csrc/
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -127,6 +128,8 @@ class _Lent(NamedTuple):
 def _kind(norm: nn.Module) -> int:
     """What the statistics of a norm are collected over, for the kernel; 0 where it does not know the norm."""
     if not isinstance(norm, Norm) or norm.weight is None or norm.formula.p not in (1, 2) or not norm.formula.centered:
+        return _UNNORMALIZED
+    if norm.formula.own < math.inf:
         return _UNNORMALIZED
     if isinstance(norm, SampleNorm):
         return _SEQUENCES if norm.ref == _PER_SEQUENCE else _UNNORMALIZED

@@ -9,6 +9,7 @@ window rule asks for is a counter on the device, to which a kernel adds how far 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial, wraps
 from itertools import accumulate
@@ -64,7 +65,13 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def _is_known(norm: nn.Module) -> bool:
-    return isinstance(norm, Norm) and norm.stream is not None and norm.ref == _PER_FEATURE and fits(norm.state)
+    return (
+        isinstance(norm, Norm)
+        and norm.stream is not None
+        and norm.ref == _PER_FEATURE
+        and norm.formula.own == math.inf
+        and fits(norm.state)
+    )
 
 
 class _Path(NamedTuple):

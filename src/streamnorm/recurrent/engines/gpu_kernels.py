@@ -355,6 +355,7 @@ def _path_backward(
                 into.loss_scale,
                 path.stream,
                 recent,
+                0.0,
                 use,
             )
     if into.dx is not None:

@@ -103,11 +103,24 @@ def weight_of_short(stream, more, USE: tl.constexpr):
 
 
 @triton.jit
-def mixed(long, short, present, recent, USE: tl.constexpr):
+def own_share(stream, USE: tl.constexpr):
+    """The weight of the present gradient under the window rule: S/(S + P) for a use of S samples."""
+    own = 0.0
+    if USE.own > 0.0:
+        samples = (tl.load(stream.samples) * 0 + stream.use).to(tl.float64)  # a number alone would be float32
+        own = samples / (samples + USE.own)
+    return own
+
+
+@triton.jit
+def mixed(long, short, present, recent, own, USE: tl.constexpr):
     """Long, short and present, weighted. A weight of zero keeps a value out altogether, so 0·inf is 0 here."""
     if USE.window > 0.0:
         recent = recent.to(long.dtype)
         mix = (1 - recent) * long + recent * short
+        if USE.own > 0.0:
+            own = own.to(long.dtype)
+            mix = (1 - own) * mix + own * present
     else:
         mix = tl.zeros_like(present)
         if USE.w1 != 0.0:
@@ -145,7 +158,7 @@ def location(b_mu, statistics, stream, recent, USE: tl.constexpr):
         g, live = statistics.index, statistics.live
         count = tl.load(stream.count + g, mask=live, other=0)
         short = average(tl.load(stream.short + g, mask=live, other=0), count, b_mu, statistics.elements)
-        mu = mixed(tl.load(stream.long + g, mask=live, other=0), short, b_mu, recent, USE)
+        mu = mixed(tl.load(stream.long + g, mask=live, other=0), short, b_mu, recent, 0.0, USE)
     return mu
 
 
@@ -161,7 +174,7 @@ def advance(b_mu, b_m, statistics, stream, recent, USE: tl.constexpr):
         count = tl.load(stream.count + g, mask=live, other=0)
         short_mu = average(tl.load(stream.short + g, mask=live, other=0), count, b_mu, n)
         short_m = average(tl.load(stream.short + G + g, mask=live, other=0), count, b_m, n)
-        m = mixed(tl.load(stream.long + G + g, mask=live, other=0), short_m, b_m, recent, USE)
+        m = mixed(tl.load(stream.long + G + g, mask=live, other=0), short_m, b_m, recent, 0.0, USE)
         if USE.floor > 0.0:
             m = tl.where(b_m * USE.floor > m, b_m * USE.floor, m)
         wait_for_readers()
@@ -196,7 +209,7 @@ def gain_and_bias(affine, c, live, WIDE: tl.constexpr):
 
 
 @triton.jit
-def paths(sum_g, sum_gx, sum_u, statistics, inverse, slope, loss_scale_ptr, stream, recent, USE: tl.constexpr):
+def paths(sum_g, sum_gx, sum_u, statistics, inverse, slope, loss_scale_ptr, stream, recent, own, USE: tl.constexpr):
     """ĝ_mu and p·ĝ_m of each statistic, from Σdx̂, Σdx̂·(x − mu) and Σu; short_grad takes this call's in."""
     g, live, n, G = statistics.index, statistics.live, statistics.elements, statistics.number
     cut = slope != slope  # NaN
@@ -222,7 +235,7 @@ def paths(sum_g, sum_gx, sum_u, statistics, inverse, slope, loss_scale_ptr, stre
         count = tl.load(stream.count + g, mask=live, other=0)
         short_m = average(tl.load(stream.short + G + g, mask=live, other=0), count, g_m, n)
         long_m = tl.load(stream.long + G + g, mask=live, other=0)
-        moment_path = mixed(long_m, short_m, g_m, recent, USE) * unit_m
+        moment_path = mixed(long_m, short_m, g_m, recent, own, USE) * unit_m
     moment_path = tl.where(cut, 0, moment_path) * USE.p
     if USE.centered:
         g_mu = g_mu - moment_path * (tl.where(cut, 0, sum_u) / n)
@@ -232,7 +245,7 @@ def paths(sum_g, sum_gx, sum_u, statistics, inverse, slope, loss_scale_ptr, stre
         g_mu = g_mu * s
         short_mu = average(tl.load(stream.short + g, mask=live, other=0), count, g_mu, n)
         long_mu = tl.load(stream.long + g, mask=live, other=0)
-        location_path = mixed(long_mu, short_mu, g_mu, recent, USE) * unit
+        location_path = mixed(long_mu, short_mu, g_mu, recent, own, USE) * unit
         takes = live & is_finite(g_m) & is_finite(g_mu)
         wait_for_readers()
         tl.store(stream.short + g, short_mu, mask=takes)
