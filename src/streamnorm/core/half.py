@@ -107,7 +107,7 @@ def gradients_half(
         return Present()
     averages = state.long_grad, state.short_grad, state.grad_count, state.grad_samples
     units = None if formula.window is None else (inverse, inverse**formula.p)
-    own = 0.0 if formula.window is None else _own_share(formula, samples, state.long.dtype)
+    own = 0.0 if formula.window is None else _own_share(formula, samples, state.long_grad.dtype)
     return Half(averages, formula.beta, formula.grad_window, n, samples, units, own)
 
 

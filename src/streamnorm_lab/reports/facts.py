@@ -165,17 +165,6 @@ def finetuning(root: Path) -> str:
     )
 
 
-def pretrained(root: Path) -> str:
-    """Test accuracy of a network with weights of ImageNet that goes on with CIFAR-10."""
-    results = results_of(root / "finetune-cifar10")
-    data, size = results.config["data"], results.config["options"]["size"]
-    return _by_method(
-        results,
-        f"Test accuracy in percent on {data['test']:,} images, {{}}: EfficientNet-Lite0 with weights of ImageNet and "
-        f"a new head goes on with {data['train']:,} images of CIFAR-10, scaled to {size}×{size}, in one pass:",
-    )
-
-
 def _by_method(results: Results, words: str) -> str:
     """A table of all methods and settings, below a sentence that says which version and how many seeds."""
     settings = [str(setting) for setting in results.settings]
@@ -473,7 +462,6 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "small-batches": small_batches,
     "convolutions": convolutions,
     "finetuning": finetuning,
-    "pretrained": pretrained,
     "stability": stability,
     "situations": situations,
     "one-at-a-time": one_at_a_time,
