@@ -129,6 +129,10 @@ def _older(versions: set[str], docs: str = "") -> list[str]:
     return [f"The defaults of streamnorm {now} differ from those of {_listed(older)} ({how})."]
 
 
+def _made_with(versions: set[str]) -> str:
+    return " ".join([f"The layers were those of streamnorm {_listed(sorted(versions))}.", *_older(versions)])
+
+
 def _accuracy(results: Results, method: str, setting: str) -> str:
     cell = results.cells.get((method, Setting.parse(setting)))
     if cell is None:
@@ -235,8 +239,7 @@ def situations(root: Path) -> str:
         )
     versions = {results_of(newest(root, name, "batch", OURS)).version for _, name, _ in SITUATIONS}
     head = ["situation", "Streaming L1", "best of the others", "difference, paired by seed, and reading"]
-    said = [f"The layers were those of streamnorm {_listed(sorted(versions))}.", *_older(versions)]
-    return f"{_table(head, rows)}\n\n{' '.join(said)}"
+    return f"{_table(head, rows)}\n\n{_made_with(versions)}"
 
 
 def _best_first(results: Results, setting: Setting) -> list[Cell]:
@@ -262,9 +265,11 @@ def one_at_a_time(root: Path) -> str:
 
 def adaptation(root: Path) -> str:
     """Accuracies on images that change, in each way of evaluating."""
-    section = results_of(newest(root, "adapt-cifar10", OURS)).section
+    results = results_of(newest(root, "adapt-cifar10", OURS))
+    section = results.section
     assert section is not None
-    return _table([name.lower() for name in section.head], section.rows)
+    table = _table([name.lower() for name in section.head], section.rows)
+    return f"{table}\n\n{_made_with({results.version})}"
 
 
 def adaptation_streams(root: Path) -> str:
