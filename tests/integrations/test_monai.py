@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.training import (
+    NEW_TASK,
     assert_evaluates_as_before,
     assert_evaluates_better,
     assert_learns,
@@ -69,7 +70,7 @@ def test_converted_it_evaluates_as_before(make: Any) -> None:
 def test_converted_it_fine_tunes(make: Any, batch_size: int) -> None:
     data = volumes()
     model = with_statistics(make(), lambda model: model(data[0]))
-    new, before = converted(model), converted(model)
+    new, before = converted(model, **NEW_TASK), converted(model)
     assert_learns(new, segmentation, in_batches(batch_size, *data), epochs=30, lr=3e-3)
     assert_evaluates_better(new, before, segmentation, data)
 

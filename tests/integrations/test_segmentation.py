@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from integrations.training import (
+    NEW_TASK,
     assert_evaluates_as_before,
     assert_evaluates_better,
     assert_learns,
@@ -54,6 +55,6 @@ def test_converted_it_evaluates_as_before(name: str) -> None:
 def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
     data = images()
     model = with_statistics(network(name), lambda model: model(data[0]))
-    new, before = converted(model), converted(model)
+    new, before = converted(model, **NEW_TASK), converted(model)
     assert_learns(new, segmentation, in_batches(batch_size, *data), epochs=16)
     assert_evaluates_better(new, before, segmentation, data)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.training import (
+    NEW_TASK,
     assert_evaluates_as_before,
     assert_fine_tunes,
     assert_trains_alike,
@@ -53,7 +54,7 @@ def test_converted_it_evaluates_as_before(name: str) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", TRAINED)
 def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
-    assert_fine_tunes(converted(pretrained(name)), images(4), batch_size)
+    assert_fine_tunes(converted(pretrained(name), **NEW_TASK), images(4), batch_size)
 
 
 @pytest.mark.shows("ResNet, EfficientNet, RegNet, MobileNetV3, back to timm's own layers", "`sn.to_batchnorm(model)`")
@@ -146,7 +147,7 @@ def test_frozen_layers_are_converted_when_asked_for(name: str) -> None:
 
     model = freeze_batch_norm_2d(pretrained(name)).double()
     assert not layers(sn.convert(copy.deepcopy(model)))
-    new = converted(model, also=(FrozenBatchNormAct2d, FrozenBatchNorm2d))
+    new = converted(model, also=(FrozenBatchNormAct2d, FrozenBatchNorm2d), **NEW_TASK)
     assert_evaluates_as_before(model, new, images(3)[0])
     assert all(layer.weight is not None and layer.weight.requires_grad for layer in layers(new))
     assert_fine_tunes(new.float(), images(4), batch_size=1)
@@ -169,7 +170,7 @@ def test_group_normalization_with_an_activation(batch_size: int) -> None:
     assert all(isinstance(layer, sn.StreamingNormAct2d) for layer in layers(new))
     data = images(4)
     sn.calibrate(new, [data[0]])
-    assert_fine_tunes(new, data, batch_size, lr=1e-3)
+    assert_fine_tunes(new, data, batch_size, epochs=20, lr=1e-3)  # with Group Normalization the loss falls as fast
 
 
 # Averages

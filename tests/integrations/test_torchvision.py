@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.training import (
+    NEW_TASK,
     assert_evaluates_as_before,
     assert_evaluates_better,
     assert_fine_tunes,
@@ -73,7 +74,7 @@ def test_converted_it_evaluates_as_before(name: str) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", ["mobilenet_v2", "regnet_y_400mf"])
 def test_converted_it_fine_tunes(name: str, batch_size: int) -> None:
-    assert_fine_tunes(converted(pretrained(name)), images(4), batch_size)
+    assert_fine_tunes(converted(pretrained(name), **NEW_TASK), images(4), batch_size)
 
 
 # Video
@@ -106,11 +107,13 @@ def test_a_segmentation_network() -> None:
     """With a global pooling branch, whose one value per channel Batch Normalization cannot train on alone."""
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
-    x = torch.randn(2, 3, 32, 32)
-    data = x, (x[:, 0] > 0).long()
+    inside = torch.zeros(2, 32, 32, dtype=torch.bool)
+    inside[0, :, :16] = inside[1, :16] = True  # coarse, as what the network gives at a sixteenth of the resolution
+    x = torch.randn(2, 3, 32, 32) + 2 * inside[:, None]
+    data = x, inside.long()
     model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2)
     model = with_statistics(model, lambda model: model(x))
-    new, before = converted(model), converted(model)
+    new, before = converted(model, **NEW_TASK), converted(model)
     assert_evaluates_as_before(model.double(), converted(model), x)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         segmentation(model.float().train(), in_batches(1, *data)[0])
@@ -142,7 +145,8 @@ def test_a_detector_with_frozen_normalization() -> None:
     assert_evaluates_as_before(model.backbone, new.backbone, x)
     box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     sn.calibrate(new.float(), [x], forward=new.backbone)  # the statistics above were made up
-    assert_learns(new, detection, [([image], [box]) for image in x])
+    # At the rate of the other tests the loss of the first epochs leaps, with frozen normalization too.
+    assert_learns(new, detection, [([image], [box]) for image in x], lr=3e-5)
 
 
 def test_frozen_normalization_stays_unless_asked_for() -> None:
