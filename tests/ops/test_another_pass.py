@@ -22,8 +22,8 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for a, b in zip(ours, theirs):
+def same(ours: list[Any], theirs: list[Any]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -121,6 +121,18 @@ def test_a_second_pass_for_the_gain_alone_streams_nothing(engine: str) -> None:
     assert int(layer.grad_samples) == 0
 
 
+def passes(apart: Any, together: Any, steps: int) -> tuple[Tensor | None, Tensor | None]:
+    """Two backward passes through one graph, and one of their sum; the gradients of the input."""
+    x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
+    dys = torch.randn(2, steps, 2, 4, dtype=torch.float64)
+    y = apart(x)[0]
+    y.backward(dys[0], retain_graph=True)
+    y.backward(dys[1])
+    ours, x.grad = x.grad, None
+    together(x)[0].backward(dys.sum(0))
+    return ours, x.grad
+
+
 KINDS: dict[str, Callable[..., Any]] = {"GRU": sn.GRU, "LSTM": sn.LSTM, "RNN": sn.RNN}
 
 
@@ -131,12 +143,7 @@ def test_recurrent_layers(engine: str, kind: Callable[..., Any], options: dict[s
     apart = kind(3, 4, **options).double()
     together = copy.deepcopy(apart)
     for _ in range(2):
-        x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
-        dys = torch.randn(2, 3, 2, 4, dtype=torch.float64)
-        y = apart(x)[0]
-        y.backward(dys[0], retain_graph=True)
-        y.backward(dys[1])
-        together(x)[0].backward(dys.sum(0))
+        passes(apart, together, 3)
         for ours, theirs in zip(apart.modules(), together.modules()):
             if isinstance(ours, sn.Norm) and isinstance(theirs, sn.Norm):
                 assert ours.grad_count.equal(theirs.grad_count)
@@ -150,17 +157,10 @@ def test_a_whole_sequence_in_cpp_is_that_of_the_sum() -> None:
     apart = sn.GRU(3, 4).double()
     together = copy.deepcopy(apart)
     for _ in range(3):
-        x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
-        dys = torch.randn(2, 6, 2, 4, dtype=torch.float64)
-        y = apart(x)[0]
-        y.backward(dys[0], retain_graph=True)
-        y.backward(dys[1])
-        ours = x.grad
-        x.grad = None
-        together(x)[0].backward(dys.sum(0))
+        ours, theirs = passes(apart, together, 6)
         assert ours is not None
-        assert x.grad is not None
-        same([ours, *(p.grad for p in apart.parameters())], [x.grad, *(p.grad for p in together.parameters())])
+        assert theirs is not None
+        same([ours, *(p.grad for p in apart.parameters())], [theirs, *(p.grad for p in together.parameters())])
         same(list(apart.buffers()), list(together.buffers()))
         sn.commit(apart)
         sn.commit(together)

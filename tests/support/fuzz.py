@@ -248,26 +248,21 @@ class Player:
             del self.pending[:-3]
 
 
+OF_ANY = (
+    *("begin",) * 9,
+    *("finish",) * 9,
+    *("commit",) * 2,
+    *("step",) * 2,
+    *("zero_grad", "forget", "evaluate", "frozen", "no_grad", "threads", "replace_buffers", "load", "copy", "reset"),
+)
+"""Operations on layers of any kind, each as often as it is to be drawn."""
+
+
 class LayerPlayer(Player):
     """Operations on a layer of any family."""
 
     operations = (
-        *("begin",) * 9,
-        *("finish",) * 9,
-        *("commit",) * 2,
-        *("step",) * 2,
-        *(
-            "zero_grad",
-            "forget",
-            "evaluate",
-            "frozen",
-            "no_grad",
-            "threads",
-            "replace_buffers",
-            "load",
-            "copy",
-            "reset",
-        ),
+        *OF_ANY,
         *("requires_grad", "new_parameter", "several_uses", "checkpointed", "scale", "constants"),
         *("wrong_input", "wrong_mask", "wrong_tensor", "gone_before_forward", "gone_before_backward"),
     )
@@ -433,22 +428,7 @@ class RecurrentPlayer(Player):
 
     goes_back_twice = 0.0
     operations = (
-        *("begin",) * 9,
-        *("finish",) * 9,
-        *("commit",) * 2,
-        *("step",) * 2,
-        *(
-            "zero_grad",
-            "forget",
-            "evaluate",
-            "frozen",
-            "no_grad",
-            "threads",
-            "replace_buffers",
-            "load",
-            "copy",
-            "reset",
-        ),
+        *OF_ANY,
         *("requires_grad", "new_parameter"),
         *("wrong_input", "wrong_state", "wrong_tensor", "gone_before_forward", "gone_before_backward"),
     )

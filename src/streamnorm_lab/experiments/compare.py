@@ -18,7 +18,6 @@ from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.forms import Between
 from streamnorm_lab.common.functions import described, find_function
 from streamnorm_lab.common.setting import Setting
-from streamnorm_lab.data.image_task import ImageTask
 from streamnorm_lab.experiments.images import ImageExperiment
 from streamnorm_lab.experiments.options import FREE, Folder, MethodNames, Rates, SettingNames
 from streamnorm_lab.experiments.wording import CompareWords, Words
@@ -93,21 +92,6 @@ class Compare(ImageExperiment):
     def label(self) -> str:
         """The function's name tells the folders of several networks apart."""
         return f"{self.name}-{self.function.rpartition(':')[2]}"
-
-    @property
-    def task(self) -> ImageTask:
-        """Images, or other samples."""
-        return ImageTask(
-            self.data,
-            self.limit,
-            self.validation,
-            self.tune_limit,
-            self.test_limit,
-            self.epochs,
-            self.curve_images,
-            self.device,
-            size=self.size,
-        )
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """What the function builds.

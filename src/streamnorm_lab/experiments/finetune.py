@@ -204,24 +204,6 @@ class Finetune(ImageTraining):
         if self.backbone != SMALL and self.data is None:
             raise UserError(f"--backbone {self.backbone}: name images in colour with --data, for the digits are not")
 
-    @property
-    def task(self) -> FinetuneTask:
-        """Images, and the weights of the small network."""
-        return FinetuneTask(
-            self.data,
-            self.limit,
-            self.validation,
-            self.tune_limit,
-            self.test_limit,
-            self.epochs,
-            self.curve_images,
-            self.device,
-            size=self.size,
-            backbone=self.backbone,
-            width=self.width,
-            first_epochs=self.first_epochs,
-        )
-
     def model(self, data: Data, method: str) -> nn.Module:
         """The trained network with a new head, and this method in the place of Batch Normalization."""
         assert isinstance(data, FinetuneData)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar
 
 import torch
@@ -70,18 +70,10 @@ class ImageTraining(Experiment[Data]):
 
     @property
     def task(self) -> ImageTask:
-        """Images."""
-        return ImageTask(
-            self.data,
-            self.limit,
-            self.validation,
-            self.tune_limit,
-            self.test_limit,
-            self.epochs,
-            self.curve_images,
-            self.device,
-            self.augment,
-        )
+        """What a run is trained on: the task of this kind, of the options that it names."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given |= {"path": self.data, "augment": self.augment}
+        return self.kind(**{field.name: given[field.name] for field in fields(self.kind) if field.name in given})
 
     def optimizer(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """SGD with momentum."""

@@ -96,23 +96,6 @@ class Volumes(ImageExperiment):
     curve_images: Positive = 16
     """Test volumes used for the points of a curve; the final Dice coefficient always uses all of them."""
 
-    @property
-    def task(self) -> VolumeTask:
-        """Generated volumes."""
-        return VolumeTask(
-            None,
-            self.limit,
-            self.validation,
-            self.tune_limit,
-            self.test_limit,
-            self.epochs,
-            self.curve_images,
-            self.device,
-            scanners=self.scanners,
-            standardize=self.standardize,
-            edge=self.edge,
-        )
-
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """A 3D U-Net."""
         return UNet(shape[0], classes, norm, self.width)

@@ -34,7 +34,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> FinetuneData:
     folder = tmp_path_factory.mktemp("finetune")
     task = Finetune(**SMALL).task
     task.open([Setting(4, 1)]).prepare(folder)
-    return task.load(folder)
+    loaded = task.load(folder)
+    assert isinstance(loaded, FinetuneData)
+    return loaded
 
 
 def test_the_halves_share_no_class_and_lose_no_image() -> None:

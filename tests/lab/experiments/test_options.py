@@ -11,6 +11,7 @@ import pytest
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.experiments.catalogue import EXPERIMENTS, find
 from streamnorm_lab.experiments.char import CharGRU
+from streamnorm_lab.experiments.images import ImageTraining
 from streamnorm_lab.experiments.online_fc import OnlineFC
 from streamnorm_lab.experiments.options import hints, is_free
 from streamnorm_lab.experiments.resnet import ResNet
@@ -26,7 +27,7 @@ FREE = {
 
 @pytest.mark.parametrize("kind", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_which_options_decide_the_numbers(kind):
-    images = {"validation", "tune_limit", "test_limit", "device"} if kind.kind.unit == "images" else set()
+    images = {"validation", "tune_limit", "test_limit", "device"} if issubclass(kind, ImageTraining) else set()
     assert {name for name, hint in hints(kind).items() if is_free(hint)} == FREE | images
     assert list(kind().identity()) == [name for name in hints(kind) if name not in FREE | images]
 
