@@ -32,6 +32,7 @@ struct Runs : Walk {
   // many that x, dy and what is written stay in the first-level cache, or what was gathered nearly does.
   const bool paneled;
   const int64_t panel_step, panel;  // bytes from a statistic of a panel to the next, and statistics
+  const int64_t next_channel;       // from a statistic of a panel to the next: to divide for each takes longer
   // The loops work on a copy of a chunk where its type is narrow, or its runs are shorter than a pack.
   const bool copied;
   const int64_t copied_stride;
@@ -55,6 +56,7 @@ struct Runs : Walk {
         paneled(gathered || (affine == Affine::uniform && at.A == 1 && chunks == 1 && !narrow && !known)),
         panel_step(gathered ? (c.n + lanes) * wide_width : at.sg2 * width),
         panel(larger(1, smaller(smaller(8, at.G / (2 * c.threads)), (gathered ? 2 : 1) * most_in_panel / (c.n * wide_width)))),
+        next_channel(at.Bc == 1 && at.C > 1),
         copied(narrow || at.B < lanes), copied_stride(larger(at.B, lanes)), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
         blocks_per_stat((chunks + chunks_per_block - 1) / chunks_per_block),
@@ -223,10 +225,10 @@ struct Runs : Walk {
         for (int64_t g = from; g < to; g++)
           powers[g] = loops.powers(together, x + (g - from) * panel_step, centered ? saved(0, g) : 0, p);
         loops.scales(call, from, to, sums + from, powers + from, true, true);
-        for (int64_t g = from; g < to; g++, x += panel_step) {
-          int64_t c = group(g) * at.Bc;
+        int64_t c = group(from) * at.Bc;
+        void* out = move(call.y, start(from));
+        for (int64_t g = from; g < to; g++, x += panel_step, c += next_channel, out = move(out, at.sg2)) {
           double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
-          void* out = move(call.y, start(g));
           if (!copied) {
             loops.output({at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache}, x, out, mu, scale, shift);
             continue;
@@ -323,8 +325,9 @@ struct Runs : Walk {
     };
     // From the sums of statistics to dw, db, what dx needs, and the state.
     auto finish = [&](int64_t from, int64_t to) {
-      for (int64_t g = from; affine == Affine::uniform && g < to; g++) {
-        double w = gain(group(g) * at.Bc);
+      int64_t c = group(from) * at.Bc;
+      for (int64_t g = from; affine == Affine::uniform && g < to; g++, c += next_channel) {
+        double w = gain(c);
         dw[g] = of_from_mu[g] * saved(1, g);
         db[g] = of_dy[g];
         of_dy[g] *= w;
@@ -356,10 +359,11 @@ struct Runs : Walk {
         }
         finish(from, to);
         if (!call.dx) return;
-        for (int64_t g = from; g < to; g++, x += panel_step, dy += panel_step) {
-          double centre = centered ? saved(0, g) : 0, scale = saved(1, g) * gain(group(g) * at.Bc);
+        int64_t c = group(from) * at.Bc;
+        void* out = move(call.dx, start(from));
+        for (int64_t g = from; g < to; g++, x += panel_step, dy += panel_step, c += next_channel, out = move(out, at.sg2)) {
+          double centre = centered ? saved(0, g) : 0, scale = saved(1, g) * gain(c);
           double b = wide_number(constant, g), u = wide_number(along, g);
-          void* out = move(call.dx, start(g));
           if (!copied) {
             loops.input({at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache}, x, dy, out, centre, scale, b, u, p);
             continue;
