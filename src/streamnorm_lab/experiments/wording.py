@@ -21,7 +21,16 @@ def data_name(config: Config) -> str:
         ('CIFAR-10', 'digits')
     """
     name = str(config["data"]["name"])
-    return {"cifar10": "CIFAR-10"}.get(name, name)
+    return _NAMES.get(name, name)
+
+
+_NAMES = {
+    "cifar10": "CIFAR-10",
+    "one-scanner": "one scanner",
+    "many-scanners": "many scanners",
+    "one-scanner-standardized": "one scanner, standardized",
+    "many-scanners-standardized": "many scanners, standardized",
+}
 
 
 SETTINGS = "From left to right the mini-batches get smaller."

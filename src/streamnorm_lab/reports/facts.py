@@ -201,6 +201,29 @@ def _rates(results: Results, cell: Cell) -> str:
     return f"{cell.rate:g}, {'≥ ' * (largest == results.grid[-1])}{round(largest / cell.rate):g}×"
 
 
+SCANNERS = {"one": "one scanner", "many": "many scanners", "standardized": "many, standardized"}
+"""The folders volumes-…, and the heads of their columns."""
+
+
+def scanners(root: Path) -> str:
+    """The Dice coefficient by normalization, where volumes differ in gain and offset and where they do not."""
+    found = {name: results_of(root / f"volumes-{name}") for name in SCANNERS}
+    columns = [(name, setting) for name, results in found.items() for setting in results.settings]
+    rows = [
+        [method.label, *(_accuracy(found[name], method.name, str(setting)) for name, setting in columns)]
+        for method in found["many"].methods
+    ]
+    one = found["one"]
+    seeds = len({run.run["seed"] for run in one.logs if run.run["stage"] == "final"})
+    links = [f"[{words}](../results/volumes-{name}/)" for name, words in SCANNERS.items()]
+    return (
+        f"Dice coefficient in percent after {one.config['data']['train']:,} volumes, streamnorm {one.version}, {seeds} "
+        f"seeds, mean ± 95% interval, each method at its best rate ({_listed(links)}). S×U is S volumes per mini-batch "
+        "and U mini-batches per update:\n\n"
+        + _table(["method", *(f"{SCANNERS[name]}, {setting.label}" for name, setting in columns)], rows)
+    )
+
+
 SITUATIONS = (
     ("Large mini-batches, fully connected", "online-fc-cifar10", "128x1"),
     ("Mini-batches of 2, fully connected", "online-fc-cifar10", "2x1"),
@@ -212,6 +235,10 @@ SITUATIONS = (
     ("One sample at a time, recurrent convolutional", "recurrent-conv-cifar10", "1x1"),
     ("A trained network fine-tuned, mini-batches of 32", "finetune-digits", "32x1"),
     ("A trained network fine-tuned, one image at a time", "finetune-digits", "1x1"),
+    ("Volumes of one scanner, two at a time (Dice)", "volumes-one", "2x1"),
+    ("Volumes of one scanner, one at a time (Dice)", "volumes-one", "1x1"),
+    ("Volumes of many scanners, two at a time (Dice)", "volumes-many", "2x1"),
+    ("Volumes of many scanners, one at a time (Dice)", "volumes-many", "1x1"),
     ("32 sequences, GRU on text", "char-gru-shakespeare", "32x1"),
     ("One sequence at a time, GRU on text", "char-gru-shakespeare", "1x4"),
     ("32 sequences, LSTM on text", "char-lstm-shakespeare", "32x1"),
@@ -468,6 +495,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "convolutions": convolutions,
     "finetuning": finetuning,
     "stability": stability,
+    "scanners": scanners,
     "situations": situations,
     "one-at-a-time": one_at_a_time,
     "adaptation": adaptation,

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from streamnorm_lab.analysis.results import Results
 from streamnorm_lab.common.errors import UserError
 from streamnorm_lab.common.setting import Setting
 from streamnorm_lab.experiments.adapt import Adapt
-from streamnorm_lab.reports.facts import FACTS, MARKED, marked_pages, newest, page_with, results_of, write_pages
+from streamnorm_lab.reports.facts import (
+    FACTS,
+    MARKED,
+    SCANNERS,
+    marked_pages,
+    newest,
+    page_with,
+    results_of,
+    write_pages,
+)
 from streamnorm_lab.reports.pictures import PICTURE, save_picture
 
 HOME = Path(__file__).parents[3]
@@ -119,6 +129,30 @@ def test_what_the_guide_says_in_prose_of_streams_of_another_order() -> None:
     assert adapting["gradual"].low > trained["gradual"].mean
     assert all(abs(entropy[kind].mean - mean.mean) < 0.002 for kind, mean in waiting.items())
     assert all(waiting[kind].low > adapting[kind].mean for kind in ("contrast", "fog"))
+
+
+def test_what_a_page_says_in_prose_of_scanners() -> None:
+    """Where volumes differ in gain and offset only Instance Normalization holds; where they do not, Batch is ahead."""
+    one, many, standardized = (results_of(HOME / "results" / f"volumes-{name}") for name in SCANNERS)
+
+    def mean(results: Results, name: str, setting: Setting) -> float:
+        found = results.cells[name, setting].mean
+        assert found is not None
+        return found.mean
+
+    for setting in many.settings:
+        assert abs(mean(many, "instance", setting) - mean(one, "instance", setting)) < 0.02
+        assert max(mean(many, name, setting) for name in ("batch", "batch-recalibrated", "streaming-l1")) < 0.5
+        for name in ("layer", "group"):
+            assert min(many.cells[name, setting].scores.values()) < 0.4, "it fails on some seeds"
+    alone = Setting(1, 1)
+    behind = one.difference("streaming-l1", "batch", alone)
+    assert behind is not None
+    assert behind.high < 0
+    assert -0.12 < behind.mean < -0.08
+    assert mean(many, "streaming-l1", alone) < 0.25
+    assert 0.7 < mean(standardized, "streaming-l1", alone) < 0.8
+    assert mean(standardized, "instance", alone) > mean(standardized, "streaming-l1", alone) + 0.1
 
 
 def test_the_picture_is_drawn_from_the_results(tmp_path: Path) -> None:
