@@ -2,9 +2,9 @@
 Batch of one: from BatchNorm to StreamingNorm
 =============================================
 
-Batch Normalization takes its statistics from the mini-batch, and with one image there is none to speak of. This
-tutorial trains the same small convolutional network on scikit-learn's digits three times, one image at a time, and
-changes one line between the runs: the normalization layer.
+Batch Normalization takes its statistics from the mini-batch, and fails where that is a single image. This tutorial
+trains the same small convolutional network on scikit-learn's digits three times, one image at a time, and changes one
+line between the runs: the normalization layer.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch import nn
 
 import streamnorm as sn
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %%
 # The data are 1,797 images of 8×8 pixels. 1,200 of them are for training, the rest for testing.
@@ -77,7 +77,7 @@ def train_one_by_one(model, rate, passes=2):
 
 
 # %%
-# Each layer has its best rate of 0.001, 0.003 and 0.01: a comparison at one rate would favour whichever likes it.
+# Each layer has its best rate of 0.001, 0.003 and 0.01: a comparison at a single rate would favour one of them.
 
 layers = {
     "BatchNorm2d": nn.BatchNorm2d,

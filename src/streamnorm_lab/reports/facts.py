@@ -154,7 +154,7 @@ def convolutions(root: Path) -> str:
         f"Test accuracy on CIFAR-10 in percent after {results.config['data']['train']:,} images, streamnorm "
         f"{results.version}, {seeds} seeds, mean ± 95% interval, each at the rate that was best on 5,000 images "
         "(of Batch / streaming). S×U is S images in a mini-batch and U mini-batches in an update:\n\n"
-        + _table(["S×U", *names.values(), "rates"], rows)
+        + "\n\n".join([_table(["S×U", *names.values(), "rates"], rows), *_older({results.version})])
     )
 
 
@@ -176,7 +176,7 @@ def _by_method(results: Results, words: str) -> str:
     head = ["method", *(setting.label for setting in results.settings)]
     seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "final"})
     about = f"streamnorm {results.version}, {seeds} seeds, mean ± 95% interval"
-    return f"{words.format(about)}\n\n{_table(head, rows)}"
+    return "\n\n".join([words.format(about), _table(head, rows), *_older({results.version})])
 
 
 def stability(root: Path) -> str:
