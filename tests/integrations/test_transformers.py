@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.training import (
+    NEW_TASK,
     assert_evaluates_as_before,
     assert_evaluates_better,
     assert_learns,
@@ -70,7 +71,7 @@ def test_converted_it_evaluates_as_before(make: Any) -> None:
 @pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
 def test_converted_it_fine_tunes(make: Any, batch_size: int) -> None:
     model = with_statistics(make(), lambda model: model(images(4)[0]))
-    new, before, data = converted(model), converted(model), images(4)
+    new, before, data = converted(model, **NEW_TASK), converted(model, **NEW_TASK), images(4)
     assert_learns(new, image_loss, in_batches(batch_size, *data), epochs=30)
     assert_evaluates_better(new, before, image_loss, data)
 
