@@ -1112,11 +1112,12 @@ class ResNet(nn.Module):
 def test_terms_that_cancel_each_other_do_not_keep_a_layer() -> None:
     """Their sum is nearly 0, and what rounding leaves of it differs once the weights have another scale."""
     x = comparison.random((comparison.SAMPLES, 2), torch.zeros(1))
-    model = nn.Sequential(nn.Linear(2, 64, bias=False), sn.StreamingNorm1d(64))
+    linear, norm = nn.Linear(2, 64, bias=False), sn.StreamingNorm1d(64)
+    assert norm.weight is not None
     with torch.no_grad():
-        model[0].weight.copy_(torch.linspace(50, 90, 64)[:, None] * torch.stack((x[0, 1], -x[0, 0])))
-        model[1].weight.fill_(0.3)
-    assert not any(isinstance(module, sn.Norm) for module in sn.fold(model).modules())
+        linear.weight.copy_(torch.linspace(50, 90, 64)[:, None] * torch.stack((x[0, 1], -x[0, 0])))
+        norm.weight.fill_(0.3)
+    assert not any(isinstance(module, sn.Norm) for module in sn.fold(nn.Sequential(linear, norm)).modules())
 
 
 def test_a_resnet_folds() -> None:

@@ -41,11 +41,11 @@ class Scripted(Contestant):
         self.clock.now += self.seconds[1]
 
     def update(self) -> None:
-        self.clock.now += 100 if self.updates else 0
+        self.clock.now += 100 if "update" in self.parts else 0
 
 
 class Updating(Scripted):
-    updates = True
+    parts = ("forward", "backward", "update")
 
 
 class BetweenOthers(Scripted):
