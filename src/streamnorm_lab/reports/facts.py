@@ -169,13 +169,25 @@ def finetuning(root: Path) -> str:
     )
 
 
+def pretrained(root: Path) -> str:
+    """Test accuracy of a network with weights of ImageNet that goes on with CIFAR-10."""
+    results = results_of(root / "finetune-cifar10")
+    data, size = results.config["data"], results.config["options"]["size"]
+    return _by_method(
+        results,
+        f"Test accuracy in percent on {data['test']:,} images, {{}}: EfficientNet-Lite0 with weights of ImageNet and "
+        f"a new head goes on with {data['train']:,} images of CIFAR-10, scaled to {size}×{size}, in one pass:",
+    )
+
+
 def _by_method(results: Results, words: str) -> str:
     """A table of all methods and settings, below a sentence that says which version and how many seeds."""
     settings = [str(setting) for setting in results.settings]
     rows = [[method.label, *(_accuracy(results, method.name, at) for at in settings)] for method in results.methods]
     head = ["method", *(setting.label for setting in results.settings)]
     seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "final"})
-    about = f"streamnorm {results.version}, {seeds} seeds, mean ± 95% interval"
+    sample = f"{seeds} seeds, mean ± 95% interval" if seeds > 1 else "one seed"
+    about = f"streamnorm {results.version}, {sample}"
     return "\n\n".join([words.format(about), _table(head, rows), *_older({results.version})])
 
 
@@ -233,8 +245,10 @@ SITUATIONS = (
     ("One sample at a time, convolutional", "conv-cifar10", "1x1"),
     ("Mini-batches of 32, recurrent convolutional", "recurrent-conv-cifar10", "32x1"),
     ("One sample at a time, recurrent convolutional", "recurrent-conv-cifar10", "1x1"),
-    ("A trained network fine-tuned, mini-batches of 32", "finetune-digits", "32x1"),
-    ("A trained network fine-tuned, one image at a time", "finetune-digits", "1x1"),
+    ("A pretrained network fine-tuned, mini-batches of 32", "finetune-cifar10", "32x1"),
+    ("A pretrained network fine-tuned, one image at a time", "finetune-cifar10", "1x1"),
+    ("A small network fine-tuned on other digits, mini-batches of 32", "finetune-digits", "32x1"),
+    ("A small network fine-tuned on other digits, one image at a time", "finetune-digits", "1x1"),
     ("Volumes of one scanner, two at a time (Dice)", "volumes-one", "2x1"),
     ("Volumes of one scanner, one at a time (Dice)", "volumes-one", "1x1"),
     ("Volumes of many scanners, two at a time (Dice)", "volumes-many", "2x1"),
@@ -494,6 +508,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "small-batches": small_batches,
     "convolutions": convolutions,
     "finetuning": finetuning,
+    "pretrained": pretrained,
     "stability": stability,
     "scanners": scanners,
     "situations": situations,

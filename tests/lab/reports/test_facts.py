@@ -98,7 +98,7 @@ def test_what_a_page_says_in_prose_of_fine_tuning() -> None:
         for name in ("streaming-l1", *(f"streaming-l1,window={window}" for window in (50, 200, 1000)))
     }
     assert worst.pop("streaming-l1") < 0.6
-    assert min(worst.values()) > 0.9
+    assert min(worst.values()) > 0.8
 
 
 def test_what_the_guide_says_in_prose_of_adaptation() -> None:
