@@ -180,6 +180,17 @@ def pretrained(root: Path) -> str:
     )
 
 
+def residual(root: Path) -> str:
+    """Test accuracy of a residual network that is trained as usual, with large and with small mini-batches."""
+    results = results_of(root / "resnet-cifar10")
+    options = results.config["options"]
+    return _by_method(
+        results,
+        f"Test accuracy on CIFAR-10 in percent, {{}}: ResNet-20 of width {options['width']}, "
+        f"{results.config['data']['train']:,} images, {options['epochs']} passes, shifts and mirrors, a falling rate:",
+    )
+
+
 def _by_method(results: Results, words: str) -> str:
     """A table of all methods and settings, below a sentence that says which version and how many seeds."""
     settings = [str(setting) for setting in results.settings]
@@ -509,6 +520,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "convolutions": convolutions,
     "finetuning": finetuning,
     "pretrained": pretrained,
+    "residual": residual,
     "stability": stability,
     "scanners": scanners,
     "situations": situations,
