@@ -66,8 +66,8 @@ def convert(
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> convert(model)[1]
-        StreamingNorm2d(8, ref='n c ... -> c', p=1, center='mean', scale='gaussian', window=100, eps=1e-05, affine=True)
+        >>> convert(model)[1].stream
+        Stream(window=100, own=8)
     """
     _check_options(options)
     options = {"scale": "gaussian", **options}
