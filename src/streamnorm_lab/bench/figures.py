@@ -19,7 +19,9 @@ SHIFT = 0.15
 
 
 def save_figure(results: Results, folder: Path) -> None:
-    """Draw ``ratios.png`` and ``ratios.svg``."""
+    """Draw ``ratios.png`` and ``ratios.svg``, where layers were measured beside those of torch.nn."""
+    if not any(row.stock for row in results.times):
+        return
     with matplotlib.rc_context(STYLE):
         figure = ratios(results)
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

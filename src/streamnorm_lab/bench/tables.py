@@ -128,9 +128,10 @@ def _print_bandwidth(results: Results, console: Console) -> None:
 
 
 def save_results(results: Results, folder: Path) -> None:
-    """Write ``times.csv`` and ``memory.csv``, a line per row."""
+    """Write ``times.csv`` and, where memory was measured, ``memory.csv``, a line per row."""
     save_times(results, folder)
-    write_text(folder / "memory.csv", as_csv([asdict(row) for row in results.memory]))
+    if results.memory:
+        write_text(folder / "memory.csv", as_csv([asdict(row) for row in results.memory]))
 
 
 def save_times(results: Results, folder: Path) -> None:

@@ -447,10 +447,11 @@ def inference(root: Path) -> str:
         if (row["suite"], row["part"], row["threads"]) == ("inference", "together", "1"):
             where = "in onnxruntime" if row["rival"].endswith("onnxruntime") else "in PyTorch"
             parts.setdefault(row["case"].split(",")[0], []).append(f"{float(row['ratio']):.2f} {where}")
-    found = _listed([f"{_listed(ratios)} with {name}" for name, ratios in parts.items()])
+    found = "; ".join(f"{name} {_listed(ratios)}" for name, ratios in parts.items())
     return (
-        "A folded network computes what the convolutions compute, and nothing for the normalization. Beside the same "
-        f"network with `nn.GroupNorm`, one image takes it {found} of the time, on one thread ({_machine(folder)})."
+        "A folded network computes what the convolutions compute, and nothing for the normalization. Its time "
+        f"for one image, as a ratio to that of the same network with `nn.GroupNorm`: {found} "
+        f"(one thread, {_machine(folder)})."
     )
 
 
