@@ -107,8 +107,8 @@ def gradients_half(
         return Present()
     averages = state.long_grad, state.short_grad, state.grad_count, state.grad_samples
     units = None if formula.window is None else (inverse, inverse**formula.p)
-    own = 0.0 if formula.window is None else _own_share(formula, samples, state.long_grad.dtype)
-    return Half(averages, formula.beta, formula.grad_window, n, samples, units, own)
+    use = samples.to(state.long_grad.dtype) if isinstance(samples, Tensor) else samples
+    return Half(averages, formula.beta, formula.grad_window, n, samples, units, formula.own_share(use))
 
 
 def lasting(formula: Formula, state: State) -> Scalar | None:
@@ -121,11 +121,6 @@ def lasting(formula: Formula, state: State) -> Scalar | None:
     if _can_be_read(state.seen):
         return formula.lasting(state.seen.item())
     return (state.seen + PRIOR_SAMPLES).to(state.long.dtype).clamp(max=formula.window)
-
-
-def _own_share(formula: Formula, samples: int | Tensor, dtype: torch.dtype) -> Scalar:
-    share: Scalar = formula.own_share(samples.to(dtype) if isinstance(samples, Tensor) else samples)
-    return share
 
 
 def mix_weights(

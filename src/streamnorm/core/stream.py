@@ -168,18 +168,19 @@ def _memory(name: str, value: float) -> float:
 
 def _own(value: float) -> float:
     meaning = "own is how many samples give a mini-batch's own gradient half of the weight, a number above 0"
-    own = arguments.real(value, meaning)
-    if not own > 0:
-        raise ValueError(f"{meaning}, or math.inf for no weight, got {value}")
-    return own
+    return _above(0, value, meaning, "no weight")
 
 
 def _limit(value: float) -> float:
     meaning = "limit is the largest scale with which an input may leave the layer, a number above 1, such as 4"
-    limit = arguments.real(value, meaning)
-    if not limit > 1:
-        raise ValueError(f"{meaning}, or math.inf for none, got {value}")
-    return limit
+    return _above(1, value, meaning, "none")
+
+
+def _above(low: float, value: float, meaning: str, at_infinity: str) -> float:
+    number = arguments.real(value, meaning)
+    if not number > low:
+        raise ValueError(f"{meaning}, or math.inf for {at_infinity}, got {value}")
+    return number
 
 
 def _alpha(alpha: Sequence[float]) -> Mix:

@@ -344,7 +344,6 @@ def _path_backward(
         if into.dx is not None:
             total_u = sum_of(sum_u, True)
             statistics = Statistics(g, live, rows, G)
-            recent = weight_of_short(path.stream, after, use)
             location_path, moment_path = paths(
                 gain * d_bias,
                 gain * d_gain,
@@ -354,8 +353,7 @@ def _path_backward(
                 slope,
                 into.loss_scale,
                 path.stream,
-                recent,
-                0.0,
+                after,
                 use,
             )
     if into.dx is not None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..arguments import Affine, Statistics
-from .formulas import derivative_of_power, gain_and_bias, input_gradient_of, own_share, paths, weight_of_short
+from .formulas import derivative_of_power, gain_and_bias, input_gradient_of, paths
 from .tiles import channels_of, in_elements, load, partials_of, places_of, reversed_program, sum_of, tiles_of, zeros
 
 
@@ -52,19 +52,8 @@ def backward_whole(
     d_gain = sum_of(sum_dyx, TILE.columns)
     total_u = sum_of(sum_u, TILE.columns)
     _store_affine(gradients, c, live, d_gain * inverse, d_bias)
-    recent = weight_of_short(stream, 0, USE)
     location_path, moment_path = paths(
-        gain * d_bias,
-        gain * d_gain,
-        total_u,
-        statistics,
-        inverse,
-        slope,
-        loss_scale_ptr,
-        stream,
-        recent,
-        own_share(stream, USE),
-        USE,
+        gain * d_bias, gain * d_gain, total_u, statistics, inverse, slope, loss_scale_ptr, stream, 0, USE
     )
     cut = slope != slope  # NaN
     scale = gain * inverse
@@ -183,19 +172,8 @@ def combine_gradients(
     total_gx = tl.sum(sum_gx, 1, keep_dims=True)
     total_u = tl.sum(sum_u, 1, keep_dims=True)
     slope = tl.load(saved_ptr + 2 * G + g)
-    recent = weight_of_short(stream, 0, USE)
     location_path, moment_path = paths(
-        total_g,
-        total_gx,
-        total_u,
-        statistics,
-        inverse,
-        slope,
-        loss_scale_ptr,
-        stream,
-        recent,
-        own_share(stream, USE),
-        USE,
+        total_g, total_gx, total_u, statistics, inverse, slope, loss_scale_ptr, stream, 0, USE
     )
     if paths_ptr is not None:
         tl.store(paths_ptr + g, location_path)

@@ -209,8 +209,12 @@ def gain_and_bias(affine, c, live, WIDE: tl.constexpr):
 
 
 @triton.jit
-def paths(sum_g, sum_gx, sum_u, statistics, inverse, slope, loss_scale_ptr, stream, recent, own, USE: tl.constexpr):
-    """ĝ_mu and p·ĝ_m of each statistic, from Σdx̂, Σdx̂·(x − mu) and Σu; short_grad takes this call's in."""
+def paths(sum_g, sum_gx, sum_u, statistics, inverse, slope, loss_scale_ptr, stream, more, USE: tl.constexpr):
+    """ĝ_mu and p·ĝ_m of each statistic, from Σdx̂, Σdx̂·(x − mu) and Σu; short_grad takes this call's in.
+
+    ``more`` samples are not counted yet, as for ``weight_of_short``.
+    """
+    recent, own = weight_of_short(stream, more, USE), own_share(stream, USE)
     g, live, n, G = statistics.index, statistics.live, statistics.elements, statistics.number
     cut = slope != slope  # NaN
     if USE.window > 0.0:  # the streams are in units of 1/s and 1/s^p
