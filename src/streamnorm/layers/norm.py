@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import Tensor, compiler, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import ops
@@ -110,7 +110,7 @@ class Norm(Stateful):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x."""
-        if is_compiling():
+        if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling(), without a call of its own
             if self._ties.sync.every == "batch" and self.training and not self.frozen:
                 _make_boundary()
                 return _outside_the_graph(self, x, mask)

@@ -218,7 +218,7 @@ def _inputs(saved_tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def _saved_values(ctx: Any) -> Tensor:
-    """mu, 1/s and slope of all statistics, and then the gain."""
+    """mu, 1/s and slope of all statistics, as ``csrc/norm/call.h`` says, and then the gain."""
     (_, view, _), saved = ctx.kept[:2]
     double = len(saved) == 8 * (3 * view.num_stats + view.num_channels) + 64  # x may have become another type
     return torch.frombuffer(bytearray(saved), dtype=torch.float64 if double else torch.float32)
@@ -230,6 +230,8 @@ def _backward_in_pytorch(ctx: Any, dy: Tensor) -> Any:
     (x, mask), values = _inputs(ctx.saved_tensors), _saved_values(ctx)
     here = operations.Here.of(x, mask, view)
     statistics = values[: 3 * view.num_stats].view(3, -1)
+    if formula.grad_window is not None and len(ctx.kept) > _KEPT_HALF:  # the slope is in units of 1/s^p
+        statistics[2] *= statistics[1] ** formula.p
     if weight is not None:
         weight = values[3 * view.num_stats :][: len(weight)].to(weight.dtype)
     stand_in = SimpleNamespace(

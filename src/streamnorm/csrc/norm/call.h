@@ -44,7 +44,7 @@ struct Call {
   int64_t* count;
   double mix[3];
   double grad_scale;
-  void* saved;  // (3, G): mu, 1/s, slope
+  void* saved;  // (3, G): mu, 1/s, slope, which is s^p times as large where gradients are streamed in units of the scale
   double* moments;  // (G): m, where it is asked for
 };
 

@@ -37,10 +37,14 @@ PyObject* accepts(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(make_layout(*plan, strides, layout) ? 2 : 0);
 }
 
-bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type, const void*& known) {
+bool read_parameter(PyObject* object, int64_t channels, const void*& data, Type& type, Plan::Parameter& known) {
   if (object == Py_None) return true;
   DLTensor t;
-  if (!borrow_flat(object, channels, t) || t.ndim != 1 || negated(object) || !is_whole(object, t, known)) return false;
+  if (!borrow_flat(object, channels, t) || t.ndim != 1) return false;
+  if (known.object != object || known.data != t.data) {
+    if (negated(object) || !fills_storage(object, t)) return false;
+    known = {object, t.data};
+  }
   data = t.data;
   type = type_of(t);
   return type != Type::other;
@@ -139,8 +143,8 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   // No Python code runs from here on, which could move what is looked at.
   Type weight_type;
-  if (!read_parameter(weight, plan->channels, call.weight, weight_type, plan->whole[Plan::whole_weight])) return refuse("this gain");
-  if (!read_parameter(bias, plan->channels, call.bias, call.bias_type, plan->whole[Plan::whole_bias])) return refuse("this bias");
+  if (!read_parameter(weight, plan->channels, call.weight, weight_type, plan->weight)) return refuse("this gain");
+  if (!read_parameter(bias, plan->channels, call.bias, call.bias_type, plan->bias)) return refuse("this bias");
   const bool streams = state != Py_None;
   Half half, grad_half;
   if (streams && !(half.find(state, false) && half.read(plan->G, wide, plan->whole + Plan::whole_state) && grad_half.find(state, true) &&

@@ -20,8 +20,13 @@ struct Plan : View {
   PyObject* spare[spares] = {};  // see make_saved
   int last = 0;
   Description like_input, like_parameter;
+  // The gain and the bias that were looked at last, as by is_whole, and found to be no negated views of their memory.
+  struct Parameter {
+    const PyObject* object;
+    const void* data;
+  } weight = {}, bias = {};
   // The tensors that were found whole last, see is_whole.
-  enum { whole_x, whole_dy, whole_weight, whole_bias, whole_state, whole_grad_state = whole_state + all_parts, whole_end = whole_grad_state + parts };
+  enum { whole_x, whole_dy, whole_state, whole_grad_state = whole_state + all_parts, whole_end = whole_grad_state + parts };
   const void* whole[whole_end] = {};
 };
 

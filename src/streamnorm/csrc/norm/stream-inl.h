@@ -147,6 +147,9 @@ template <class F, class Fn> INLINE void with_stream(const Call& call, int64_t f
   else fn(Stream<F, false>(call, from));
 }
 
+// Whether the streamed gradients are in units of 1/s (the location's) and 1/s^p (the moment's): under a window.
+INLINE bool gradients_in_units(const Call& call) { return call.lasting && call.formula->windows[1] > 0; }
+
 // mu, from sums over x
 template <class F> void locations(const Call& call, int64_t from, int64_t to, const double* sums) {
   F* mu = (F*)call.saved;
@@ -165,6 +168,7 @@ template <class F, int P> void scales(const Call& call, int64_t from, int64_t to
   F *inverse = (F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   double *moments = call.moments, k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
   double floor = call.lasting ? call.formula->floor : 0;
+  bool in_units = gradients_in_units(call);
   with_stream<F>(call, from, to, [=](auto stream) INLINED {
     each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
       typedef decltype(kind) D;
@@ -176,8 +180,10 @@ template <class F, int P> void scales(const Call& call, int64_t from, int64_t to
         D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINED { return pow(v, 2 / p); });
         D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINED { return v > 0 ? pow(v, 2 / p - 1) : 0; });
         D r = 1 / each(sigma2 + eps, [](double v) INLINED { return __builtin_sqrt(v); });
+        D r_3 = r * r * r;  // over 1/s^p in units of it: here no division is needed
+        if (in_units) r_3 = P == 1 ? r * r : P == 2 ? r : each(r, [=](double v) INLINED { return pow(v, 3 - p); });
         put(inverse + i, r);
-        put(slope + i, k2 / p * lift * r * r * r);
+        put(slope + i, k2 / p * lift * r_3);
         if (moments) put(moments + i, m);
       }
       if (advance) {
@@ -197,31 +203,27 @@ void stream_gradients(const Call& call, int64_t from, int64_t to, const double* 
   const F *inverse = (const F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   F *constant = (F*)constant_ - from, *along = (F*)along_ - from;
   double p = call.formula->p, scale = call.grad_scale;
-  bool centered = call.formula->centered, in_units = call.lasting && call.formula->windows[1] > 0;
+  bool centered = call.formula->centered, in_units = gradients_in_units(call);
+  auto power = [](const auto& r, double p) INLINED {
+    return p == 0 ? r * 0 + 1 : p == 1 ? r : p == 2 ? r * r : each(r, [=](double v) INLINED { return pow(v, p); });
+  };
   with_stream<F>(call, from, to, [=](auto stream) INLINED {
     double per_element = stream.per_n / scale;
     each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
       typedef decltype(kind) D;
       int64_t j = i - from;
-      D share = stream.template share<D>(i), lift = get<D>(slope + i), r = get<D>(inverse + i);
-      // What the stream is in units of: 1/s for the location and 1/s^p for the moment, or 1. Without a finite s there are none.
-      D s = in_units ? choose(below(D{}, r), 1 / r, D{}) : D{} + 1, r_p = D{} + 1, s_p = r_p;
-      if (in_units) {
-        auto power = [=](const D& v) INLINED {
-          return p == 1 ? v : p == 2 ? v * v : each(v, [=](double a) INLINED { return pow(a, p); });
-        };
-        r_p = power(r), s_p = power(s);
-      }
-      D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift * s_p;
+      D share = stream.template share<D>(i), lift = get<D>(slope + i), r = get<D>(inverse + i), one = D{} + 1;
+      // The stream is in units of r_mu for the location and of r_m for the moment. Without a finite s there are no units.
+      D r_mu = in_units ? r : one, r_m = in_units ? power(r, p) : one, r_m_per_r_mu = in_units ? power(r, p - 1) : one;
+      D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
       auto average_m = stream.average(1, i, share, g_m);
-      D moment = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m) * r_p, D{});  // 0 where the slope is NaN
-      D g_mu = -(get<D>(sums + j) * per_element) * r;
-      if (centered) g_mu -= choose(moment == D{}, D{}, moment * p * (get<D>(sums_of_u + j) * stream.per_n));
-      g_mu *= s;
+      D seen_m = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m), D{});  // 0 where the slope is NaN
+      D g_mu = -(get<D>(sums + j) * per_element) * (in_units ? choose(below(D{}, r), one, D{}) : r), through_m = seen_m * r_m_per_r_mu;
+      if (centered) g_mu -= choose(through_m == D{}, D{}, through_m * p * (get<D>(sums_of_u + j) * stream.per_n));
       auto average_mu = stream.average(0, i, share, g_mu);
       if (use) {
-        put(constant + i, stream.see(0, i, average_mu, g_mu) * (in_units ? r : D{} + 1) * scale);
-        put(along + i, p * moment * scale);
+        put(constant + i, stream.see(0, i, average_mu, g_mu) * r_mu * scale);
+        put(along + i, p * seen_m * r_m * scale);
       }
       if (advance) stream.advance(i, average_mu, average_m, finite<F>(g_m) & finite<F>(g_mu));
     });
