@@ -128,7 +128,13 @@ class Browser:
         self._point(selector, "mouseReleased", button="left", clickCount=1)
 
     def hover(self, selector: str) -> None:
-        """Move the mouse to the middle of an element."""
+        """Move the mouse to the middle of an element; a page that has just moved misses the first time."""
+        over = f"document.querySelector({json.dumps(selector)}).matches(':hover')"
+        for _ in range(50):
+            self._point(selector, "mouseMoved")
+            if self.value(over):
+                break
+            time.sleep(0.05)
         self._point(selector, "mouseMoved")
 
     def _point(self, selector: str, kind: str, **more: Any) -> None:

@@ -75,6 +75,8 @@ def joined() -> Iterator[bool]:
     finally:
         if dist.get_rank() == 0:
             _tell(None)
+        # Gloo's threads drop the tensors of what was told last, for which they need an interpreter that runs.
+        dist.barrier()
         dist.destroy_process_group()
 
 

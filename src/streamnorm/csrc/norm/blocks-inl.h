@@ -56,7 +56,7 @@ template <class F> void gather(const Block& block, int64_t count, int64_t from_a
     }
 }
 
-template <class F> double sum(const Block& block, const void* x_) {
+template <class F> INLINE double sum(const Block& block, const void* x_) {
   const int64_t next = block.next;
   Sum<F> sum;
   const F* x = (const F*)x_;
@@ -69,7 +69,7 @@ template <class F> double sum(const Block& block, const void* x_) {
 }
 
 // Σ |x − centre|^p
-template <class F, int P> double powers(const Block& block, const void* x_, double centre, double p) {
+template <class F, int P> INLINE double powers(const Block& block, const void* x_, double centre, double p) {
   const int64_t next = block.next;
   Sum<F> sum;
   const F* x = (const F*)x_;
@@ -83,7 +83,7 @@ template <class F, int P> double powers(const Block& block, const void* x_, doub
 }
 
 // y = (x − mu)·scale + shift
-template <class F> void output(const Block& block, const void* x_, void* y_, double mu, double scale, double shift) {
+template <class F> INLINE void output(const Block& block, const void* x_, void* y_, double mu, double scale, double shift) {
   const F* x = (const F*)x_;
   F* y = (F*)y_;
   Pack<F> m = all((F)mu), a = all((F)scale), b = all((F)shift);
@@ -97,7 +97,7 @@ template <class F> void output(const Block& block, const void* x_, void* y_, dou
 }
 
 // out = Σ dy, Σ dy·(x − mu), Σ u
-template <class F, int P> void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
+template <class F, int P> INLINE void gradients(const Block& block, const void* x_, const void* dy_, double mu, double centre, double p, double* out) {
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   Pack<F> m = all((F)mu), c = all((F)centre);
   const int64_t next = block.next;
@@ -116,7 +116,7 @@ template <class F, int P> void gradients(const Block& block, const void* x_, con
 
 // dx = dy·scale + constant + along·u
 template <class F, int P>
-void input(const Block& block, const void* x_, const void* dy_, void* dx_, double centre, double scale, double constant, double along, double p) {
+INLINE void input(const Block& block, const void* x_, const void* dy_, void* dx_, double centre, double scale, double constant, double along, double p) {
   const F *x = (const F*)x_, *dy = (const F*)dy_;
   F* dx = (F*)dx_;
   Pack<F> c = all((F)centre), a = all((F)scale), b = all((F)constant), k = all((F)along);
@@ -128,6 +128,45 @@ void input(const Block& block, const void* x_, const void* dy_, void* dx_, doubl
         put(dx + i, load(dy + i) * a + (b + slope_times<P>(k, load(x + i) - c, (F)p)));
       });
   });
+}
+
+// --- the same for `count` neighbouring statistics, whose blocks are alike and so far apart: where blocks are small, what one waits for
+// is done while others are calculated. Arrays hold a value for each statistic; a null pointer stands for zeros ---------------------
+
+template <class F> INLINE double value_or_0(const F* values, int64_t i) { return values ? values[i] : 0; }
+
+template <class F> void sum_each(const Block& block, int64_t count, int64_t apart, const void* x, double* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = sum<F>(block, (const F*)x + i * apart);
+}
+
+template <class F, int P>
+void powers_each(const Block& block, int64_t count, int64_t apart, const void* x, const void* centre, double p, double* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = powers<F, P>(block, (const F*)x + i * apart, value_or_0((const F*)centre, i), p);
+}
+
+template <class F>
+void output_each(const Block& block, int64_t count, int64_t from_apart, int64_t to_apart, const void* x, void* y, const void* mu,
+                 const void* scale, const void* shift) {
+  for (int64_t i = 0; i < count; i++)
+    output<F>(block, (const F*)x + i * from_apart, (F*)y + i * to_apart, ((const F*)mu)[i], ((const F*)scale)[i], value_or_0((const F*)shift, i));
+}
+
+template <class F, int P>
+void gradients_each(const Block& block, int64_t count, int64_t apart, const void* x, const void* dy, const void* mu, bool centered, double p,
+                    double* of_dy, double* of_from_mu, double* of_u) {
+  for (int64_t i = 0; i < count; i++) {
+    double sums[3], from = ((const F*)mu)[i];
+    gradients<F, P>(block, (const F*)x + i * apart, (const F*)dy + i * apart, from, centered ? from : 0, p, sums);
+    of_dy[i] = sums[0], of_from_mu[i] = sums[1], of_u[i] = sums[2];
+  }
+}
+
+template <class F, int P>
+void input_each(const Block& block, int64_t count, int64_t from_apart, int64_t to_apart, const void* x, const void* dy, void* dx,
+                const void* centre, const void* scale, const void* constant, const void* along, double p) {
+  for (int64_t i = 0; i < count; i++)
+    input<F, P>(block, (const F*)x + i * from_apart, (const F*)dy + i * from_apart, (F*)dx + i * to_apart, value_or_0((const F*)centre, i),
+                ((const F*)scale)[i], ((const F*)constant)[i], ((const F*)along)[i], p);
 }
 
 // --- the same with a gain and a bias for each element of a stretch --------------------------------------------------------

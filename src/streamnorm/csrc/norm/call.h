@@ -71,6 +71,15 @@ struct Kernels {
   void (*gradients)(const Block&, const void* x, const void* dy, double mu, double centre, double p, double* out);
   void (*input)(const Block&, const void* x, const void* dy, void* dx, double centre, double scale, double constant, double along, double p);
 
+  void (*sum_each)(const Block&, int64_t count, int64_t apart, const void* x, double* out);
+  void (*powers_each)(const Block&, int64_t count, int64_t apart, const void* x, const void* centre, double p, double* out);
+  void (*output_each)(const Block&, int64_t count, int64_t from_apart, int64_t to_apart, const void* x, void* y, const void* mu,
+                      const void* scale, const void* shift);
+  void (*gradients_each)(const Block&, int64_t count, int64_t apart, const void* x, const void* dy, const void* mu, bool centered, double p,
+                         double* of_dy, double* of_from_mu, double* of_u);
+  void (*input_each)(const Block&, int64_t count, int64_t from_apart, int64_t to_apart, const void* x, const void* dy, void* dx,
+                     const void* centre, const void* scale, const void* constant, const void* along, double p);
+
   void (*output_elements)(const Block&, const void* x, void* y, double mu, double inverse, const void* gain, const void* bias);
   void (*gradients_elements)(const Block&, const void* x, const void* dy, double mu, double centre, double inverse, double p,
                              const void* gain, double* dw, double* db, double* out);

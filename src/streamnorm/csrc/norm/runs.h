@@ -18,7 +18,7 @@ struct Totals {
 
 // Runs: a statistic owns A runs of B elements, each of them contiguous.
 struct Runs : Walk {
-  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, most_in_panel = 8192, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18;
+  static constexpr int64_t chunk_size = 16384, gather_bytes = 131072, most_in_panel = 8192, most_panel = 32, short_run = 64, longest_gathered = 256, shortest_segment = 16, most_blocks = 64, cached_bytes = 1 << 18;
 
   const Affine affine;
   const int64_t spread;  // values of gain and bias for each channel
@@ -31,7 +31,7 @@ struct Runs : Walk {
   // A panel also serves statistics of one run each, where they lie: their formulas are evaluated several at a time. It holds so
   // many that x, dy and what is written stay in the first-level cache, or what was gathered nearly does.
   const bool paneled;
-  const int64_t panel_step, panel;  // bytes from a statistic of a panel to the next, and statistics
+  const int64_t panel_step, panel_apart, panel;  // bytes and elements from a statistic of a panel to the next, and statistics
   const int64_t next_channel;       // from a statistic of a panel to the next: to divide for each takes longer
   // The loops work on a copy of a chunk where its type is narrow, or its runs are shorter than a pack.
   const bool copied;
@@ -54,8 +54,8 @@ struct Runs : Walk {
         chunks(pieces > 1 ? at.A * pieces : (at.A + runs - 1) / runs),
         gathered(affine == Affine::uniform && gains_by_gathering(c.n * wide_width)),
         paneled(gathered || (affine == Affine::uniform && at.A == 1 && chunks == 1 && !narrow && !known)),
-        panel_step(gathered ? (c.n + lanes) * wide_width : at.sg2 * width),
-        panel(larger(1, smaller(smaller(8, at.G / (2 * c.threads)), (gathered ? 2 : 1) * most_in_panel / (c.n * wide_width)))),
+        panel_step(gathered ? (c.n + lanes) * wide_width : at.sg2 * width), panel_apart(panel_step / wide_width),
+        panel(larger(1, smaller(smaller(most_panel, at.G / (2 * c.threads)), (gathered ? 2 : 1) * most_in_panel / (c.n * wide_width)))),
         next_channel(at.Bc == 1 && at.C > 1),
         copied(narrow || at.B < lanes), copied_stride(larger(at.B, lanes)), stats_per_block((at.G + most_blocks - 1) / most_blocks),
         chunks_per_block(at.G >= most_blocks ? chunks : (chunks * at.G + most_blocks - 1) / most_blocks),
@@ -154,12 +154,33 @@ struct Runs : Walk {
   const char* gather(const void* tensor, int64_t from, int64_t to, char* out) const {
     const void* first = move(tensor, start(from));
     if (!gathered) return (const char*)first;
-    if (!copied) loops.gather({at.A, at.B, at.sa, at.B, 2 * at.sa, false}, to - from, at.sg2, panel_step / wide_width, first, out);
+    if (!copied) loops.gather({at.A, at.B, at.sa, at.B, 2 * at.sa, false}, to - from, at.sg2, panel_apart, first, out);
     else
       for (int64_t i = 0; i < to - from; i++) copy_in(move(first, i * at.sg2), at.sa, out + i * panel_step, at.B, at.A, at.B);
     return out;
   }
   size_t panel_bytes(int64_t tensors) const { return gathered ? tensors * panel_step : 0; }
+  // Gain and bias for each statistic of a panel, in the type of statistics, and the gain's product with 1/s once that is known.
+  struct PanelParameters {
+    const Runs& runs;
+    alignas(64) char gains[most_panel * sizeof(double)], shifts[most_panel * sizeof(double)], scale[most_panel * sizeof(double)];
+    const void *gain = nullptr, *shift = nullptr;
+
+    PanelParameters(const Runs& r, int64_t from, int64_t count) : runs(r) {
+      const Call& call = r.call;
+      const int64_t c = r.group(from) * r.at.Bc;
+      const bool in_order = r.next_channel == 1;  // else all statistics of the panel have one channel
+      if (call.weight && in_order) gain = r.move_wide(call.weight, c);
+      else if (call.weight) gain = fill(gains, count, [&](int64_t) { return r.gain(c); });
+      if (call.bias && in_order && call.bias_type == r.wide) shift = r.move_wide(call.bias, c);
+      else if (call.bias) shift = fill(shifts, count, [&](int64_t i) { return r.bias(c + i * r.next_channel); });
+    }
+    template <class Fn> const void* fill(void* out, int64_t count, const Fn& value) const {
+      for (int64_t i = 0; i < count; i++) set_number(out, runs.wide, i, value(i));
+      return out;
+    }
+    void find_scales(int64_t from, int64_t count) { runs.loops.column_scales(runs.call, from, from + count, gain, scale); }
+  };
 
   template <class Fn> void each_chunk(const Fn& fn) const {
     parallel(at.G * chunks, call.threads, [&](int64_t i) { fn(i / chunks, i % chunks); });
@@ -216,26 +237,25 @@ struct Runs : Walk {
 
     if (paneled) {
       each_panel([&](int64_t from, int64_t to) {
-        Scratch scratch(panel_bytes(to - from + 1));
-        char* y = scratch.data + panel_bytes(to - from);
+        const int64_t count = to - from;
+        Scratch scratch(panel_bytes(2 * count));
+        PanelParameters parameters(*this, from, count);
+        char* y = scratch.data + panel_bytes(count);
         Block together = {1, call.n, 0, 0, 0, 0, false};
         const char* x = gather(call.x, from, to, scratch.data);
-        for (int64_t g = from; g < to; g++) sums[g] = loops.sum(together, x + (g - from) * panel_step);
+        loops.sum_each(together, count, panel_apart, x, sums + from);
         loops.locations(call, from, to, sums + from);
-        for (int64_t g = from; g < to; g++)
-          powers[g] = loops.powers(together, x + (g - from) * panel_step, centered ? saved(0, g) : 0, p);
+        loops.powers_each(together, count, panel_apart, x, centered ? saved_row(0, from) : nullptr, p, powers + from);
         loops.scales(call, from, to, sums + from, powers + from, true, true);
-        int64_t c = group(from) * at.Bc;
+        parameters.find_scales(from, count);
         void* out = move(call.y, start(from));
-        for (int64_t g = from; g < to; g++, x += panel_step, c += next_channel, out = move(out, at.sg2)) {
-          double mu = saved(0, g), scale = saved(1, g) * gain(c), shift = bias(c);
-          if (!copied) {
-            loops.output({at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache}, x, out, mu, scale, shift);
-            continue;
-          }
-          loops.output(together, x, y, mu, scale, shift);
-          copy_out(y, at.B, out, at.sa, at.A, at.B);
+        if (!copied) {
+          Block spread = {at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache};
+          loops.output_each(spread, count, panel_apart, at.sg2, x, out, saved_row(0, from), parameters.scale, parameters.shift);
+          return;
         }
+        loops.output_each(together, count, panel_apart, panel_apart, x, y, saved_row(0, from), parameters.scale, parameters.shift);
+        for (int64_t i = 0; i < count; i++) copy_out(y + i * panel_step, at.B, move(out, i * at.sg2), at.sa, at.A, at.B);
       });
     } else if (known) {
       loops.locations(call, 0, at.G, sums);
@@ -323,54 +343,49 @@ struct Runs : Walk {
       Scratch scratch(3 * copy_bytes());
       put(g, chunk(g, k, scratch, true, call.dx, next_again));
     };
-    // From the sums of statistics to dw, db, what dx needs, and the state.
-    auto finish = [&](int64_t from, int64_t to) {
-      int64_t c = group(from) * at.Bc;
-      for (int64_t g = from; affine == Affine::uniform && g < to; g++, c += next_channel) {
-        double w = gain(c);
+    auto stream = [&](int64_t from, int64_t to) {
+      loops.stream_gradients(call, from, to, of_dy + from, of_from_mu + from, of_u + from, move_wide(constant, from), move_wide(along, from), true, true);
+    };
+    // From the sums of a statistic to dw, db, what dx needs, and the state.
+    auto finish = [&](int64_t g) {
+      if (affine == Affine::uniform) {
+        double w = gain(group(g) * at.Bc);
         dw[g] = of_from_mu[g] * saved(1, g);
         db[g] = of_dy[g];
         of_dy[g] *= w;
         of_from_mu[g] *= w;
       }
-      if (call.dx)
-        loops.stream_gradients(call, from, to, of_dy + from, of_from_mu + from, of_u + from, move_wide(constant, from), move_wide(along, from), true, true);
+      if (call.dx) stream(g, g + 1);
     };
-    auto set_sums = [&](int64_t g, const Totals& t) { of_dy[g] = t.dy, of_from_mu[g] = t.from_mu, of_u[g] = t.u; };
     auto fold = [&](int64_t g) {
       Totals sum = {0, 0, 0};
       for (int64_t k = 0; k < chunks; k++) sum.add(&partial[g * chunks + k].dy);
-      set_sums(g, sum);
-      finish(g, g + 1);
+      of_dy[g] = sum.dy, of_from_mu[g] = sum.from_mu, of_u[g] = sum.u;
+      finish(g);
     };
 
     if (paneled) {
       each_panel([&](int64_t from, int64_t to) {
-        Scratch scratch(panel_bytes(2 * (to - from) + 1));
-        char* dx = scratch.data + panel_bytes(2 * (to - from));
+        const int64_t count = to - from;
+        Scratch scratch(panel_bytes(3 * count));
+        PanelParameters parameters(*this, from, count);
+        char* dx = scratch.data + panel_bytes(2 * count);
         Block together = {1, call.n, 0, 0, 0, 0, false};
-        const char *x = gather(call.x, from, to, scratch.data), *dy = gather(call.dy, from, to, scratch.data + panel_bytes(to - from));
-        for (int64_t g = from; g < to; g++) {
-          double mu = saved(0, g);
-          int64_t offset = (g - from) * panel_step;
-          Totals t;
-          loops.gradients(together, x + offset, dy + offset, mu, centered ? mu : 0, p, &t.dy);
-          set_sums(g, t);
-        }
-        finish(from, to);
+        const char *x = gather(call.x, from, to, scratch.data), *dy = gather(call.dy, from, to, scratch.data + panel_bytes(count));
+        loops.gradients_each(together, count, panel_apart, x, dy, saved_row(0, from), centered, p, of_dy + from, of_from_mu + from, of_u + from);
+        loops.parameter_gradients(call, from, to, of_dy + from, of_from_mu + from, parameters.gain, dw + from, db + from);
         if (!call.dx) return;
-        int64_t c = group(from) * at.Bc;
+        stream(from, to);
+        parameters.find_scales(from, count);
+        const void *centre = centered ? saved_row(0, from) : nullptr, *b = move_wide(constant, from), *u = move_wide(along, from);
         void* out = move(call.dx, start(from));
-        for (int64_t g = from; g < to; g++, x += panel_step, dy += panel_step, c += next_channel, out = move(out, at.sg2)) {
-          double centre = centered ? saved(0, g) : 0, scale = saved(1, g) * gain(c);
-          double b = wide_number(constant, g), u = wide_number(along, g);
-          if (!copied) {
-            loops.input({at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache}, x, dy, out, centre, scale, b, u, p);
-            continue;
-          }
-          loops.input(together, x, dy, dx, centre, scale, b, u, p);
-          copy_out(dx, at.B, out, at.sa, at.A, at.B);
+        if (!copied) {
+          Block spread = {at.A, at.B, at.B, at.sa, next_panel, next_write, past_cache};
+          loops.input_each(spread, count, panel_apart, at.sg2, x, dy, out, centre, parameters.scale, b, u, p);
+          return;
         }
+        loops.input_each(together, count, panel_apart, panel_apart, x, dy, dx, centre, parameters.scale, b, u, p);
+        for (int64_t i = 0; i < count; i++) copy_out(dx + i * panel_step, at.B, move(out, i * at.sg2), at.sa, at.A, at.B);
       });
     } else if (known && call.dx) {
       Buffer zeros;

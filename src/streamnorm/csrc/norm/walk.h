@@ -106,6 +106,7 @@ struct Walk {
   template <class P> P* move(P* base, int64_t elements) const { return (P*)((char*)base + elements * width); }
   template <class P> P* move_wide(P* base, int64_t elements) const { return (P*)((char*)base + elements * wide_width); }
   double wide_number(const void* p, int64_t i) const { return wide == Type::f64 ? ((const double*)p)[i] : ((const float*)p)[i]; }
+  void* saved_row(int row, int64_t g) const { return move_wide(call.saved, row * at.G + g); }
   double saved(int row, int64_t g) const { return wide_number(call.saved, row * at.G + g); }
   double gain(int64_t c) const { return call.weight ? wide_number(call.weight, c) : 1; }
   double bias(int64_t c) const { return call.bias ? number(call.bias, call.bias_type, c) : 0; }
