@@ -290,7 +290,7 @@ def test_the_signs_of_the_cpp_engine(p: float, dtype: torch.dtype) -> None:
         for counts in (state.count, state.grad_count):
             if torch.rand(()) < 0.3:
                 counts[torch.randint(9, (2,))] = 0
-        before = state.long[1].sum().item()
+        before, present = state.long[1].sum().item(), state.short[1].sum().item()
         missed = [
             int((c == 0).sum()) * int(s > 0)
             for c, s in ((state.count, state.samples), (state.grad_count, state.grad_samples))
@@ -304,9 +304,42 @@ def test_the_signs_of_the_cpp_engine(p: float, dtype: torch.dtype) -> None:
             torch.testing.assert_close(ours, theirs)
         expected = after > runaway.LEAP**p * before, *map(bool, missed)
         kinds.add(expected)
-        assert len(signs) == any(expected)
+        outgrown = present > layer.formula.limit**p * before
+        assert len(signs) == (any(expected) or outgrown)
         for sign in signs:
             assert (sign.use, sign.missed, sign.missed_gradients) == (0, *missed)
-            assert sign.before == pytest.approx(before, rel=1e-5)
+            assert (sign.before, sign.present) == pytest.approx((before, present), rel=1e-5)
             assert sign.after == pytest.approx(after, rel=1e-5)
     assert {(True, False, False), (False, False, False), (False, True, False), (False, False, True)} <= kinds
+
+
+def outgrow(layer: sn.Norm, updates: int, scale: float = 1e3) -> None:
+    """Inputs of a scale that the layer had never seen."""
+    for _ in range(updates):
+        update(layer, scale * torch.randn(8, 3))
+
+
+def test_a_memory_that_is_outgrown(engine: str) -> None:
+    layer = sn.StreamingNorm1d(3, window=100_000)
+    layer.seen.fill_(10**6)  # as after `convert` of a trained network
+    with said() as texts:
+        outgrow(layer, 60)
+    assert texts == []
+    with said() as texts:
+        outgrow(layer, 2 * runaway.EVERY + 10)
+    (text,) = texts
+    assert text.startswith(f"{layer!r} runs away: for 64 weight updates its input has had more than 4 times the scale")
+    assert "or shorten the memory of the statistics (window, now 100000)" in text
+    outgrow(layer, 100)  # once is enough
+
+
+def test_a_memory_that_is_outgrown_now_and_then_is_no_alarm(engine: str) -> None:
+    """Beside commits in which it is not, and behind a jump that a usual memory follows."""
+    layer = sn.StreamingNorm1d(3, window=100_000)
+    layer.seen.fill_(10**6)
+    for _ in range(40):
+        outgrow(layer, 3)
+        outgrow(layer, 17, scale=1.0)
+    layer = sn.StreamingNorm1d(3, window=200)
+    outgrow(layer, 100, scale=1.0)
+    outgrow(layer, 100)

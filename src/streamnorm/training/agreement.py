@@ -107,6 +107,7 @@ def merged(select: Callable[[], list[Streaming]]) -> list[Streaming]:
         del layers
         gc.collect()
         layers = select()
+        _settled.difference_update([key for key in _settled if any(layer() is None for layer in key)])
         _settled.add(_key(layers))
     for agreement, members in _teams(layers):
         agreement.merge(members)

@@ -1,14 +1,17 @@
 """Training that runs away: one warning for each layer, as soon as its statistics show it.
 
-A learning rate that is too high ends in statistics of 1e28 and then NaN within a few weight updates. Two signs of it
-are checked when layers commit (docs/monitoring.md explains them):
+A learning rate that is too high ends in statistics of 1e28 and then NaN within a few weight updates, or in statistics
+that never catch up with the values, by which evaluation then goes. Three signs of it are checked when layers commit
+(docs/monitoring.md explains them):
 
 - The long-term scale *leaps*: one weight update makes it more than ten times as large, and ten times as large as the
   last leap did. After a jump of the data, however large, a long-term average at most doubles from one update to the
   next (its growth is 1 + κ1 for data that stay as they are), so that a few leaps are growth that feeds itself.
 - Between two weight updates a statistic, or its gradient, sees no finite value, and so stays as it was.
+- The scale since the last weight update has *outgrown* the long-term one: it is more than ``limit`` times as large, as
+  it is once at a jump of the data, but here for many updates in a row. Training is held by the bound on the moment.
 
-The C++ engine counts both while it commits. On other engines a layer is checked at every sixteenth commit, without
+The C++ engine looks for them while it commits. On other engines a layer is checked at every sixteenth commit, without
 waiting for an accelerator: its answer is read at the next check.
 """
 
@@ -30,6 +33,9 @@ from .streaming import Streaming
 TIMES = 3
 """How many signs lead to a warning. The first leap may be that from the prior to the data."""
 
+IN_A_ROW = 64
+"""The updates in a row for which the long-term scale may be outgrown: windows to 200 have followed a jump by then."""
+
 LEAP = 10.0
 """The growth of the scale that counts as a leap."""
 
@@ -39,8 +45,12 @@ EVERY = 16
 
 @dataclass
 class _Record:
-    """What has been seen of a layer: its signs, its level at the last look, and after its last leap."""
+    """What has been seen of a layer: its signs, its level at the last look, and after its last leap.
 
+    ``outgrown``: the first and the last of the updates in a row, counted by the layer, whose scale was outgrown.
+    """
+
+    outgrown: tuple[int, int] = (0, 0)
     leaps: int = 0
     missed: int = 0
     missed_gradients: int = 0
@@ -81,8 +91,14 @@ def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def judge(layers: Sequence[Streaming], signs: Sequence[Sign]) -> None:
-    """Take in the signs of a commit of these layers, and say once of each layer that it runs away."""
+def judge(layers: Sequence[Streaming], signs: Sequence[Sign], every: int = 1) -> None:
+    """Take in the signs of a commit of these layers, and say once of each layer that it runs away.
+
+    Args:
+        layers: that were committed.
+        signs: what was seen of some of them.
+        every: the commits of a layer from one look at it to the next, at most.
+    """
     running = []
     for sign in signs:
         layer = layers[sign.use]
@@ -92,13 +108,27 @@ def judge(layers: Sequence[Streaming], signs: Sequence[Sign]) -> None:
             record.leaps, record.peak = record.leaps + 1, sign.after
         record.missed += _is_missed(layer, sign.missed)
         record.missed_gradients += _is_missed(layer, sign.missed_gradients)
-        if max(record.leaps, record.missed, record.missed_gradients) >= TIMES and not record.told:
+        _count_outgrown(layer, record, sign, every)
+        signs_enough = max(record.leaps, record.missed, record.missed_gradients) >= TIMES or _is_outgrown(record)
+        if signs_enough and not record.told:
             record.told = True
             running.append((_name(layer), _describe(layer, record, sign)))
     if running:
         (name, what), *others = running
         also = ", ".join(other for other, _ in others)
         warnings.warn(f"{name} runs away: {what}{f'. At the same update: {also}' if also else ''}", stacklevel=2)
+
+
+def _count_outgrown(layer: Streaming, record: _Record, sign: Sign, every: int) -> None:
+    p, limit, now = layer.formula.p, layer.formula.limit, layer._ties.commits
+    if sign.present > limit**p * sign.before:
+        first, last = record.outgrown
+        record.outgrown = (first if now - last <= every else now, now)
+
+
+def _is_outgrown(record: _Record) -> bool:
+    first, last = record.outgrown
+    return last - first >= IN_A_ROW
 
 
 def _is_missed(layer: Streaming, statistics: int) -> bool:
@@ -108,13 +138,16 @@ def _is_missed(layer: Streaming, statistics: int) -> bool:
 
 @torch.no_grad()
 def _measure(layers: Sequence[Streaming]) -> Tensor:
-    """For each layer the sum of its long-term moments, and how many statistics and gradients met nothing finite."""
-    levels = torch._foreach_norm([layer.long[1] for layer in layers], 1)
+    """Two sums for each layer, of its long-term and its short-term moments, and two counts of what was not finite."""
+    levels = torch._foreach_norm([layer.long[1] for layer in layers] + [layer.short[1] for layer in layers], 1)
     rows = [
         torch.stack(
-            [level.double(), _missed(layer.count, layer.samples), _missed(layer.grad_count, layer.grad_samples)]
+            [
+                *(level.double(), present.double()),
+                *(_missed(layer.count, layer.samples), _missed(layer.grad_count, layer.grad_samples)),
+            ]
         )
-        for layer, level in zip(layers, levels)
+        for layer, level, present in zip(layers, levels, levels[len(layers) :])
     ]
     return torch.stack(rows)
 
@@ -125,11 +158,12 @@ def _missed(counts: Tensor, samples: Tensor) -> Tensor:
 
 def _judge_levels(layers: Sequence[Streaming], measured: Tensor) -> None:
     signs = []
-    for i, (layer, (level, missed, missed_gradients)) in enumerate(zip(layers, measured.tolist())):
+    for i, (layer, (level, present, *missed)) in enumerate(zip(layers, measured.tolist())):
         record = _records.setdefault(layer, _Record())
-        signs.append(Sign(i, record.level, level, int(missed), int(missed_gradients)))
+        outgrown = present > layer.formula.limit**layer.formula.p * level
+        signs.append(Sign(i, record.level, level, present if outgrown else 0.0, *map(int, missed)))
         record.level = level
-    judge(layers, signs)
+    judge(layers, signs, EVERY)
 
 
 def _judge_later(device: torch.device, layers: Sequence[Streaming]) -> None:
@@ -159,9 +193,17 @@ def _describe(layer: Streaming, record: _Record, sign: Sign) -> str:
         "Lower the learning rate (one for 32 samples per weight update is about 32 times too high for single samples), "
         f"or shorten the memory of the statistics ({memory})"
     )
+    size, root = layer.count.numel(), 1 / layer.formula.p
+    before, after, present = (
+        (level / size) ** root * layer.formula.k for level in (sign.before, sign.after, sign.present)
+    )
+    if _is_outgrown(record):
+        return (
+            f"for {IN_A_ROW} weight updates its input has had more than {layer.formula.limit:g} times the scale that "
+            f"it remembers (now {present:.3g} and {after:.3g}). Training is held by Stream(limit=...), and evaluation, "
+            f"which goes by what is remembered, fails. {advice}"
+        )
     if record.leaps >= TIMES:
-        size, root = layer.count.numel(), 1 / layer.formula.p
-        before, after = ((level / size) ** root * layer.formula.k for level in (sign.before, sign.after))
         return (
             f"its scale leapt {record.leaps} times to more than {LEAP:g} times what it was, the last time "
             f"from {before:.3g} to {after:.3g}, which ends in NaN. {advice}"

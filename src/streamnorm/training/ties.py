@@ -83,6 +83,7 @@ class Ties:
         near: the innermost module around the layer whose weights any optimizer was seen to train.
         passed_over: steps of others since the last update which trained a part of what is around the layer.
         committed: whether an update was noticed since the watchdog's last look.
+        commits: how many updates were noticed.
         seen: what it saw then, if no update was noticed before.
         changes: at how many looks since the last update weights had changed.
         pause: how many uses lie between its looks.
@@ -105,6 +106,7 @@ class Ties:
     near: weakref.ref[nn.Module] | None = None
     passed_over: int = 0
     committed: bool = False
+    commits: int = 0
     seen: Seen | None = None
     changes: int = 0
     pause: int = 64

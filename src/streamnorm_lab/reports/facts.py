@@ -345,6 +345,28 @@ def adaptation_sentence(root: Path) -> str:
     return section.headline
 
 
+def watching(root: Path) -> str:
+    """The share of a training step that a monitor takes, by network, and its target."""
+    folder = root / "bench-monitor"
+    facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    rows = (
+        [
+            row["network"],
+            row["layers"],
+            f"{1e3 * float(row['step_seconds']):.2f} ms",
+            f"{float(row['inside']):.2%}",
+            "met" if row["met"] == "True" else "missed",
+            f"{float(row['beside']):+.1%} ({float(row['beside_q1']):+.1%} to {float(row['beside_q3']):+.1%})",
+        ]
+        for row in _csv(folder / "costs.csv")
+    )
+    head = ["network", "layers", "step", "inside", "target of 1%", "beside (quartiles)"]
+    return (
+        f"At `every=50`, one thread, load average before the start {facts['load_before']} "
+        f"([bench-monitor](../results/bench-monitor/tables.txt)):\n\n{_table(head, rows)}"
+    )
+
+
 def targets(root: Path) -> str:
     """The targets of time and memory that the benchmark meets and misses, and the nearest of those met."""
     aims = list(_aims(root / "bench"))
@@ -530,6 +552,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "adaptation-streams": adaptation_streams,
     "adaptation-sentence": adaptation_sentence,
     "targets": targets,
+    "watching": watching,
     "other-machines": other_machines,
     "kept-memory": kept_memory,
     "resident-memory": resident_memory,

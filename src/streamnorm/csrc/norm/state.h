@@ -10,7 +10,7 @@ namespace {
 // Where tuples from Python have what is looked for; setup() finds out, by name.
 struct Places {
   int state_size, state[2][all_parts];  // of the forward half and of the gradient half
-  int p, kappa, windows[2];             // in a formula
+  int p, kappa, windows[2], limit;      // in a formula
 } places = {};
 
 // False with an error set where a name is missing.
@@ -32,7 +32,7 @@ bool find_places(PyObject* state_fields, PyObject* formula_fields) {
       if (!find_place(state_fields, names[grad][i], found.state[grad][i])) return false;
   if (!find_place(state_fields, "seen", found.state[0][seen_part]) || !find_place(formula_fields, "p", found.p) ||
       !find_place(formula_fields, "kappa", found.kappa) || !find_place(formula_fields, "window", found.windows[0]) ||
-      !find_place(formula_fields, "grad_window", found.windows[1]))
+      !find_place(formula_fields, "grad_window", found.windows[1]) || !find_place(formula_fields, "limit", found.limit))
     return false;
   places = found;
   return true;
@@ -104,12 +104,13 @@ template <class F> void commit_half(F* lasting, F* recent, int64_t* count, int64
     }
   memset(count, 0, G * sizeof(int64_t));
 }
-// What a commit sees of a stream: the sum of its moments before and after, and how many statistics, and gradients of statistics,
-// met nothing finite since the last one.
+// What a commit sees of a stream: the sum of its long-term moments before and after, and of the short-term ones before; and how many
+// statistics, and gradients of statistics, met nothing finite since the last one.
 struct Signs {
-  double before, after;
+  double before, after, present;
   int64_t missed[2];
   bool leapt(double p) const { return after > 10 * before && after > pow(10, p) * before; }
+  bool outgrown(double p, double limit) const { return present > limit * before && present > pow(limit, p) * before; }
 };
 template <class F> double sum(const F* values, int64_t n) {
   F a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;  // one sum would wait for itself at every addition
@@ -134,7 +135,7 @@ template <class F> void commit_stream(const DLTensor* part, int64_t G, Commit we
   F *lasting = (F*)part[long_part].data, *recent = (F*)part[short_part].data;
   int64_t *count = (int64_t*)part[count_part].data, *samples = (int64_t*)part[samples_part].data;
   signs.missed[grad] = *samples > 0 ? zeros(count, G) : 0;
-  if (!grad) signs.before = sum(lasting + G, G);
+  if (!grad) signs.before = sum(lasting + G, G), signs.present = sum(recent + G, G);
   commit_half(lasting, recent, count, G, weights);
   if (!grad) signs.after = sum(lasting + G, G);
   *samples = 0;
@@ -169,9 +170,10 @@ PyObject* commit(PyObject*, PyObject* uses) {
   for (Py_ssize_t i = 0; rest && signs && i < PyList_Size(uses); i++) {
     PyObject *use = PyList_GetItem(uses, i), *state_object = PyTuple_GetItem(use, 0), *formula = PyTuple_GetItem(use, 1);
     if (!formula) return nullptr;
-    PyObject *order = PyTuple_GetItem(formula, places.p), *constants = PyTuple_GetItem(formula, places.kappa);
-    if (!order || !constants) return nullptr;
-    double p = PyFloat_AsDouble(order), kappa[4] = {}, windows[2] = {};
+    PyObject *order = PyTuple_GetItem(formula, places.p), *constants = PyTuple_GetItem(formula, places.kappa),
+             *bound = PyTuple_GetItem(formula, places.limit);
+    if (!order || !constants || !bound) return nullptr;
+    double p = PyFloat_AsDouble(order), limit = PyFloat_AsDouble(bound), kappa[4] = {}, windows[2] = {};
     for (int half = 0; half < 2; half++) {
       PyObject* window = PyTuple_GetItem(formula, places.windows[half]);
       if (window && window != Py_None) windows[half] = PyFloat_AsDouble(window);
@@ -181,8 +183,8 @@ PyObject* commit(PyObject*, PyObject* uses) {
     Signs found = {};
     if (!commit_state(state_object, kappa, windows, found)) {
       if (PyErr_Occurred() || PyList_Append(rest, use)) return nullptr;
-    } else if (found.leapt(p) || found.missed[0] || found.missed[1]) {
-      Reference sign(Py_BuildValue("(nddLL)", i, found.before, found.after, (long long)found.missed[0], (long long)found.missed[1]));
+    } else if (found.leapt(p) || found.outgrown(p, limit) || found.missed[0] || found.missed[1]) {
+      Reference sign(Py_BuildValue("(ndddLL)", i, found.before, found.after, found.present, (long long)found.missed[0], (long long)found.missed[1]));
       if (!sign || PyList_Append(signs, sign)) return nullptr;
     }
   }
