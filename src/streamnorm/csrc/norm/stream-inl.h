@@ -218,8 +218,9 @@ void stream_gradients(const Call& call, int64_t from, int64_t to, const double* 
       D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
       auto average_m = stream.average(1, i, share, g_m);
       D seen_m = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m), D{});  // 0 where the slope is NaN
-      D g_mu = -(get<D>(sums + j) * per_element) * (in_units ? choose(below(D{}, r), one, D{}) : r), through_m = seen_m * r_m_per_r_mu;
+      D g_mu = -(get<D>(sums + j) * per_element) * (in_units ? one : r), through_m = seen_m * r_m_per_r_mu;
       if (centered) g_mu -= choose(through_m == D{}, D{}, through_m * p * (get<D>(sums_of_u + j) * stream.per_n));
+      if (in_units) g_mu *= choose(below(D{}, r), one, D{});
       auto average_mu = stream.average(0, i, share, g_mu);
       if (use) {
         put(constant + i, stream.see(0, i, average_mu, g_mu) * r_mu * scale);
