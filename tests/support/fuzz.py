@@ -64,6 +64,7 @@ class Player:
     def __init__(self, seed: int, model: Any, dtype: torch.dtype, values_dtype: torch.dtype) -> None:
         self.rng, self.model, self.dtype, self.values_dtype = random.Random(seed), model, dtype, values_dtype
         self.pending: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.recomputed: list[list[Tensor]] = []
         self.results: Results = []
         self.label = ""
 
@@ -214,7 +215,12 @@ class Player:
         self.pending.clear()
         sn.reset_stats(self.model)
 
+    def forget_recomputed(self) -> None:
+        """Leave out what is to be computed again: PyTorch refuses to where what it depends on has changed."""
+        self.pending = [item for item in self.pending if not any(item[0] is y for y in self.recomputed)]
+
     def requires_grad(self) -> None:
+        self.forget_recomputed()
         for parameter in self.model.parameters():
             parameter.requires_grad_(self.draw.random() < 0.7)
 
@@ -332,6 +338,7 @@ class LayerPlayer(Player):
         except ValueError:
             return
         self.wait([y], [x])
+        self.recomputed += [self.pending[-1][0]] if self.pending else []
         self.finish()
 
     def scale(self) -> None:
@@ -339,6 +346,7 @@ class LayerPlayer(Player):
             self.model._grad_scale = torch.tensor(self.draw.choice([0.5, 8.0]))
 
     def constants(self) -> None:
+        self.forget_recomputed()
         if self.model.stream is not None:
             self.model.set_stream(sn.Stream(**self.draw.choice(STREAMS)))
 
