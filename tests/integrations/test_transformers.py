@@ -72,7 +72,7 @@ def test_converted_it_evaluates_as_before(make: Any) -> None:
 def test_converted_it_fine_tunes(make: Any, batch_size: int) -> None:
     model = with_statistics(make(), lambda model: model(images(4)[0]))
     new, before, data = converted(model, **NEW_TASK), converted(model, **NEW_TASK), images(4)
-    assert_learns(new, image_loss, in_batches(batch_size, *data), epochs=30)
+    assert_learns(new, image_loss, in_batches(batch_size, *data), epochs=60, lr=1e-4)
     assert_evaluates_better(new, before, image_loss, data)
 
 
