@@ -374,15 +374,11 @@ def targets(root: Path) -> str:
     nearest = sorted((aim for aim in layers if aim[3] <= aim[4]), key=lambda aim: aim[3] / aim[4])[-2:][::-1]
     met, missed = sum(aim[3] <= aim[4] for aim in layers), [aim for aim in aims if aim[3] > aim[4]]
     near = " and ".join(f"{what} at {ratio:.2f} of at most {bound:g}" for _, what, _, ratio, bound in nearest)
-    by_kind = {
-        kind: [f"{what} ({ratio:.2f}, target {bound:g})" for _, what, of, ratio, bound in missed if of == kind]
-        for kind in ("time", "saved memory", "peak memory")
-    }
-    parts = [f"\n- {len(found)} of {kind}: {_listed(found)}." for kind, found in by_kind.items() if found]
+    rows = [[what, of, f"{ratio:.2f}", f"{bound:g}"] for _, what, of, ratio, bound in missed]
     return (
         f"In [bench](../results/bench/tables.txt) ({_machine(root / 'bench')}) {met} of the {len(layers)} targets of "
         f"`layers` and `one-pass` are met; the nearest of these are {near}. Over all suites {len(missed)} targets are "
-        f"missed:\n{''.join(parts)}"
+        "missed:\n\n" + _table(["case", "of", "ratio", "target"], rows)
     )
 
 
