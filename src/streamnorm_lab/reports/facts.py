@@ -142,7 +142,7 @@ def _accuracy(results: Results, method: str, setting: str) -> str:
 
 def convolutions(root: Path) -> str:
     """Test accuracy of a convolutional network on 20,000 images, by setting, and the rates that were chosen."""
-    results = results_of(root / "conv-cifar10-20000-0.2")
+    results = results_of(root / "conv-cifar10-20000-0.3")
     names = {"batch": "Batch", "batch-recalibrated": "Recalibrated", OURS: "Streaming"}
     rows = []
     for setting in results.settings:
