@@ -426,8 +426,9 @@ def _commit(select: Callable[[], list[Streaming]], optimizer: Optimizer | None =
 def commit_merged(layers: list[Streaming]) -> None:
     """Move the short-term statistics of these layers, which are those of all processes by now, into the long-term."""
     for layer in layers:
-        layer._ties.committed = True
-        layer._ties.commits += 1
+        ties = layer._ties
+        ties.committed = True
+        ties.commits += 1
     if layers:
         uses = [(layer.state, layer.formula) for layer in layers]
         if not ops.tells_signs(uses[0][0]):
