@@ -14,6 +14,7 @@ import gc
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # first imported by DDP, it would hold the process group until Python ends
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -73,7 +74,7 @@ def main() -> float:
         dist.all_gather(theirs, statistics(model))
         same = all(other.equal(theirs[0]) for other in theirs)
         print(f"process {dist.get_rank()}: accuracy {accuracy:.3f}, statistics {'equal' if same else 'not equal'}")
-        gc.collect()  # the group's threads end with its last holder, and must not outlive Python
+        gc.collect()  # the group's threads end with its last holder, here the model, and must not outlive Python
         dist.destroy_process_group()
     else:
         print(f"accuracy {accuracy:.3f}")

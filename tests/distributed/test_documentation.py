@@ -33,16 +33,13 @@ def test_the_page(processes: Processes) -> None:
 
 def test_the_example_under_torchrun() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for _ in range(2):
-        result = subprocess.run(
-            [*command, str(ROOT / "examples" / "distributed.py")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if "terminate called without an active exception" not in result.stderr:
-            break  # on a busy machine a thread of gloo lets go of a tensor after Python has ended
+    result = subprocess.run(
+        [*command, str(ROOT / "examples" / "distributed.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     lines = re.findall(r"process (\d): accuracy (\d\.\d+), statistics equal", result.stdout)
     assert sorted(rank for rank, _ in lines) == ["0", "1"]

@@ -7,6 +7,7 @@ update by themselves; methods with statistics of the mini-batch see those of the
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # its default arguments would hold a process group that exists when it is first imported
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,8 +77,9 @@ def joined() -> Iterator[bool]:
     finally:
         if dist.get_rank() == 0:
             _tell(None)
-        # Gloo's threads drop the tensors of what was told last, for which they need an interpreter that runs.
-        dist.barrier()
+        # Gloo's threads end with the last holder of the group: models in reference cycles are the others. A thread
+        # that dropped a tensor while Python ends would abort the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
