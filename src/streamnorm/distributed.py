@@ -62,7 +62,7 @@ def synchronize(model: Module, every: str = "update", process_group: dist.Proces
         _check_batch(model, layers)
     updates.enroll(model)
     for _, layer in layers:
-        layer._ties.sync, layer._planned_shape = Sync(every, process_group), None
+        layer._ties.sync, layer._repeats = Sync(every, process_group), False
     return model
 
 

@@ -1,4 +1,4 @@
-"""The second step of a shape takes a short way: whatever changed in between counts as it does on the long one."""
+"""The third step of a shape takes a short way: whatever changed in between counts as it does on the long one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def test_a_change_between_two_steps_of_a_shape_counts(change: Callable[[Norm], o
     for _ in range(2):
         _step(layer, inputs[0], inputs[1])
     fresh = copy.deepcopy(layer)  # which has not taken any shape yet
-    assert fresh._planned_shape is None
+    assert layer._repeats
+    assert not fresh._repeats
     change(layer)
     change(fresh)
     assert _same(_step(layer, inputs[1], inputs[2]), _step(fresh, inputs[1], inputs[2]))
@@ -76,7 +77,8 @@ def test_a_change_between_two_steps_of_a_shape_counts(change: Callable[[Norm], o
 def test_masks_and_other_shapes_in_between_count() -> None:
     layer = sn.StreamingNorm2d(6)
     x, small = torch.randn(3, 6, 4, 4), torch.randn(2, 6, 4, 4)
-    _step(layer, x, x)
+    for _ in range(2):
+        _step(layer, x, x)
     fresh = copy.deepcopy(layer)
     results = []
     for used in (layer, fresh):
@@ -90,7 +92,8 @@ def test_masks_and_other_shapes_in_between_count() -> None:
 def test_an_input_that_is_refused_changes_nothing() -> None:
     layer = sn.StreamingNorm2d(6)
     x = torch.randn(3, 6, 4, 4)
-    layer(x)
+    for _ in range(2):
+        layer(x)
     before = [buffer.clone() for buffer in layer.state]
     for wrong, error, message in (
         (x.double(), TypeError, "input is torch.float64 and the layer's state torch.float32"),
@@ -105,23 +108,40 @@ def test_an_input_that_is_refused_changes_nothing() -> None:
 def test_a_forced_engine_is_taken() -> None:
     layer = sn.StreamingNorm2d(6)
     x = torch.randn(3, 6, 4, 4)
-    layer(x)
+    for _ in range(2):
+        layer(x)
     with ops.force("plain"):
         name = type(layer(x).grad_fn).__name__
     assert name != type(layer(x).grad_fn).__name__
 
 
+def _count_tries(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The inputs that are tried on the short way from now on."""
+    tries, attempt = [], ops.short_way.attempt
+
+    def counted(x: Tensor, *others: Any) -> Any:
+        tries.append(x)
+        return attempt(x, *others)
+
+    monkeypatch.setattr(ops.short_way, "attempt", counted)
+    return tries
+
+
 def test_one_try_where_the_engine_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose inputs are not for the short way does not pay for trying it."""
-    layer, tries = sn.StreamingNorm2d(6), []
-    attempt = ops.attempt
-
-    def counted(*args: Any) -> Any:
-        tries.append(args)
-        return attempt(*args)
-
-    monkeypatch.setattr(ops, "attempt", counted)
+    layer, tries = sn.StreamingNorm2d(6), _count_tries(monkeypatch)
     gaps = torch.randn(3, 6, 4, 8)[..., ::2]
     for _ in range(3):
         layer(gaps)
     assert len(tries) == 3
+
+
+def test_one_try_where_each_input_has_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with sequences of different lengths: only after two of a kind the next is expected to be like them."""
+    layer, tries = sn.StreamingNorm1d(6), _count_tries(monkeypatch)
+    for length in (2, 3, 4, 5):
+        layer(torch.randn(3, 6, length))
+    assert len(tries) == 4
+    for length in (5, 4, 4, 4):
+        layer(torch.randn(3, 6, length))
+    assert len(tries) == 4 + 4 + 1

@@ -26,7 +26,7 @@ from .evaluation import adapt, affine_map
 from .state import Stateful
 
 _passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id
-_jit_trace = torch._C._get_tracing_state
+_jit_trace, _short_way = torch._C._get_tracing_state, ops.short_way
 
 
 @arguments.explained
@@ -117,7 +117,7 @@ class Norm(Stateful):
             return compiled.forward(self, x, mask)
         if type(x) is not Tensor and is_symbolic(x):
             return as_leaf(self, Norm.forward, x, mask)
-        if x.shape == self._planned_shape and mask is None and self.training and not self.frozen:
+        if self._repeats and mask is None and self.training and not self.frozen:
             y = self._train_again(x)
             if y is not NotImplemented:
                 return y
@@ -169,20 +169,28 @@ class Norm(Stateful):
             updates.notice(self, x)
         weight, bias = self.weight, self.bias
         if mask is None:
-            plan = self._plan
-            if plan is None or plan.view is not view or plan.formula is not self.formula:
-                plan = self._plan = ops.prepare(view, self.formula)
-            y = ops.attempt(x, weight, bias, plan, self._buffers, ties.grad_scale)
-            self._planned_shape = None if y is NotImplemented or ties.sync.every == "batch" else x.shape
+            y = self._try_short_way(x, weight, bias, view)
             if y is not NotImplemented:
                 return y
         return ops.normalize(Call(x, weight, bias, mask, view, self.formula, self.state, ties.grad_scale))
 
+    def _try_short_way(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, view: View) -> Any:
+        """Normalize by a plan for inputs like this one, or return NotImplemented."""
+        plan, ties, shape = self._plan, self._ties, x.shape
+        if plan is None or plan.view is not view or plan.formula is not self.formula:
+            plan = self._plan = ops.prepare(view, self.formula)
+        if plan is None:
+            return NotImplemented
+        y = _short_way.attempt(x, weight, bias, (plan, self._buffers, ties.grad_scale, None, None))
+        self._repeats = y is not NotImplemented and shape == self._last_shape and ties.sync.every != "batch"
+        self._last_shape = shape
+        return y
+
     def _train_again(self, x: Tensor) -> Any:
-        """Fast path for one more input of a shape: for small layers, Python overhead dominates the step.
+        """Fast path for a third input of a shape: for small layers, Python overhead dominates the step.
 
         Returns NotImplemented, with nothing done, where there is more to be looked at. The engine itself refuses inputs
-        and states that do not fit the plan or each other.
+        (of another shape, too) and states that do not fit the plan or each other.
         """
         ties = self._ties
         if (
@@ -196,7 +204,7 @@ class Norm(Stateful):
             weight, bias = self._parameters[self._gain], self._parameters["bias"]
         except KeyError:  # parametrized: computed when they are asked for
             return NotImplemented
-        return ops.attempt(x, weight, bias, self._plan, self._buffers, ties.grad_scale)
+        return _short_way.attempt(x, weight, bias, (self._plan, self._buffers, ties.grad_scale, None, None))
 
     def _normalize_alone(self, x: Tensor, mask: Tensor | None, view: View, stats: Tensor | None = None) -> Tensor:
         """Normalize by the statistics of this input."""

@@ -25,7 +25,7 @@ from .construction import INSTEAD
 
 _REDUCED = (torch.float16, torch.bfloat16)
 
-_REMEMBERED = ("_accepted", "_plan", "_planned_shape")
+_REMEMBERED = ("_accepted", "_plan", "_repeats", "_last_shape")
 """Caches for the last kind of input. A copy starts without them."""
 
 _BEFORE_TIES = frozenset(("_name", "_per_batch", "_sync"))
@@ -42,9 +42,11 @@ class Stateful(Streaming):
     # The kind of input that was checked last, and its view: the same kind is not checked again.
     _accepted: tuple[torch.Size, torch.dtype, torch.device, bool] | None = None
     _accepted_view: View
-    # The plan of the C++ engine for the shape that it took last, if it took the last one with this formula.
+    # The plan of the C++ engine for the last shape; and whether two inputs in a row had that shape, of which it took the
+    # second with this formula.
     _plan: ops.Plan | None = None
-    _planned_shape: torch.Size | None = None
+    _last_shape: torch.Size | None = None
+    _repeats: bool = False
 
     @torch.no_grad()
     def reset_stats(self) -> None:
@@ -78,7 +80,7 @@ class Stateful(Streaming):
         constants = (float(self.moment.p), self.moment.center == "mean", self.moment.k, self.eps)
         self.formula = Formula(*constants) if self.stream is None else self.stream.formula(*constants)
         self._formula_text = repr(self.formula)
-        self._planned_shape = None
+        self._repeats = False
 
     def _formula_in_graph(self) -> Formula:
         """The formula, as constants where a graph is being made.

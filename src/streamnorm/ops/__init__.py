@@ -8,7 +8,6 @@ from ..core.spec import Call
 from .base import Plan
 from .choice import (
     ENGINES,
-    attempt,
     commit,
     engines,
     force,
@@ -16,6 +15,7 @@ from .choice import (
     is_active,
     normalize,
     prepare,
+    short_way,
     tells_signs,
 )
 from .native import keep_memory, waiting_memory
@@ -24,7 +24,6 @@ __all__ = [
     "ENGINES",
     "Call",
     "Plan",
-    "attempt",
     "commit",
     "engines",
     "force",
@@ -33,6 +32,7 @@ __all__ = [
     "keep_memory",
     "normalize",
     "prepare",
+    "short_way",
     "tells_signs",
     "waiting_memory",
 ]

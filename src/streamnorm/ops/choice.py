@@ -9,7 +9,7 @@ transforms of ``torch.func``, forward-mode differentiation and ``torch.jit.trace
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,26 +28,8 @@ ENGINES: tuple[Engine, ...] = (native.ENGINE, gpu.ENGINE, eager.ENGINE, plain.EN
 
 
 def prepare(view: View, formula: Formula) -> Plan | None:
-    """The plan that :func:`attempt` takes, or None."""
+    """The plan that the short way takes, or None."""
     return _active[0].prepare(view, formula)
-
-
-def attempt(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan | None, state: Any, grad_scale: Tensor | None
-) -> Any:
-    """The short way of a layer that is called again and again: as ``normalize``, or NotImplemented with nothing done.
-
-    Args:
-        x: input, of the shape that ``plan`` is for.
-        weight: gain, or None.
-        bias: or None.
-        plan: what ``prepare`` made of a view and a formula.
-        state: a State, or a module's dict of buffers that holds one.
-        grad_scale: as in ``normalize``.
-    """
-    if plan is None:
-        return NotImplemented
-    return _active[0].attempt(x, weight, bias, (plan, state, grad_scale, None, None))
 
 
 def normalize(call: Call) -> Tensor:
@@ -125,12 +107,17 @@ def force(name: str) -> Iterator[None]:
         ...     engines()["torch"]
         'switched off: plain is forced'
     """
-    global _active
-    before, _active = _active, _from(name)
+    before = _active
+    _activate(_from(name))
     try:
         yield
     finally:
-        _active = before
+        _activate(before)
+
+
+def _activate(engines: tuple[Engine, ...]) -> None:
+    global _active
+    _active, short_way.attempt = engines, engines[0].attempt
 
 
 def _from(name: str) -> tuple[Engine, ...]:
@@ -141,4 +128,18 @@ def _from(name: str) -> tuple[Engine, ...]:
     raise ValueError(f"there is no engine {name!r}; STREAMNORM_ENGINE can be one of {names}")
 
 
-_active = _from(os.environ.get("STREAMNORM_ENGINE") or ENGINES[0].name)
+class _ShortWay:
+    """The short way of the first engine: an attribute, since one more Python call would show in a small layer's step.
+
+    Its arguments are x, gain, bias, and a tuple of the plan that ``prepare`` made, the state (or a module's dict of
+    buffers that holds one), grad_scale, stats and mask. The output is that of ``normalize``, or NotImplemented with
+    nothing done.
+    """
+
+    __slots__ = ("attempt",)
+
+    attempt: Callable[[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]], Any]
+
+
+short_way = _ShortWay()
+_activate(_from(os.environ.get("STREAMNORM_ENGINE") or ENGINES[0].name))

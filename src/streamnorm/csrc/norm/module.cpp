@@ -78,15 +78,11 @@ int has_tangents() {
 }
 // Whether something wants to see every PyTorch operation: a mode, a tracer, tangents. 1, 0, or -1 for an error.
 int watched() {
-  int tangents = has_tangents();
-  if (tangents) return tangents;
-  for (PyObject* modes : {torch.dispatch_modes, torch.function_modes}) {
-    Reference count(PyObject_CallFunctionObjArgs(modes, nullptr));
-    if (!count) return -1;
-    if (PyLong_AsLong(count) != 0) return 1;
-  }
-  Reference state(PyObject_CallFunctionObjArgs(torch.tracing_state, nullptr));
-  return !state ? -1 : state != Py_None;
+  int found = has_tangents();
+  if (!found) found = asked.dispatch_modes ? asked.dispatch_modes() > 0 : answers_other(torch.dispatch_modes, own.zero);
+  if (!found) found = asked.function_modes ? asked.function_modes() > 0 : answers_other(torch.function_modes, own.zero);
+  if (!found) found = asked.tracing_state ? *asked.tracing_state() != nullptr : answers_other(torch.tracing_state, Py_None);
+  return found;
 }
 
 bool execute(Call& call, int64_t numel, bool forward) {
@@ -263,11 +259,11 @@ PyObject* gradients(PyObject* ctx, PyObject* dy_object, bool first_only) {
 
 // What autograd calls of a node: (self = ctx, dy). Second derivatives, tangents and what C++ does not take are Python's.
 PyObject* apply(PyObject* ctx, PyObject* const* args, Py_ssize_t count) {
-  Reference recording(PyObject_CallFunctionObjArgs(torch.is_grad_enabled, nullptr));
-  if (!recording || count != 1) return recording ? refuse("these arguments") : nullptr;
-  int tangents = has_tangents();
-  if (tangents < 0) return nullptr;
-  if (recording == Py_False && !tangents) {
+  if (count != 1) return refuse("these arguments");
+  int more = has_tangents();
+  if (!more) more = asked.is_grad_enabled ? asked.is_grad_enabled() : answers_other(torch.is_grad_enabled, Py_False);
+  if (more < 0) return nullptr;
+  if (!more) {
     PyObject* result = gradients(ctx, args[0], true);
     if (result || !PyErr_ExceptionMatches(own.unsupported)) return result;
     PyErr_Clear();
@@ -311,6 +307,7 @@ PyObject* setup(PyObject*, PyObject* args) {
   if (!take_from(objects) || !find_places(torch.state_fields, torch.formula_fields)) return nullptr;
   exchange = api;
   const bool threads = find_threads(library);
+  find_asked(library);
   return Py_BuildValue("sO", used.widest->name, threads ? Py_True : Py_False);
 }
 
@@ -388,6 +385,7 @@ PyMODINIT_FUNC PyInit__native() {
                {"saved_tensors", &own.saved_tensors},
                {"needs_input_grad", &own.needs_input_grad},
                {"_current_level", &own.current_level}};
+  if (!(own.zero = PyLong_FromLong(0))) return nullptr;
   for (const auto& entry : names)
     if (!(*entry.place = PyUnicode_InternFromString(entry.name))) return nullptr;
   if (!m || !own.unsupported || PyModule_AddObjectRef(m, "Unsupported", own.unsupported)) return nullptr;

@@ -79,8 +79,8 @@ template <class Fn> INLINE void each_statistic(int64_t from, int64_t to, const F
   for (; i < to; i++) fn(i, 0.0);
 }
 
-// What a use does to the stream of an index, and what it then sees (docs/mathematics.md). Usual: it sees both averages
-// and not the present, and all indices have counted as much (until a value is not finite). To know so saves half the time.
+// What a use does to the stream of an index, and what it then sees (docs/mathematics.md). Usual: it sees both averages, and all
+// indices have counted as much (until a value is not finite). To know so saves half the time.
 template <class F, bool usual> struct Stream {
   const F* lasting;
   F* recent;
@@ -109,7 +109,7 @@ template <class F, bool usual> struct Stream {
   }
   // A weight of zero keeps a value out altogether.
   template <class D> INLINE D see(int row, int64_t i, const Recent<D>& average, const D& value) const {
-    D seen = !usual && w3 != 0 ? w3 * value : D{};
+    D seen = w3 != 0 ? w3 * value : D{};
     if (!on()) return seen;
     if (usual || w2 != 0) seen = w2 * average.after + seen;
     if (usual || w1 != 0) seen = w1 * get<D>(lasting + row * G + i) + seen;
@@ -142,9 +142,26 @@ INLINE bool counts_alike(const int64_t* count, int64_t from, int64_t to) {
 }
 // fn(the stream), for the statistics in [from, to)
 template <class F, class Fn> INLINE void with_stream(const Call& call, int64_t from, int64_t to, const Fn& fn) {
-  bool sees_averages = call.lasting && call.mix[0] != 0 && call.mix[1] != 0 && call.mix[2] == 0;
+  bool sees_averages = call.lasting && call.mix[0] != 0 && call.mix[1] != 0;
   if (sees_averages && from < to && counts_alike(call.count, from, to)) fn(Stream<F, true>(call, from));
   else fn(Stream<F, false>(call, from));
+}
+
+// What holds for a call, as a type: the loop over registers, of which each needs a few nanoseconds, is then made for it alone.
+template <bool value_> struct Constant {
+  static constexpr bool value = value_;
+};
+template <class Fn> INLINE void with_constant(bool value, const Fn& fn) {
+  if (value) fn(Constant<true>{});
+  else fn(Constant<false>{});
+}
+// fn(whether to use, whether to advance, in_units): each statistic is walked for one of both or for the other, or for both.
+template <class Fn> INLINE void with_constants(bool use, bool advance, bool in_units, const Fn& fn) {
+  with_constant(in_units, [&](auto units) INLINED {
+    if (use && advance) fn(Constant<true>{}, Constant<true>{}, units);
+    else if (use) fn(Constant<true>{}, Constant<false>{}, units);
+    else if (advance) fn(Constant<false>{}, Constant<true>{}, units);
+  });
 }
 
 // Whether the streamed gradients are in units of 1/s (the location's) and 1/s^p (the moment's): under a window.
@@ -168,30 +185,31 @@ template <class F, int P> void scales(const Call& call, int64_t from, int64_t to
   F *inverse = (F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   double *moments = call.moments, k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
   double floor = call.lasting ? call.formula->floor : 0;
-  bool in_units = gradients_in_units(call);
-  with_stream<F>(call, from, to, [=](auto stream) INLINED {
-    each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
-      typedef decltype(kind) D;
-      D share = stream.template share<D>(i), b_m = get<D>(powers + i - from) * stream.per_n;
-      auto average_m = stream.average(1, i, share, b_m);
-      if (use) {
-        D m = stream.see(1, i, average_m, b_m), low = floor * b_m;
-        if (floor > 0) m = choose(below(m, low), low, m);
-        D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINED { return pow(v, 2 / p); });
-        D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINED { return v > 0 ? pow(v, 2 / p - 1) : 0; });
-        D r = 1 / each(sigma2 + eps, [](double v) INLINED { return __builtin_sqrt(v); });
-        D r_3 = r * r * r;  // over 1/s^p in units of it: here no division is needed
-        if (in_units) r_3 = P == 1 ? r * r : P == 2 ? r : each(r, [=](double v) INLINED { return pow(v, 3 - p); });
-        put(inverse + i, r);
-        put(slope + i, k2 / p * lift * r_3);
-        if (moments) put(moments + i, m);
-      }
-      if (advance) {
-        D b_mu = get<D>(sums + i - from) * stream.per_n;
-        auto keep = finite<F>(b_mu) & finite<F>(b_m);
-        put(slope + i, choose(keep, get<D>(slope + i), D{} + __builtin_nan("")));
-        stream.advance(i, stream.average(0, i, share, b_mu), average_m, keep);
-      }
+  with_constants(use, advance, gradients_in_units(call), [=, &call](auto use, auto advance, auto in_units) INLINED {
+    with_stream<F>(call, from, to, [=](auto stream) INLINED {
+      each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
+        typedef decltype(kind) D;
+        D share = stream.template share<D>(i), b_m = get<D>(powers + i - from) * stream.per_n;
+        auto average_m = stream.average(1, i, share, b_m);
+        if (use.value) {
+          D m = stream.see(1, i, average_m, b_m), low = floor * b_m;
+          if (floor > 0) m = choose(below(m, low), low, m);
+          D sigma2 = P == 1 ? k2 * m * m : P == 2 ? k2 * m : k2 * each(m, [=](double v) INLINED { return pow(v, 2 / p); });
+          D lift = P == 1 ? m : P == 2 ? D{} + 1 : each(m, [=](double v) INLINED { return v > 0 ? pow(v, 2 / p - 1) : 0; });
+          D r = 1 / each(sigma2 + eps, [](double v) INLINED { return __builtin_sqrt(v); });
+          D r_3 = r * r * r;  // over 1/s^p in units of it: here no division is needed
+          if (in_units.value) r_3 = P == 1 ? r * r : P == 2 ? r : each(r, [=](double v) INLINED { return pow(v, 3 - p); });
+          put(inverse + i, r);
+          put(slope + i, k2 / p * lift * r_3);
+          if (moments) put(moments + i, m);
+        }
+        if (advance.value) {
+          D b_mu = get<D>(sums + i - from) * stream.per_n;
+          auto keep = finite<F>(b_mu) & finite<F>(b_m);
+          put(slope + i, choose(keep, get<D>(slope + i), D{} + __builtin_nan("")));
+          stream.advance(i, stream.average(0, i, share, b_mu), average_m, keep);
+        }
+      });
     });
   });
 }
@@ -203,30 +221,32 @@ void stream_gradients(const Call& call, int64_t from, int64_t to, const double* 
   const F *inverse = (const F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   F *constant = (F*)constant_ - from, *along = (F*)along_ - from;
   double p = call.formula->p, scale = call.grad_scale;
-  bool centered = call.formula->centered, in_units = gradients_in_units(call);
+  bool centered = call.formula->centered;
   auto power = [](const auto& r, double p) INLINED {
     return p == 0 ? r * 0 + 1 : p == 1 ? r : p == 2 ? r * r : each(r, [=](double v) INLINED { return pow(v, p); });
   };
-  with_stream<F>(call, from, to, [=](auto stream) INLINED {
-    double per_element = stream.per_n / scale;
-    each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
-      typedef decltype(kind) D;
-      int64_t j = i - from;
-      D share = stream.template share<D>(i), lift = get<D>(slope + i), r = get<D>(inverse + i), one = D{} + 1;
-      // The stream is in units of r_mu for the location and of r_m for the moment. Without a finite s there are no units.
-      D r_mu = in_units ? r : one, r_m = in_units ? power(r, p) : one, r_m_per_r_mu = in_units ? power(r, p - 1) : one;
-      D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
-      auto average_m = stream.average(1, i, share, g_m);
-      D seen_m = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m), D{});  // 0 where the slope is NaN
-      D g_mu = -(get<D>(sums + j) * per_element) * (in_units ? one : r), through_m = seen_m * r_m_per_r_mu;
-      if (centered) g_mu -= choose(through_m == D{}, D{}, through_m * p * (get<D>(sums_of_u + j) * stream.per_n));
-      if (in_units) g_mu *= choose(below(D{}, r), one, D{});
-      auto average_mu = stream.average(0, i, share, g_mu);
-      if (use) {
-        put(constant + i, stream.see(0, i, average_mu, g_mu) * r_mu * scale);
-        put(along + i, p * seen_m * r_m * scale);
-      }
-      if (advance) stream.advance(i, average_mu, average_m, finite<F>(g_m) & finite<F>(g_mu));
+  with_constants(use, advance, gradients_in_units(call), [=, &call](auto use, auto advance, auto in_units) INLINED {
+    with_stream<F>(call, from, to, [=](auto stream) INLINED {
+      double per_element = stream.per_n / scale;
+      each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
+        typedef decltype(kind) D;
+        int64_t j = i - from;
+        D share = stream.template share<D>(i), lift = get<D>(slope + i), r = get<D>(inverse + i), one = D{} + 1;
+        // The stream is in units of r_mu for the location and of r_m for the moment. Without a finite s there are no units.
+        D r_mu = in_units.value ? r : one, r_m = in_units.value ? power(r, p) : one, r_m_per_r_mu = in_units.value ? power(r, p - 1) : one;
+        D g_m = -(get<D>(sums_from_mu + j) * per_element) * lift;
+        auto average_m = stream.average(1, i, share, g_m);
+        D seen_m = choose(below(lift, D{} + __builtin_inf()), stream.see(1, i, average_m, g_m), D{});  // 0 where the slope is NaN
+        D g_mu = -(get<D>(sums + j) * per_element) * (in_units.value ? one : r), through_m = seen_m * r_m_per_r_mu;
+        if (centered) g_mu -= choose(through_m == D{}, D{}, through_m * p * (get<D>(sums_of_u + j) * stream.per_n));
+        if (in_units.value) g_mu *= choose(below(D{}, r), one, D{});
+        auto average_mu = stream.average(0, i, share, g_mu);
+        if (use.value) {
+          put(constant + i, stream.see(0, i, average_mu, g_mu) * r_mu * scale);
+          put(along + i, p * seen_m * r_m * scale);
+        }
+        if (advance.value) stream.advance(i, average_mu, average_m, finite<F>(g_m) & finite<F>(g_mu));
+      });
     });
   });
 }

@@ -10,6 +10,7 @@
 
 #include "common/dlpack.h"
 #include "common/kept_memory.h"
+#include "common/threads.h"
 #include "norm/call.h"
 #include "norm/layout.h"
 
@@ -41,6 +42,7 @@ static_assert(sizeof torch_objects / sizeof *torch_objects == sizeof(Torch) / si
 struct Own {
   PyObject* unsupported;  // the exception for what C++ does not take
   PyObject* backward;     // the Python function behind a node's `apply`
+  PyObject* zero;
   PyObject *kept, *to_save, *saved_tensors, *needs_input_grad, *current_level;  // names of attributes
 } own = {};
 
@@ -70,6 +72,25 @@ struct Reference {
     return o;
   }
 };
+
+// Questions about the thread that PyTorch's library answers in a nanosecond, where it exports the function under the name of today, and
+// its Python functions in forty.
+struct Asked {
+  int64_t (*dispatch_modes)(), (*function_modes)();  // how many there are
+  void* const* (*tracing_state)();                   // a reference to a std::shared_ptr, which begins with the pointer
+  bool (*is_grad_enabled)();
+} asked = {};
+void find_asked(const char* library) {
+  find_function(library, "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", asked.dispatch_modes);
+  find_function(library, "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv", asked.function_modes);
+  find_function(library, "_ZN5torch3jit6tracer15getTracingStateEv", asked.tracing_state);
+  find_function(library, "_ZN3c108GradMode10is_enabledEv", asked.is_grad_enabled);
+}
+// Whether a Python function, asked without arguments, answers with something else than `no`: 1 or 0, or -1 with an error set.
+int answers_other(PyObject* function, PyObject* no) {
+  Reference answer(PyObject_CallFunctionObjArgs(function, nullptr));
+  return !answer ? -1 : answer == no ? 0 : PyObject_RichCompareBool(answer, no, Py_NE);
+}
 
 PyObject* refuse(const char* what) {
   PyErr_Format(own.unsupported, "the C++ engine does not take %s", what);
