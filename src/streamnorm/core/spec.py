@@ -240,14 +240,16 @@ class Sign(NamedTuple):
     """What a commit saw of a stream where training may be running away.
 
     ``use``: the number of the stream in the commit. ``before``, ``after``: the sum of its long-term moments.
-    ``present``: the sum of its short-term moments before the commit. ``missed``, ``missed_gradients``: how many
-    statistics, and gradients of statistics, met nothing finite since the last commit although there were samples.
+    ``present``: the sum of its short-term moments before the commit. ``outgrown``: whether that makes a scale more than
+    ``limit`` times as large as the long-term one. ``missed``, ``missed_gradients``: how many statistics, and gradients
+    of statistics, met nothing finite since the last commit although there were samples.
     """
 
     use: int
     before: float
     after: float
     present: float
+    outgrown: bool
     missed: int
     missed_gradients: int
 

@@ -108,7 +108,9 @@ def judge(layers: Sequence[Streaming], signs: Sequence[Sign], every: int = 1) ->
             record.leaps, record.peak = record.leaps + 1, sign.after
         record.missed += _is_missed(layer, sign.missed)
         record.missed_gradients += _is_missed(layer, sign.missed_gradients)
-        _count_outgrown(layer, record, sign, every)
+        if sign.outgrown:
+            now, (first, last) = layer._ties.commits, record.outgrown
+            record.outgrown = (first if now - last <= every else now, now)
         signs_enough = max(record.leaps, record.missed, record.missed_gradients) >= TIMES or _is_outgrown(record)
         if signs_enough and not record.told:
             record.told = True
@@ -117,13 +119,6 @@ def judge(layers: Sequence[Streaming], signs: Sequence[Sign], every: int = 1) ->
         (name, what), *others = running
         also = ", ".join(other for other, _ in others)
         warnings.warn(f"{name} runs away: {what}{f'. At the same update: {also}' if also else ''}", stacklevel=2)
-
-
-def _count_outgrown(layer: Streaming, record: _Record, sign: Sign, every: int) -> None:
-    p, limit, now = layer.formula.p, layer.formula.limit, layer._ties.commits
-    if sign.present > limit**p * sign.before:
-        first, last = record.outgrown
-        record.outgrown = (first if now - last <= every else now, now)
 
 
 def _is_outgrown(record: _Record) -> bool:
@@ -161,7 +156,7 @@ def _judge_levels(layers: Sequence[Streaming], measured: Tensor) -> None:
     for i, (layer, (level, present, *missed)) in enumerate(zip(layers, measured.tolist())):
         record = _records.setdefault(layer, _Record())
         outgrown = present > layer.formula.limit**layer.formula.p * level
-        signs.append(Sign(i, record.level, level, present if outgrown else 0.0, *map(int, missed)))
+        signs.append(Sign(i, record.level, level, present, outgrown, *map(int, missed)))
         record.level = level
     judge(layers, signs, EVERY)
 

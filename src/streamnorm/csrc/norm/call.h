@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/stream.h"
 #include "norm/layout.h"
 
 namespace {
@@ -57,6 +58,13 @@ struct Block {
   bool past_cache;
 };
 
+// What a commit of one half of a state sees: the sums of its long-term moments before and after, and of the short-term ones before;
+// and how many statistics met nothing finite since the last one.
+struct Seen {
+  double before, after, present;
+  int64_t missed;
+};
+
 // The loops of kernels-inl.h for one type of statistics and p. Pointers to void are of that type, float or double.
 struct Kernels {
   void (*widen_bfloat16)(const void*, float*, int64_t count);
@@ -103,7 +111,8 @@ struct Kernels {
   void (*scales)(const Call&, int64_t from, int64_t to, const double* sums, const double* powers, bool use, bool advance);
   void (*stream_gradients)(const Call&, int64_t from, int64_t to, const double* sums, const double* sums_from_mu,
                            const double* sums_of_u, void* constant, void* along, bool use, bool advance);
-  void (*parameter_gradients)(const Call&, int64_t from, int64_t to, double* sums, double* sums_from_mu, const void* gain, double* dw, double* db);
+  void (*parameter_gradients)(const Call&, int64_t from, int64_t to, double* sums, double* sums_from_mu, const void* gain, double* dw,
+                              double* db, void* dw_out, void* db_out);
   void (*means)(int64_t columns, double rows, const double* sums, void* out);
   void (*merge_moments)(int64_t columns, double before, double rows, const void* centre, const double* sums, const double* squares,
                         double* mean, double* deviations);
@@ -111,6 +120,8 @@ struct Kernels {
   void (*add_squares)(int64_t columns, double rows, const void* mu, const double* mean, const double* deviations, double* powers);
   void (*narrow_sums)(const double*, float*, int64_t count);
   void (*column_scales)(const Call&, int64_t from, int64_t to, const void* gain, void* out);
+
+  Seen (*commit)(void* lasting, void* recent, int64_t* count, int64_t G, Commit weights);
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

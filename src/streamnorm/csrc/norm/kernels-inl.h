@@ -58,6 +58,7 @@ template <class F, int P> const Kernels* table() {
       add_squares<F>,
       narrow_sums,
       column_scales<F>,
+      commit<F>,
   };
   return &kernels;
 }

@@ -151,7 +151,7 @@ struct Rows : Walk {
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 || merged ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
     Parameter bias(call.bias, call.bias_type, wide, columns, 1, columns < lanes, 0);
-    char* scale = (char*)coefficients.zeroed(at.G * wide_width + 64);
+    char* scale = (char*)coefficients.allocate(at.G * wide_width + 64);
 
     auto locate = [&](int64_t o, int64_t from, int64_t to) { loops.locations(of(o), from, to, sums + o * size); };
     auto scales = [&](int64_t o, int64_t from, int64_t to) {
@@ -209,10 +209,12 @@ struct Rows : Walk {
     Buffer buffer, partial_buffer, coefficients, parameters;
     double* sums = (double*)buffer.zeroed(at.G1 * size * sizeof(double));
     double* partial = tasks_per_outer > 1 ? (double*)partial_buffer.zeroed(tasks * size * sizeof(double)) : sums;
-    char* scale = (char*)coefficients.zeroed(3 * at.G * wide_width + 64);
+    char* scale = (char*)coefficients.allocate(3 * at.G * wide_width + 64);
     char *constant = scale + at.G * wide_width, *along = constant + at.G * wide_width;
-    double* dw = (double*)parameters.zeroed(2 * columns * sizeof(double));
-    double* db = dw + columns;
+    // Gain and bias have their gradients at once where there is one outer index; else sums over those come first.
+    const bool at_once = at.G1 == 1 && (!call.dw || call.dw_type == wide) && (!call.db || call.bias_type == wide);
+    double* dw = at_once ? nullptr : (double*)parameters.zeroed(2 * columns * sizeof(double));
+    double* db = at_once ? nullptr : dw + columns;
 
     auto stream = [&](int64_t o, int64_t from, int64_t to, bool use, bool advance) {
       double* t = sums + o * size;
@@ -221,7 +223,7 @@ struct Rows : Walk {
     };
     auto add_parameters = [&](int64_t o, int64_t from, int64_t to) {
       double* t = sums + o * size;
-      loops.parameter_gradients(call, from, to, t, t + stride, call.weight, dw, db);
+      loops.parameter_gradients(call, from, to, t, t + stride, call.weight, dw, db, at_once ? call.dw : nullptr, at_once ? call.db : nullptr);
     };
     auto add = [&](int64_t task, const Strip& s) {
       loops.gradients_columns(s.block, s.x, s.dy, saved(0, s.o), centered, p, partial + task * size, stride);
@@ -257,8 +259,8 @@ struct Rows : Walk {
       if (by_signs) each_strip(Way::back, true, call.dx, put_by_signs);
       else if (call.dx) each_strip(Way::back, true, call.dx, put);
     }
-    if (call.dw) set_parameter(call.dw, call.dw_type, columns, dw);
-    if (call.db) set_parameter(call.db, call.bias_type, columns, db);
+    if (call.dw && !at_once) set_parameter(call.dw, call.dw_type, columns, dw);
+    if (call.db && !at_once) set_parameter(call.db, call.bias_type, columns, db);
   }
 };
 

@@ -373,7 +373,7 @@ struct Runs : Walk {
         Block together = {1, call.n, 0, 0, 0, 0, false};
         const char *x = gather(call.x, from, to, scratch.data), *dy = gather(call.dy, from, to, scratch.data + panel_bytes(count));
         loops.gradients_each(together, count, panel_apart, x, dy, saved_row(0, from), centered, p, of_dy + from, of_from_mu + from, of_u + from);
-        loops.parameter_gradients(call, from, to, of_dy + from, of_from_mu + from, parameters.gain, dw + from, db + from);
+        loops.parameter_gradients(call, from, to, of_dy + from, of_from_mu + from, parameters.gain, dw + from, db + from, nullptr, nullptr);
         if (!call.dx) return;
         stream(from, to);
         parameters.find_scales(from, count);

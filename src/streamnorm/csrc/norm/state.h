@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common/stream.h"
+#include "norm/dispatch.h"
 #include "norm/plan.h"
 
 namespace {
@@ -94,52 +94,13 @@ struct Half {
   }
 };
 
-// One half of a commit: the short-term averages of an index that was used move into its long-term ones.
-template <class F> void commit_half(F* lasting, F* recent, int64_t* count, int64_t G, Commit weights) {
-  for (int row = 0; row < 2; row++)
-    for (int64_t i = 0; i < G; i++) {
-      F moved = (F)(weights.keep * lasting[row * G + i] + weights.take * recent[row * G + i]);
-      lasting[row * G + i] = count[i] > 0 ? moved : lasting[row * G + i];
-      recent[row * G + i] = 0;
-    }
-  memset(count, 0, G * sizeof(int64_t));
-}
-// What a commit sees of a stream: the sum of its long-term moments before and after, and of the short-term ones before; and how many
-// statistics, and gradients of statistics, met nothing finite since the last one.
+// What a commit of both halves of a stream sees.
 struct Signs {
-  double before, after, present;
+  double before, after, present;  // as in Seen, of the forward half
   int64_t missed[2];
   bool leapt(double p) const { return after > 10 * before && after > pow(10, p) * before; }
   bool outgrown(double p, double limit) const { return present > limit * before && present > pow(limit, p) * before; }
 };
-template <class F> double sum(const F* values, int64_t n) {
-  F a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;  // one sum would wait for itself at every addition
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const F* v = values + i;
-    a += v[0], b += v[1], c += v[2], d += v[3], e += v[4], f += v[5], g += v[6], h += v[7];
-  }
-  for (; i < n; i++) a += values[i];
-  return (double)((a + b) + (c + d)) + ((e + f) + (g + h));
-}
-int64_t zeros(const int64_t* counts, int64_t n) {
-  int64_t a = 0, b = 0, c = 0, d = 0, i = 0;  // none is below 0: less one, only 0 has the sign
-  for (; i + 4 <= n; i += 4) a |= counts[i] - 1, b |= counts[i + 1] - 1, c |= counts[i + 2] - 1, d |= counts[i + 3] - 1;
-  for (; i < n; i++) a |= counts[i] - 1;
-  if ((a | b | c | d) >= 0) return 0;
-  int64_t found = 0;
-  for (i = 0; i < n; i++) found += counts[i] == 0;
-  return found;
-}
-template <class F> void commit_stream(const DLTensor* part, int64_t G, Commit weights, bool grad, Signs& signs) {
-  F *lasting = (F*)part[long_part].data, *recent = (F*)part[short_part].data;
-  int64_t *count = (int64_t*)part[count_part].data, *samples = (int64_t*)part[samples_part].data;
-  signs.missed[grad] = *samples > 0 ? zeros(count, G) : 0;
-  if (!grad) signs.before = sum(lasting + G, G), signs.present = sum(recent + G, G);
-  commit_half(lasting, recent, count, G, weights);
-  if (!grad) signs.after = sum(lasting + G, G);
-  *samples = 0;
-}
 // False, with nothing changed, for a state that is not in plain CPU memory.
 bool commit_state(PyObject* state, const double* kappa, const double* windows, Signs& signs) {
   Half halves[2];
@@ -156,8 +117,11 @@ bool commit_state(PyObject* state, const double* kappa, const double* windows, S
     const DLTensor* part = halves[grad].part;
     const Commit weights = commit_weights(halves[grad].lasting(windows), kappa + 2 * grad, (double)halves[grad].samples());
     if (!grad) halves[0].seen() += halves[0].samples();
-    if (type == Type::f64) commit_stream<double>(part, G, weights, grad, signs);
-    else commit_stream<float>(part, G, weights, grad, signs);
+    const Kernels& loops = *used.usual->kernels(type == Type::f64, 1);
+    const Seen seen = loops.commit(part[long_part].data, part[short_part].data, (int64_t*)part[count_part].data, G, weights);
+    if (!grad) signs.before = seen.before, signs.after = seen.after, signs.present = seen.present;
+    signs.missed[grad] = halves[grad].samples() > 0 ? seen.missed : 0;
+    halves[grad].samples() = 0;
   }
   return true;
 }
@@ -184,7 +148,8 @@ PyObject* commit(PyObject*, PyObject* uses) {
     if (!commit_state(state_object, kappa, windows, found)) {
       if (PyErr_Occurred() || PyList_Append(rest, use)) return nullptr;
     } else if (found.leapt(p) || found.outgrown(p, limit) || found.missed[0] || found.missed[1]) {
-      Reference sign(Py_BuildValue("(ndddLL)", i, found.before, found.after, found.present, (long long)found.missed[0], (long long)found.missed[1]));
+      Reference sign(Py_BuildValue("(ndddOLL)", i, found.before, found.after, found.present, found.outgrown(p, limit) ? Py_True : Py_False,
+                                   (long long)found.missed[0], (long long)found.missed[1]));
       if (!sign || PyList_Append(signs, sign)) return nullptr;
     }
   }

@@ -251,16 +251,22 @@ void stream_gradients(const Call& call, int64_t from, int64_t to, const double* 
   });
 }
 
-// Add to the gradients of gain and bias, then turn sums over dy into sums over dx̂ = dy·gain.
+// Add to the gradients of gain and bias, whose sums over outer indices are dw and db, or null where there is but one; put them where
+// they go, if that is no null either; then turn sums over dy into sums over dx̂ = dy·gain.
 template <class F>
-void parameter_gradients(const Call& call, int64_t from, int64_t to, double* sums, double* sums_from_mu, const void* gain_, double* dw, double* db) {
+void parameter_gradients(const Call& call, int64_t from, int64_t to, double* sums, double* sums_from_mu, const void* gain_, double* dw, double* db,
+                         void* dw_out, void* db_out) {
   const F *inverse = (const F*)call.saved + call.layout->G, *gain = (const F*)gain_;
   each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
     typedef decltype(kind) D;
     int64_t c = i - from;
-    D sum = get<D>(sums + c), sum_from_mu = get<D>(sums_from_mu + c);
-    put(dw + c, get<D>(dw + c) + sum_from_mu * get<D>(inverse + i));
-    put(db + c, get<D>(db + c) + sum);
+    D sum = get<D>(sums + c), sum_from_mu = get<D>(sums_from_mu + c), of_gain = sum_from_mu * get<D>(inverse + i), of_bias = sum;
+    if (dw) {
+      put(dw + c, of_gain += get<D>(dw + c));
+      put(db + c, of_bias += get<D>(db + c));
+    }
+    if (dw_out) put((F*)dw_out + c, of_gain);
+    if (db_out) put((F*)db_out + c, of_bias);
     if (!gain) return;
     put(sums + c, sum * get<D>(gain + c));
     put(sums_from_mu + c, sum_from_mu * get<D>(gain + c));
@@ -318,6 +324,41 @@ template <class F> void column_scales(const Call& call, int64_t from, int64_t to
     typedef decltype(kind) D;
     put(out + i, gain ? get<D>(inverse + i) * get<D>(gain + i) : get<D>(inverse + i));
   });
+}
+
+// A sum over statistics, a register at a time.
+struct SumOfRegisters {
+  Doubles lanes = {};
+  double rest = 0;
+  INLINE void add(const Doubles& v) { lanes += v; }
+  INLINE void add(double v) { rest += v; }
+  INLINE double total() const {
+    double sum = rest;
+    for (size_t l = 0; l < sizeof lanes / sizeof(double); l++) sum += lanes[l];
+    return sum;
+  }
+};
+
+// A commit of one half of a state: the short-term averages of an index that was used move into its long-term ones.
+template <class F> Seen commit(void* lasting_, void* recent_, int64_t* count, int64_t G, Commit weights) {
+  F *lasting = (F*)lasting_, *recent = (F*)recent_;
+  SumOfRegisters before, after, present, moving;
+  each_statistic(0, G, [&](int64_t i, auto kind) INLINED {
+    typedef decltype(kind) D;
+    auto moves = below(D{}, get<D>(count + i));
+    D old, now, moved;
+    for (int row = 0; row < 2; row++) {  // the location, and then the moment
+      const int64_t at = row * G + i;
+      old = get<D>(lasting + at), now = get<D>(recent + at);
+      moved = choose(moves, weights.keep * old + weights.take * now, old);
+      put(lasting + at, moved);
+      put(recent + at, D{});
+    }
+    before.add(old), after.add(moved), present.add(now);
+    moving.add(choose(moves, D{} + 1, D{}));
+  });
+  memset(count, 0, G * sizeof *count);
+  return {before.total(), after.total(), present.total(), G - (int64_t)moving.total()};
 }
 
 }  // namespace ISA
