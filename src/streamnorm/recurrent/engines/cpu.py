@@ -115,14 +115,23 @@ class _Lent(NamedTuple):
             return cls(gain, bias, None, (norm.running_mean, norm.running_var, norm.num_batches_tracked), steps)
         return cls(gain, bias, norm.state if isinstance(norm, Norm) and norm.stream is not None else None)
 
-    def addresses(self, dtype: torch.dtype, features: int) -> dict[str, int] | None:
-        """Where all of it lies, by the names in ``_Path``; None if something is not what such a layer has."""
+    def placed(self, values: Tensor) -> Fields:
+        """Where all of it lies now, by the names in ``_Path``, for a path with these values.
+
+        Raises:
+            _Unfit: something is not what such a layer has.
+        """
         mean, var, batches = self.running or (None, None, None)
         buffers = _NO_BUFFERS if self.state is None else _buffers(self.state)
         tensors = (self.gain, self.bias, mean, var, *buffers, batches)
-        shapes = _shapes(features, self.steps)
-        found: tuple[int, ...] | None = _tensors.lend(dtype == torch.float64, tensors, shapes, _COUNTS)
-        return None if found is None else {name: at for name, at in zip(_LENT, found) if name in _KNOWN}
+        shapes = _shapes(values.shape[1], self.steps)
+        found: tuple[int, ...] | None = _tensors.lend(values.dtype == torch.float64, tensors, shapes, _COUNTS)
+        if found is None:
+            raise _Unfit(
+                "a gain, a bias or a buffer of a recurrent layer was changed between forward and backward: it has "
+                "another size or dtype, or its storage was freed or shrunk"
+            )
+        return dict(zip(_LENT, found))
 
 
 def _kind(norm: nn.Module) -> int:
@@ -183,13 +192,12 @@ class _Path(NamedTuple):
     grad_scale: float = 1.0
 
 
-_BUFFERS = sorted(FIELDS, key=lambda name: FIELDS[name].is_count)
-"""The buffers of a stream, averages first."""
+_BUFFERS = sorted(FIELDS, key=lambda name: (FIELDS[name].is_count, name not in _Path._fields))
+"""The buffers of a stream: averages, counts, and what the kernel does not read."""
 
 _NO_BUFFERS = (None,) * len(_BUFFERS)
-_LENT = ("gain", "bias", "running_mean", "running_var", *_BUFFERS)
+_LENT = ("gain", "bias", "running_mean", "running_var", *(name for name in _BUFFERS if name in _Path._fields))
 _COUNTS = 1 + sum(FIELDS[name].is_count for name in _BUFFERS)  # of batches, too
-_KNOWN = frozenset(_Path._fields)
 _buffers = attrgetter(*_BUFFERS)
 
 
@@ -225,22 +233,22 @@ class _Plan(NamedTuple):
     threads: int = 1
 
 
-Fields = tuple[tuple[str, str], ...]
+Layout = tuple[tuple[str, str], ...]
 """The names of a struct's fields, each with its type in ``struct``'s letters."""
 
 
-def _fields(kind: type) -> Fields:
+def _layout(kind: type) -> Layout:
     return tuple((name, "d" if of is float else "q") for name, of in get_type_hints(kind).items())
 
 
-def check_layouts(theirs: tuple[Fields, Fields]) -> None:
+def check_layouts(theirs: tuple[Layout, Layout]) -> None:
     """Compare the structs of the extension with those that are packed for it here.
 
     Raises:
         ImportError: one has another field in some place; the extension was built from other sources.
     """
     for kind, fields in zip((_Plan, _Path), theirs):
-        for place, (here, there) in enumerate(zip_longest(_fields(kind), fields)):
+        for place, (here, there) in enumerate(zip_longest(_layout(kind), fields)):
             if here != there:
                 raise ImportError(
                     f"field {place} of {kind.__name__} is {here}, but the extension streamnorm.ops._recurrent has "
@@ -250,46 +258,44 @@ def check_layouts(theirs: tuple[Fields, Fields]) -> None:
 
 if _recurrent is not None:
     check_layouts(_recurrent.layouts())
-_bytes = struct.Struct("".join(letter for kind in (_Plan, _Path, _Path) for _, letter in _fields(kind))).pack
+_pack = struct.Struct("".join(letter for kind in (_Plan, _Path, _Path) for _, letter in _layout(kind))).pack
+
+Fields = dict[str, Any]
+"""The fields of a ``_Plan`` or a ``_Path``, in their order: a dict is changed in a tenth of a NamedTuple's time."""
+
+_PLAN, _PATH = ({**dict.fromkeys(kind._fields, 0), **kind._field_defaults} for kind in (_Plan, _Path))
 
 
-def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | None) -> _Path:
+def _bytes(plan: Fields, path_x: Fields, path_h: Fields) -> bytes:
+    """What the kernel reads: structs one behind the other."""
+    return _pack(*plan.values(), *path_x.values(), *path_h.values())
+
+
+def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | None, tracked: Tensor | None) -> Fields:
     """What the kernel is told of a path in both directions."""
-    own: dict[str, Any] = {"values": values.data_ptr(), "marks": _pointer(marks), **_placed(lent, values)}
+    path = {**_PATH, **lent.placed(values)}
+    path.update(values=values.data_ptr(), marks=_pointer(marks), tracked=_pointer(tracked))
     if norm is None:
-        return _Path(**own)
+        return path
     assert isinstance(norm, Norm)
     formula = norm.formula
-    own.update(kind=_kind(norm), p=int(formula.p), k=formula.k, eps=formula.eps)
+    path.update(kind=_kind(norm), p=int(formula.p), k=formula.k, eps=formula.eps)
     if isinstance(norm, GeneralBatchNorm):
-        own.update(momentum=norm.momentum, running_rows=lent.steps or 1)
+        path.update(momentum=norm.momentum, running_rows=lent.steps or 1)
     if formula.alpha is not None and formula.beta is not None:
-        own.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
+        path.update(zip(("alpha1", "alpha2", "alpha3", "beta1", "beta2", "beta3"), formula.alpha + formula.beta))
     if lent.state is not None:
-        own.update(floor=formula.floor)
+        path["floor"] = formula.floor
     if formula.window is not None:
         assert lent.state is not None
-        own.update(evidence=formula.lasting(int(lent.state.seen)), grad_window=formula.grad_window)
-        own.update(samples_before=int(lent.state.samples))
-    return _Path(**own)
+        path.update(evidence=formula.lasting(int(lent.state.seen)), grad_window=formula.grad_window)
+        path["samples_before"] = int(lent.state.samples)
+    return path
 
 
-def _in_scratch(path: _Path, another: AnotherPass | None) -> _Path:
-    """Of a backward pass that is not the first through its graph."""
-    if another is None:
-        return path
-    return path._replace(**{name: getattr(another.scratch, name).data_ptr() for name in GRADIENTS})
-
-
-def _placed(lent: _Lent, values: Tensor) -> dict[str, int]:
-    """The addresses of what was lent, as they are now, by the names that they have in ``_Path``."""
-    addresses = lent.addresses(values.dtype, values.shape[1])
-    if addresses is None:
-        raise _Unfit(
-            "a gain, a bias or a buffer of a recurrent layer was changed between forward and backward: it has another "
-            "size or dtype, or its storage was freed or shrunk"
-        )
-    return addresses
+def _in_scratch(another: AnotherPass | None) -> Fields:
+    """Where a backward pass that is not the first through its graph has the gradient half of a state."""
+    return {} if another is None else {name: getattr(another.scratch, name).data_ptr() for name in GRADIENTS}
 
 
 def _pointer(t: Tensor | None) -> int:
@@ -324,11 +330,8 @@ class _Pass:
             torch.zeros(len(sizes), dtype=torch.int64) if isinstance(norm, GeneralBatchNorm) else None
             for norm in norms[:2]
         ]
-        self.path_x, self.path_h = (
-            _path(norm, values, lent, marks)._replace(tracked=_pointer(tracked))
-            for norm, values, lent, marks, tracked in zip(
-                norms[:2], (self.x, self.h), (self.lent_x, self.lent_h), self.marks, self.tracked
-            )
+        self.path_x, self.path_h = map(
+            _path, norms[:2], (self.x, self.h), (self.lent_x, self.lent_h), self.marks, self.tracked
         )
 
     def _marks(self, new: Callable[..., Tensor], norm: nn.Module | None) -> Tensor | None:
@@ -339,7 +342,7 @@ class _Pass:
 
     def _inverses(self) -> list[Tensor]:
         """Room for the inverse of s of both paths: of each row, or of each feature in a block of steps."""
-        kinds = self.path_x.kind, self.path_h.kind
+        kinds = self.path_x["kind"], self.path_h["kind"]
         return [self.x.new_empty(len(self.x) if kind == _SEQUENCES else self.block * self.features) for kind in kinds]
 
     def _multiplies(self, w_hh: Tensor) -> bool:
@@ -358,24 +361,36 @@ class _Pass:
             return None
         return _panels(self.weight.t() if forward else self.weight)
 
-    def plan(self, output: Tensor, panels: Tensor | None) -> _Plan:
+    def plan(self, output: Tensor, panels: Tensor | None) -> Fields:
         """What forward and backward tell the kernel."""
-        tensors = (self.starts, output, self.cells, self.h0, self.c0, self.weight, panels)
-        is_double = int(output.dtype == torch.float64)
-        plan = _Plan(_CELLS[self.kind], GATES[self.kind], self.width, is_double, self.block, *map(_pointer, tensors))
-        # However few the rows, the whole weight is read.
-        return plan._replace(threads=_threads(max(self.sizes[0], _FEW_ROWS) * self.width * self.features))
+        return {
+            **_PLAN,
+            "cell": _CELLS[self.kind],
+            "gates": GATES[self.kind],
+            "hidden": self.width,
+            "is_double": int(output.dtype == torch.float64),
+            "block": self.block,
+            "starts": self.starts.data_ptr(),
+            "output": output.data_ptr(),
+            "cells": _pointer(self.cells),
+            "h0": self.h0.data_ptr(),
+            "c0": _pointer(self.c0),
+            "weight": _pointer(self.weight),
+            "panels": _pointer(panels),
+            # However few the rows, the whole weight is read.
+            "threads": _threads(max(self.sizes[0], _FEW_ROWS) * self.width * self.features),
+        }
 
     def forward(self, t: Tensors) -> tuple[Tensor, ...]:
         """All steps: the hidden states, and the hidden tensors after each sequence's last step."""
         output = self.x.new_empty(len(self.x), self.width)
         inverses, panels = self._inverses(), self._panels(forward=True)
-        if self.block == len(self.sizes) or _SEQUENCES in (self.path_x.kind, self.path_h.kind):
+        if self.block == len(self.sizes) or _SEQUENCES in (self.path_x["kind"], self.path_h["kind"]):
             self.inverses = inverses
         path_x, path_h = (
-            path._replace(inverse=inverse.data_ptr()) for path, inverse in zip((self.path_x, self.path_h), inverses)
+            {**path, "inverse": inverse.data_ptr()} for path, inverse in zip((self.path_x, self.path_h), inverses)
         )
-        plan = _bytes(*self.plan(output, panels), *path_x, *path_h)
+        plan = _bytes(self.plan(output, panels), path_x, path_h)
         if self.weight is not None:
             _recurrent.forward_all(plan, len(self.sizes))
         else:
@@ -412,25 +427,26 @@ class _Pass:
         d_affine = output.new_zeros(4, self.features)
         scratch = output.new_empty((GATES[self.kind] + 1) * self.sizes[0] * (self.width + _LANES))
         panels = self._panels(forward=False)
-        plan = self.plan(output, panels)._replace(
+        first_h_flows = needs.w_hh or needs.h
+        plan = self.plan(output, panels)
+        plan.update(
             d_output=_pointer(d_output),
             d_hidden=d_hidden[0].data_ptr(),
             d_cells=0 if len(d_hidden) == 1 else d_hidden[1].data_ptr(),
             scratch=scratch.data_ptr(),
-            first_h_flows=int(needs.w_hh or needs.h),
+            first_h_flows=int(first_h_flows),
             h0_wanted=int(needs.h),
         )
         d_gain_x, d_bias_x, d_gain_h, d_bias_h = d_affine.unbind()
-        path_x = self.path_x._replace(
-            **_placed(self.lent_x, self.x),
+        path_x, path_h = {**self.path_x, **self.lent_x.placed(self.x)}, {**self.path_h, **self.lent_h.placed(self.h)}
+        path_x.update(
             inverse=inverses[0].data_ptr(),
             dx=d_x.data_ptr() if needs.data or needs.w_ih else 0,
             d_gain=d_gain_x.data_ptr(),
             d_bias=d_bias_x.data_ptr(),
             grad_scale=_grad_scale(self.norms.ih),
         )
-        path_h = self.path_h._replace(
-            **_placed(self.lent_h, self.h),
+        path_h.update(
             inverse=inverses[1].data_ptr(),
             dx=d_h.data_ptr(),
             d_gain=d_gain_h.data_ptr(),
@@ -439,12 +455,13 @@ class _Pass:
         )
         others: list[AnotherPass | None] = [None, None]
         if self.was_passed:
-            uses_of_h = len(self.x) - (0 if plan.first_h_flows else self.sizes[0])
+            uses_of_h = len(self.x) - (0 if first_h_flows else self.sizes[0])
             uses = (self.lent_x, len(self.x)), (self.lent_h, uses_of_h)
             others = [another_pass(lent.state, n) for lent, n in uses]
         self.was_passed = True
-        path_x, path_h = (_in_scratch(path, other) for path, other in zip((path_x, path_h), others))
-        self._steps_backward(_bytes(*plan, *path_x, *path_h), d_hidden[0], d_h, t.w_hh, needs.h)
+        for path, other in zip((path_x, path_h), others):
+            path.update(_in_scratch(other))
+        self._steps_backward(_bytes(plan, path_x, path_h), d_hidden[0], d_h, t.w_hh, needs.h)
         for other in others:
             if other is not None:
                 other.finish()
