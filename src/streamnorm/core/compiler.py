@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,8 +11,12 @@ from torch.fx import Proxy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps what wants to see its forward or backward."""
+_hooks = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something wants to see a module's forward or backward."""
+    return any(_hooks(module))
 
 
 def as_constant(function: F) -> F:
@@ -43,8 +48,7 @@ def as_leaf(module: nn.Module, forward: Callable[..., Any], *arguments: Any, **o
     while arguments[-1] is None:
         arguments = arguments[:-1]
     tracer: Any = _first_symbol(arguments).tracer
-    hooked = any(getattr(module, name) for name in HOOKS)
-    if type(module).forward is not forward or hooked or not hasattr(tracer, "root"):
+    if type(module).forward is not forward or is_hooked(module) or not hasattr(tracer, "root"):
         raise TypeError(
             f"torch.fx takes {type(module).__name__} for one node of its graph where a call of it is what streamnorm's "
             "own forward does. Here a subclass has a forward of its own, the layer has hooks, or no module is traced: "

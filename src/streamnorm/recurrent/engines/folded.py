@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.compiler import HOOKS
+from ...core.compiler import is_hooked
 from ...layers import GeneralBatchNorm, Norm
 from ..norms import PerStepBatchNorm
 from ..steps import Hidden, Norms, Weights
@@ -32,12 +32,15 @@ def supports(kind: str, norms: Norms) -> bool:
 
 def is_affine(norm: nn.Module) -> bool:
     """Whether a norm is now the same affine map of each feature, at all steps."""
-    if type(norm) not in KNOWN or isinstance(norm, PerStepBatchNorm) or any(norm.__dict__[hooks] for hooks in HOOKS):
+    if type(norm) not in KNOWN:
         return False
     assert isinstance(norm, Norm)
+    if not norm.frozen and (norm.training or norm._adapting is not None):
+        return False
+    if isinstance(norm, PerStepBatchNorm) or is_hooked(norm):
+        return False
     keeps_statistics = norm.stream is not None or isinstance(norm, GeneralBatchNorm)
-    fixed = norm.frozen or (not norm.training and norm._adapting is None)
-    return keeps_statistics and fixed and len(norm.eval_stats()[0]) == norm.num_features
+    return keeps_statistics and len(norm.eval_stats()[0]) == norm.num_features
 
 
 def fold(weights: Weights, norms: Norms) -> Weights:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...core.compiler import HOOKS
+from ...core.compiler import is_hooked
 from ...layers import GeneralBatchNorm, Norm, SampleNorm, StreamingNorm1d
 from ...ops import plain
 from ...ops.derivatives import Again, any_order
@@ -22,9 +22,9 @@ from ..norms import PerStepBatchNorm, RecurrentBatchNorm, RecurrentSampleNorm, R
 from ..steps import Hidden, Norms, Weights
 from . import loop
 
-KNOWN = (
-    *(Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm),
-    *(RecurrentStreamingNorm, RecurrentSampleNorm, RecurrentBatchNorm, PerStepBatchNorm),
+KNOWN = frozenset(
+    (Norm, SampleNorm, StreamingNorm1d, GeneralBatchNorm)
+    + (RecurrentStreamingNorm, RecurrentSampleNorm, RecurrentBatchNorm, PerStepBatchNorm)
 )
 """The norms whose forward the engines may do themselves: these types, since a subclass may have one of its own."""
 
@@ -112,7 +112,7 @@ def _all_differ(norms: Norms) -> bool:
 
 def _can_run(norm: nn.Module, dtype: torch.dtype, sizes: list[int]) -> bool:
     """Whether the engine does all that this norm's own forward would do."""
-    if type(norm) not in KNOWN or any(norm.__dict__[hooks] for hooks in HOOKS):
+    if type(norm) not in KNOWN or is_hooked(norm):
         return False
     assert isinstance(norm, Norm)
     if any(parameter is not None and parameter.dtype != dtype for parameter in norm._parameters.values()):
@@ -129,7 +129,7 @@ def run(
     make: Make, kind: str, data: Tensor, sizes: list[int], hidden: Hidden, weights: Weights, norms: Norms
 ) -> tuple[Tensor, Hidden]:
     """Run one layer in one direction by the pass that ``make`` makes; ``loop.run`` explains the other arguments."""
-    output, *finals = Sequence.apply(make, kind, sizes, norms, *_tensors(data, hidden, weights, norms))
+    output, *finals = _apply(make, kind, sizes, norms, *_tensors(data, hidden, weights, norms))
     return output, tuple(finals)
 
 
@@ -207,6 +207,10 @@ class Sequence(torch.autograd.Function):
         if not keeps_graph():
             ctx.steps = None  # what it holds is as large as all steps, and the graph may live on
         return *_NO_TENSORS, *(found.get(name) if need else None for name, need in zip(Tensors._fields, needs))
+
+
+# As in ops/native.py: what Function.apply does before it calls this is of use to functorch, which does not come here.
+_apply = super(torch.autograd.Function, Sequence).apply
 
 
 def states_before(start: Tensor, states: Tensor, sizes: list[int]) -> list[Tensor]:
