@@ -42,8 +42,8 @@ class Stateful(Streaming):
     # The kind of input that was checked last, and its view: the same kind is not checked again.
     _accepted: tuple[torch.Size, torch.dtype, torch.device, bool] | None = None
     _accepted_view: View
-    # The plan of the C++ engine for the last shape; and whether two inputs in a row had that shape, of which it took the
-    # second with this formula.
+    # The plan of the C++ engine for the last shape; and whether two inputs in a row had that shape, of which it took
+    # the second with this formula.
     _plan: ops.Plan | None = None
     _last_shape: torch.Size | None = None
     _repeats: bool = False

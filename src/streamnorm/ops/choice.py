@@ -27,6 +27,23 @@ ENGINES: tuple[Engine, ...] = (native.ENGINE, gpu.ENGINE, eager.ENGINE, plain.EN
 """From the fastest to the reference. Where a graph is being made, ``operations`` run in their place."""
 
 
+class _ShortWay:
+    """The short way of the first engine: an attribute, since one more Python call would show in a small layer's step.
+
+    Its arguments are x, gain, bias, and a tuple of the plan that ``prepare`` made, the state (or a module's dict of
+    buffers that holds one), grad_scale, stats and mask. The output is that of ``normalize``, or NotImplemented with
+    nothing done.
+    """
+
+    __slots__ = ("attempt",)
+
+    attempt: Callable[[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]], Any]
+
+
+short_way = _ShortWay()
+_active: tuple[Engine, ...]
+
+
 def prepare(view: View, formula: Formula) -> Plan | None:
     """The plan that the short way takes, or None."""
     return _active[0].prepare(view, formula)
@@ -128,18 +145,4 @@ def _from(name: str) -> tuple[Engine, ...]:
     raise ValueError(f"there is no engine {name!r}; STREAMNORM_ENGINE can be one of {names}")
 
 
-class _ShortWay:
-    """The short way of the first engine: an attribute, since one more Python call would show in a small layer's step.
-
-    Its arguments are x, gain, bias, and a tuple of the plan that ``prepare`` made, the state (or a module's dict of
-    buffers that holds one), grad_scale, stats and mask. The output is that of ``normalize``, or NotImplemented with
-    nothing done.
-    """
-
-    __slots__ = ("attempt",)
-
-    attempt: Callable[[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]], Any]
-
-
-short_way = _ShortWay()
 _activate(_from(os.environ.get("STREAMNORM_ENGINE") or ENGINES[0].name))
