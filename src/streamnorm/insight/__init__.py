@@ -1,5 +1,6 @@
 """The layers of a model, watched while it trains and looked at once; a rate and a memory to begin with."""
 
+from ..training.updates import before_commit
 from .diagnosis import Diagnosis, LayerDiagnosis
 from .monitor import Monitor
 from .page import write as write_page
@@ -18,6 +19,7 @@ __all__ = [
     "Record",
     "Sample",
     "Suggestion",
+    "before_commit",
     "lightning_callback",
     "tensorboard",
     "transformers_callback",

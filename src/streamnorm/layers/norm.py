@@ -167,12 +167,16 @@ class Norm(Stateful):
         is_due = next(ties.lease, None) is None
         if is_due or (DistributedDataParallel._active_ddp_module is not None and agreement.is_new(self)):
             updates.notice(self, x)
+        return self._stream(x, mask, view)
+
+    def _stream(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
+        """Normalize by streamed statistics."""
         weight, bias = self.weight, self.bias
         if mask is None:
             y = self._try_short_way(x, weight, bias, view)
             if y is not NotImplemented:
                 return y
-        return ops.normalize(Call(x, weight, bias, mask, view, self.formula, self.state, ties.grad_scale))
+        return ops.normalize(Call(x, weight, bias, mask, view, self.formula, self.state, self._ties.grad_scale))
 
     def _try_short_way(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, view: View) -> Any:
         """Normalize by a plan for inputs like this one, or return NotImplemented."""

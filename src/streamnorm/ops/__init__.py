@@ -4,7 +4,7 @@
 the mathematics from.
 """
 
-from ..core.spec import Call
+from ..core.spec import Call, View
 from .base import Plan
 from .choice import (
     ENGINES,
@@ -24,6 +24,7 @@ __all__ = [
     "ENGINES",
     "Call",
     "Plan",
+    "View",
     "commit",
     "engines",
     "force",

@@ -1,7 +1,7 @@
 """The reference engine: the formulas, and autograd over them. Read this one to learn the mathematics.
 
 Everything follows the order of ``docs/mathematics.md``. A statistic enters the formulas through one node,
-``_Streamed``: forward it turns the statistic of this call into the streamed one, backward it does the same to the
+``Streamed``: forward it turns the statistic of this call into the streamed one, backward it does the same to the
 gradient. All other derivatives are autograd's.
 """
 
@@ -59,17 +59,17 @@ def normalize(
     keep = None if mask is None else mask.view(view.mask_shape)
     v = hide(x.to(wide(x.dtype)).view(view.split), keep)
     n = elements(view, keep)
-    use = None if state is None else _Use(state, formula, n, num_samples(x, mask), grad_scale)
+    use = None if state is None else Use(state, formula, n, num_samples(x, mask), grad_scale)
 
     b_mu = v.sum(view.reduced, keepdim=True) / at_least_one(n)
-    mu = b_mu if use is None else _Streamed.apply(b_mu, 0, use)
+    mu = b_mu if use is None else Streamed.apply(b_mu, 0, use)
 
     d = hide(v - mu, keep) if formula.centered else v
     total = magnitude(d.detach(), p).sum(view.reduced, keepdim=True)
     bad = ~total.isfinite()
     b_m = magnitude(d.masked_fill(bad, 0), p).sum(view.reduced, keepdim=True)
     b_m = torch.where(bad, total, b_m) / at_least_one(n)
-    m = b_m if use is None else bounded(_Streamed.apply(b_m, 1, use), b_m, formula)
+    m = b_m if use is None else bounded(Streamed.apply(b_m, 1, use), b_m, formula)
 
     s = (k**2 * power(m, 2 / p) + eps).sqrt()
     if use is not None:
@@ -84,7 +84,7 @@ def normalize(
     return hide(y, keep).reshape(x.shape).to(x.dtype)
 
 
-class _Use:
+class Use:
     """One use of a stream: what it makes of a statistic, and later of its gradient.
 
     Both rows (mu, then m) are needed before the state may change, since one that is not finite keeps both out.
@@ -158,17 +158,19 @@ class _Use:
         return weights(self.formula, self.state, float(self.samples))
 
 
-class _Streamed(torch.autograd.Function):
+class Streamed(torch.autograd.Function):
     """Stands between the statistic of this call and the one that the formulas use."""
 
     @staticmethod
-    def forward(ctx, b: Tensor, row: int, use: _Use) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, b: Tensor, row: int, use: Use) -> Tensor:  # type: ignore[no-untyped-def]
+        """The statistic in the place of that of this call."""
         ctx.row, ctx.use = row, use
         return use.statistic(b, row)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        """The gradient in the place of that of this call."""
         return ctx.use.gradient(grad, ctx.row), None, None
 
 

@@ -30,7 +30,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm.training import updates
 from streamnorm_lab.bench.command import WIDTH, machine_load, warn_if_busy
 from streamnorm_lab.bench.contestants import NetworkSteps
 from streamnorm_lab.bench.networks import resnet20
@@ -105,9 +104,9 @@ class _Clock:
     @contextmanager
     def around(self, watching: AbstractContextManager[Any]) -> Iterator[None]:
         """Let something listen between."""
-        first = updates.before_commit(self.start)
+        first = sn.insight.before_commit(self.start)
         with watching:
-            last = updates.before_commit(self.stop)
+            last = sn.insight.before_commit(self.stop)
             yield
             last.remove()
         first.remove()

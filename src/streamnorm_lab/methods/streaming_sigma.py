@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 import streamnorm as sn
-from streamnorm.core.spec import View
-from streamnorm.ops import plain
-from streamnorm.training import updates
+from streamnorm.ops import View, plain
 
 
 class StreamingSigma(sn.Norm):
@@ -43,18 +41,17 @@ class StreamingSigma(sn.Norm):
         stream = sn.Stream(window=window, alpha=alpha, beta=beta, kappa=kappa)
         super().__init__(num_features, sn.NormRef.batch("channel"), sn.LpMoment(p), stream, eps)
 
-    def _train(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
-        updates.notice(self)
+    def _stream(self, x: Tensor, mask: Tensor | None, view: View) -> Tensor:
         p, reduced = self.formula.p, view.reduced
         # The stream takes in two statistics of a use, and what the second one is, is our own choice.
         # It is of the first power, and so are its gradient's unit and its bound.
         of_sigma = self.formula._replace(p=1.0)
-        use = plain._Use(self.state, of_sigma, view.num_elements, len(x), None)
+        use = plain.Use(self.state, of_sigma, view.num_elements, len(x), None)
         v = x.view(view.split)
-        mu = plain._Streamed.apply(v.mean(reduced, keepdim=True), 0, use)
+        mu = plain.Streamed.apply(v.mean(reduced, keepdim=True), 0, use)
         moment = ((v - mu).abs() ** p).mean(reduced, keepdim=True)
         own = plain.power(moment, 1 / p)
-        sigma = plain.bounded(plain._Streamed.apply(own, 1, use), own, of_sigma)
+        sigma = plain.bounded(plain.Streamed.apply(own, 1, use), own, of_sigma)
         s = (sigma.square() + self.eps).sqrt()
         use.inverse = 1 / s.detach().flatten()
         y = (v - mu) / s
