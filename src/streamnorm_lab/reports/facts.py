@@ -73,23 +73,37 @@ def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-SMALL_BATCHES = (("online-fc-cifar10", "fully connected"), ("conv-cifar10", "convolutional"))
+SMALL_BATCHES = (("online-fc-cifar10", "layer", "fully connected"), ("conv-cifar10-20000", "group", "convolutional"))
 SIZES = ("32x1", "2x1", "1x1")
 
 
 def of_small_batches(root: Path) -> list[tuple[Results, str]]:
     """The results that picture and table of small mini-batches show, and the kind of each network."""
-    return [(results_of(newest(root, name, "batch", "layer", OURS)), kind) for name, kind in SMALL_BATCHES]
+    return [(results_of(newest(root, name, "batch", other, OURS)), kind) for name, other, kind in SMALL_BATCHES]
 
 
-def picture(root: Path) -> str:
-    """The picture of small mini-batches and of adaptation, with its words for those who do not see it."""
+def picture_words(root: Path) -> str:
+    """The picture of small mini-batches and of adaptation in words, for those who do not see it."""
     parts = []
     for results, kind in of_small_batches(root):
         values = [f"{label} {_sizes(results, name)}" for name, label in (("batch", "Batch"), (OURS, "Streaming"))]
         parts.append(f"{kind} network: {' and '.join(values)} with 32, two and one images in a mini-batch")
-    words = f"Test accuracy on CIFAR-10, {'; '.join(parts)}. {adaptation_sentence(root)}"
-    return f"![{words}](docs/figures/evidence.svg)"
+    return f"Test accuracy on CIFAR-10, {'; '.join(parts)}. {adaptation_sentence(root)}"
+
+
+def picture(root: Path) -> str:
+    """The picture of the README, which on a narrow screen is another one."""
+    words = picture_words(root)
+    wide, narrow = (f"docs/figures/{name}.svg" for name in ("evidence", "evidence-narrow"))
+    return (
+        f'<picture>\n  <source media="(max-width: 640px)" srcset="{narrow}">\n'
+        f'  <img src="{wide}" alt="{words}">\n</picture>'
+    )
+
+
+def picture_of_site(root: Path) -> str:
+    """The same for the documentation, whose style sheet shows one of the two."""
+    return f"![{picture_words(root)}](figures/evidence.svg){{.on-wide}}\n![](figures/evidence-narrow.svg){{.on-narrow}}"
 
 
 def _sizes(results: Results, method: str) -> str:
@@ -143,17 +157,17 @@ def _accuracy(results: Results, method: str, setting: str) -> str:
 def convolutions(root: Path) -> str:
     """Test accuracy of a convolutional network on 20,000 images, by setting, and the rates that were chosen."""
     results = results_of(root / "conv-cifar10-20000-0.3")
-    names = {"batch": "Batch", "batch-recalibrated": "Recalibrated", OURS: "Streaming"}
+    names = {"batch": "Batch", "batch-recalibrated": "Recalibrated", "group": "Group", OURS: "Streaming"}
     rows = []
     for setting in results.settings:
         cells = {name: results.cells[name, setting] for name in names}
-        rates = f"{cells['batch'].rate:g} / {cells[OURS].rate:g}"
+        rates = " / ".join(f"{cells[name].rate:g}" for name in ("batch", "group", OURS))
         rows.append([setting.label, *(_accuracy(results, name, str(setting)) for name in names), rates])
     seeds = len({run.run["seed"] for run in results.logs if run.run["stage"] == "final"})
     return (
         f"Test accuracy on CIFAR-10 in percent after {results.config['data']['train']:,} images, streamnorm "
         f"{results.version}, {seeds} seeds, mean ± 95% interval, each at the rate that was best on 5,000 images "
-        "(of Batch / streaming). S×U is S images in a mini-batch and U mini-batches in an update:\n\n"
+        "(of Batch / Group / streaming). S×U is S images in a mini-batch and U mini-batches in an update:\n\n"
         + "\n\n".join([_table(["S×U", *names.values(), "rates"], rows), *_older({results.version})])
     )
 
@@ -251,9 +265,9 @@ SITUATIONS = (
     ("Large mini-batches, fully connected", "online-fc-cifar10", "128x1"),
     ("Mini-batches of 2, fully connected", "online-fc-cifar10", "2x1"),
     ("One sample at a time, fully connected", "online-fc-cifar10", "1x1"),
-    ("Mini-batches of 32, convolutional", "conv-cifar10", "32x1"),
-    ("Mini-batches of 2, convolutional", "conv-cifar10", "2x1"),
-    ("One sample at a time, convolutional", "conv-cifar10", "1x1"),
+    ("Mini-batches of 32, convolutional", "conv-cifar10-20000", "32x1"),
+    ("Mini-batches of 2, convolutional", "conv-cifar10-20000", "2x1"),
+    ("One sample at a time, convolutional", "conv-cifar10-20000", "1x1"),
     ("Mini-batches of 32, recurrent convolutional", "recurrent-conv-cifar10", "32x1"),
     ("One sample at a time, recurrent convolutional", "recurrent-conv-cifar10", "1x1"),
     ("A pretrained network fine-tuned, mini-batches of 32", "finetune-cifar10", "32x1"),
@@ -535,6 +549,7 @@ def claims(root: Path) -> str:
 
 FACTS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
+    "picture-of-site": picture_of_site,
     "small-batches": small_batches,
     "convolutions": convolutions,
     "finetuning": finetuning,

@@ -23,7 +23,7 @@ from streamnorm_lab.experiments.adapt import Adapt, Evaluated
 from streamnorm_lab.reports.facts import OURS, SIZES, newest, of_small_batches, results_of
 from streamnorm_lab.reports.figures import FRAME, INK, SHEET, SOFT, STYLE, save_drawing
 
-PICTURE = Path("docs", "figures", "evidence.svg")
+PICTURE, NARROW = Path("docs", "figures", "evidence.svg"), Path("docs", "figures", "evidence-narrow.svg")
 METHODS = {
     "batch": "Batch Normalization",
     "layer": "Layer Normalization",
@@ -32,11 +32,16 @@ METHODS = {
 }
 
 
-def picture(root: Path) -> Figure:
-    """Two panels of test accuracy by size of the mini-batch, and one of accuracy on images that change."""
-    figure = Figure(figsize=(11.6, 4.3), layout="constrained")
+def picture(root: Path, narrow: bool = False) -> Figure:
+    """Two panels of test accuracy by size of the mini-batch, and one of accuracy on images that change.
+
+    Args:
+        root: the folder of results.
+        narrow: panels below one another, for the screen of a telephone.
+    """
+    figure = Figure(figsize=(4.6, 10.6) if narrow else (11.6, 4.3), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr,call-arg]
-    panels: Any = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+    panels: Any = figure.subplots(3, 1) if narrow else figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
     colours: dict[str, tuple[str, str]] = {}
     for axes, (results, kind) in zip(panels, of_small_batches(root), strict=False):
         colours |= _sizes(axes, results)
@@ -46,13 +51,15 @@ def picture(root: Path) -> Figure:
     for axes in panels:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
         axes.set_ylim(bottom=0)
-    panels[0].set_ylabel("test accuracy")
+    for axes in panels if narrow else panels[:1]:
+        axes.set_ylabel("test accuracy")
     handles = [
         Line2D([], [], color=colours[name][0], marker=colours[name][1], markersize=7, label=label)
         for name, label in METHODS.items()
         if name in colours
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=11)
+    columns = 1 if narrow else len(handles)
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=11)
     return figure
 
 
@@ -131,12 +138,13 @@ def _changes(axes: Axes, results: Results) -> None:
     _below(axes, "one image at a time; grey: as trained")
 
 
-def save_picture(home: Path, path: Path) -> None:
-    """Draw the picture of a checkout's results."""
+def save_pictures(home: Path, folder: Path) -> None:
+    """Draw the picture of a checkout's results for wide screens and for narrow ones."""
     with matplotlib.rc_context({**STYLE, "font.size": 11}):
-        save_drawing(picture(home / "results"), path)
+        for path in (PICTURE, NARROW):
+            save_drawing(picture(home / "results", narrow=path is NARROW), folder / path.name)
 
 
 if __name__ == "__main__":
     home = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-    save_picture(home, home / PICTURE)
+    save_pictures(home, (home / PICTURE).parent)

@@ -23,7 +23,7 @@ from streamnorm_lab.reports.facts import (
     results_of,
     write_pages,
 )
-from streamnorm_lab.reports.pictures import PICTURE, save_picture
+from streamnorm_lab.reports.pictures import NARROW, PICTURE, save_pictures
 
 HOME = Path(__file__).parents[3]
 pytestmark = pytest.mark.skipif(not (HOME / "results").is_dir(), reason="needs the results of a checkout")
@@ -155,16 +155,16 @@ def test_what_a_page_says_in_prose_of_scanners() -> None:
     assert mean(standardized, "instance", alone) > mean(standardized, "streaming-l1", alone) + 0.1
 
 
-def test_the_picture_is_drawn_from_the_results(tmp_path: Path) -> None:
-    committed = (HOME / PICTURE).read_text(encoding="utf-8")
-    save_picture(HOME, tmp_path / "evidence.svg")
-    assert (tmp_path / "evidence.svg").read_text(encoding="utf-8") == committed, "draw it with: make reports"
+def test_the_pictures_are_drawn_from_the_results(tmp_path: Path) -> None:
+    save_pictures(HOME, tmp_path)
+    for path in (PICTURE, NARROW):
+        committed = (HOME / path).read_text(encoding="utf-8")
+        assert (tmp_path / path.name).read_text(encoding="utf-8") == committed, "draw it with: make reports"
 
 
 def test_a_picture_of_other_results_is_another(tmp_path: Path) -> None:
-    for name in ("online-fc-cifar10", "conv-cifar10", "adapt-cifar10"):
+    for name in ("online-fc-cifar10", "adapt-cifar10"):
         shutil.copytree(HOME / "results" / name, tmp_path / "results" / name)
-    shutil.rmtree(tmp_path / "results" / "conv-cifar10")
-    shutil.copytree(HOME / "results" / "conv-digits", tmp_path / "results" / "conv-cifar10")
-    save_picture(tmp_path, tmp_path / "evidence.svg")
+    shutil.copytree(HOME / "results" / "conv-digits", tmp_path / "results" / "conv-cifar10-20000")
+    save_pictures(tmp_path, tmp_path)
     assert (tmp_path / "evidence.svg").read_text(encoding="utf-8") != (HOME / PICTURE).read_text(encoding="utf-8")
