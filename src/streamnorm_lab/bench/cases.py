@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm_lab.bench.contestants import Contestant, Floor, LayerSteps, NetworkSteps, Pair
+from streamnorm_lab.bench.contestants import Contestant, Floor, LayerSteps, NetworkSteps, NoArithmetic, Pair
 from streamnorm_lab.bench.inference import INFERENCE, folded_beside_group
 from streamnorm_lab.bench.networks import resnet20
 from streamnorm_lab.networks.images import fully_connected
 
 FLOOR_FROM = 1 << 18
-"""Inputs of fewer bytes are bound by calls, not by memory: no floor is measured for them."""
+"""Inputs of fewer bytes are bound by calls, not by memory: copies are no floor for them."""
 
 POOL_BYTES = 1 << 26
 """Inputs rotate through so much memory, twice the last-level cache of many machines, where 16 of them reach it."""
@@ -80,10 +80,11 @@ def _layers(shape: tuple[int, ...], channels_last: bool = False) -> list[Match]:
     torch1, torch2 = (LayerSteps(f"PyTorch engine L{p}", streaming(shape, p=p), inputs, engine="torch") for p in (1, 2))
     batch = LayerSteps("BatchNorm", batch_norm(shape), inputs)
     layer, group = nn.LayerNorm(shape[1:]), nn.GroupNorm(32, channels)
+    layer_norm = LayerSteps("LayerNorm", layer, inputs)
     matches = [
         Match(l1, batch, stock=True),
         Match(l2, batch, stock=True),
-        Match(l1, LayerSteps("LayerNorm", layer, inputs)),
+        Match(l1, layer_norm),
         Match(l1, LayerSteps("GroupNorm", group, inputs)),
         Match(l1, torch1),
         Match(l2, torch2),
@@ -104,6 +105,9 @@ def _layers(shape: tuple[int, ...], channels_last: bool = False) -> list[Match]:
         }
         matches += [Match(cold[l1.name], cold[rival]) for rival in ("BatchNorm", "LayerNorm", "GroupNorm")]
         matches.append(Match(cold[l2.name], cold["BatchNorm"]))
+    if len(shape) == 2:
+        nothing = LayerSteps("no arithmetic", NoArithmetic(channels), inputs)
+        matches += [Match(l1, nothing), Match(layer_norm, nothing)]
     return matches
 
 

@@ -396,6 +396,18 @@ def targets(root: Path) -> str:
     )
 
 
+def call_floor(root: Path) -> str:
+    """The time of small layers beside that of an autograd function that computes nothing."""
+    found = {
+        (row["case"], row["ours"]): float(row["ratio"])
+        for row in _csv(root / "bench" / "times.csv")
+        if (row["rival"], row["part"], row["threads"]) == ("no arithmetic", "together", "1")
+    }
+    cases = dict.fromkeys(case for case, _ in found)
+    rows = [[f"`{case}`", *(f"{found[case, name]:.2f}" for name in ("LayerNorm", "streaming L1"))] for case in cases]
+    return _table(["case", "LayerNorm", "streaming L1"], rows)
+
+
 def other_machines(root: Path) -> str:
     """The targets met in the other benchmarks of whole steps, by folder."""
     lines = []
@@ -563,6 +575,7 @@ FACTS: dict[str, Callable[[Path], str]] = {
     "adaptation-streams": adaptation_streams,
     "adaptation-sentence": adaptation_sentence,
     "targets": targets,
+    "call-floor": call_floor,
     "watching": watching,
     "other-machines": other_machines,
     "kept-memory": kept_memory,
