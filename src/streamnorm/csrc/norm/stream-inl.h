@@ -82,6 +82,7 @@ template <class Fn> INLINE void each_statistic(int64_t from, int64_t to, const F
 // What a use does to the stream of an index, and what it then sees (docs/mathematics.md). Usual: it sees both averages, and all
 // indices have counted as much (until a value is not finite). To know so saves half the time.
 template <class F, bool usual> struct Stream {
+  static constexpr bool is_usual = usual;
   const F* lasting;
   F* recent;
   int64_t *count, G, elements;
@@ -147,21 +148,23 @@ template <class F, class Fn> INLINE void with_stream(const Call& call, int64_t f
   else fn(Stream<F, false>(call, from));
 }
 
-// What holds for a call, as a type: the loop over registers, of which each needs a few nanoseconds, is then made for it alone.
+// What holds for a call, as a type or as a value. The loop over registers, each of which takes a few nanoseconds, is made for the types.
 template <bool value_> struct Constant {
   static constexpr bool value = value_;
 };
-template <class Fn> INLINE void with_constant(bool value, const Fn& fn) {
-  if (value) fn(Constant<true>{});
-  else fn(Constant<false>{});
-}
-// fn(whether to use, whether to advance, in_units): each statistic is walked for one of both or for the other, or for both.
-template <class Fn> INLINE void with_constants(bool use, bool advance, bool in_units, const Fn& fn) {
-  with_constant(in_units, [&](auto units) INLINED {
+struct Flag {
+  bool value;
+};
+// fn(use, advance, in_units): as types where they are `fixed`.
+template <bool fixed, class Fn> INLINE void with_flags(bool use, bool advance, bool in_units, const Fn& fn) {
+  if (!fixed) return fn(Flag{use}, Flag{advance}, Flag{in_units});
+  auto in = [&](auto units) INLINED {
     if (use && advance) fn(Constant<true>{}, Constant<true>{}, units);
     else if (use) fn(Constant<true>{}, Constant<false>{}, units);
     else if (advance) fn(Constant<false>{}, Constant<true>{}, units);
-  });
+  };
+  if (in_units) in(Constant<true>{});
+  else in(Constant<false>{});
 }
 
 // Whether the streamed gradients are in units of 1/s (the location's) and 1/s^p (the moment's): under a window.
@@ -185,8 +188,9 @@ template <class F, int P> void scales(const Call& call, int64_t from, int64_t to
   F *inverse = (F*)call.saved + call.layout->G, *slope = inverse + call.layout->G;
   double *moments = call.moments, k2 = call.formula->k * call.formula->k, p = call.formula->p, eps = call.formula->eps;
   double floor = call.lasting ? call.formula->floor : 0;
-  with_constants(use, advance, gradients_in_units(call), [=, &call](auto use, auto advance, auto in_units) INLINED {
-    with_stream<F>(call, from, to, [=](auto stream) INLINED {
+  bool units = gradients_in_units(call);
+  with_stream<F>(call, from, to, [=](auto stream) INLINED {
+    with_flags<decltype(stream)::is_usual && P != 0>(use, advance, units, [=](auto use, auto advance, auto in_units) INLINED {
       each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
         typedef decltype(kind) D;
         D share = stream.template share<D>(i), b_m = get<D>(powers + i - from) * stream.per_n;
@@ -225,8 +229,9 @@ void stream_gradients(const Call& call, int64_t from, int64_t to, const double* 
   auto power = [](const auto& r, double p) INLINED {
     return p == 0 ? r * 0 + 1 : p == 1 ? r : p == 2 ? r * r : each(r, [=](double v) INLINED { return pow(v, p); });
   };
-  with_constants(use, advance, gradients_in_units(call), [=, &call](auto use, auto advance, auto in_units) INLINED {
-    with_stream<F>(call, from, to, [=](auto stream) INLINED {
+  bool units = gradients_in_units(call);
+  with_stream<F>(call, from, to, [=](auto stream) INLINED {
+    with_flags<decltype(stream)::is_usual>(use, advance, units, [=](auto use, auto advance, auto in_units) INLINED {
       double per_element = stream.per_n / scale;
       each_statistic(from, to, [=](int64_t i, auto kind) INLINED {
         typedef decltype(kind) D;
