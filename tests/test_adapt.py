@@ -140,3 +140,59 @@ def test_a_compiled_model_is_refused() -> None:
     model = trained()
     with sn.adapt(model), pytest.raises(Exception, match="call the model itself"):
         torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 3))
+
+
+def test_drift_is_the_distance_in_deviations_of_the_start(engine: str) -> None:
+    layer = sn.StreamingNorm1d(2, p=2, eps=0.0).eval()
+    layer.long.copy_(torch.tensor([[1.0, -1.0], [4.0, 0.25]]))
+    with sn.adapt(layer) as adaptation:
+        assert adaptation.drift == 0
+        layer.long.copy_(torch.tensor([[3.0, -1.0], [4.0, 1.0]]))  # one deviation each: of the mean, of the scale
+        assert adaptation.drift == pytest.approx(1)
+        adaptation.restore()
+        assert adaptation.drift == 0
+        layer(torch.full((1, 2), 100.0))
+        assert adaptation.drift > 0
+
+
+def feed(model: nn.Module, inputs: Tensor) -> None:
+    for x in inputs:
+        model(x)
+
+
+def test_drift_of_a_model_is_that_of_its_farthest_layer() -> None:
+    model = trained()
+    last = model[4]
+    assert isinstance(last, sn.StreamingNorm1d)
+    with sn.adapt(model) as adaptation:
+        last.long[0] += 7 * (last.eval_stats()[1] + last.eps).sqrt()
+        assert adaptation.drift == pytest.approx(7, rel=1e-5)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_adaptation_that_goes_too_far_undoes_itself(engine: str, copied: bool) -> None:
+    model = trained()
+    before, adaptation = state(model), sn.adapt(model, window=10, max_drift=3)
+    if copied:
+        model = copy.deepcopy(model)  # which has a safeguard of its own
+    feed(model, torch.randn(64, 1, 3))
+    assert "adapting" in repr(model)
+    words = r"adapt has ended: the statistics of 1 \(StreamingNorm1d\) moved .* is 3\."
+    with pytest.warns(RuntimeWarning, match=words):
+        feed(model, 1000 * torch.randn(16, 1, 3))
+    assert not changed(model, before)
+    assert "adapting" not in repr(model)
+    assert adaptation.drift == 0 or copied
+
+
+def test_a_safeguard_without_a_name() -> None:
+    layer = sn.StreamingNorm1d(2).eval()
+    sn.adapt(layer, max_drift=1)
+    with pytest.warns(RuntimeWarning, match="the statistics of StreamingNorm1d moved"):
+        feed(layer, torch.full((16, 1, 2), 1e6))
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, math.nan])
+def test_a_safeguard_that_could_never_hold(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"max_drift is a number of deviations above 0, or None .*, got"):
+        sn.adapt(sn.StreamingNorm1d(2), max_drift=wrong)

@@ -24,7 +24,7 @@ ROOMS = {
     "training": "training",
     "layers": "layers",
     "recurrent": "recurrent",
-    "above": "conversion distributed insight statistics __init__",
+    "above": "adaptation conversion distributed insight statistics __init__",
 }
 """From the formulas up: the modules and packages of ``streamnorm`` in each room, which may import from those before."""
 

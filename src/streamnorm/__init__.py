@@ -3,6 +3,7 @@
 import sys
 
 from . import insight
+from .adaptation import Adaptation, adapt
 from .conversion import convert, fold, register_converter, to_batchnorm
 from .core.moment import LpMoment
 from .core.reference import NormRef
@@ -22,7 +23,7 @@ from .layers import (
 )
 from .ops import engines
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from .statistics import Adaptation, adapt, calibrate, freeze, frozen, reset_stats, unfreeze
+from .statistics import calibrate, freeze, frozen, reset_stats, unfreeze
 from .training.accumulation import accumulate
 from .training.checkpoint import checkpoint_context_fn
 from .training.updates import bind, commit

@@ -1,8 +1,7 @@
-"""Functions on the statistics of a model: freeze, calibrate, adapt and reset them."""
+"""Functions on the statistics of a model: freeze, calibrate and reset them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import arguments
-from .core.spec import Formula
-from .core.stream import WINDOW, Stream
+from .core.stream import Stream
 from .layers import GeneralBatchNorm, Norm, streaming_layers
 from .training import agreement, updates
 from .training.streaming import Streaming
@@ -74,65 +72,6 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in thawed:
             layer.frozen = False
-
-
-class Adaptation:
-    """An adaptation that :func:`adapt` has started; ``stop`` or the end of a ``with`` block ends it."""
-
-    def __init__(self, layers: list[Norm], before: list[Formula | None]) -> None:
-        self._layers, self._before = layers, before
-
-    def stop(self) -> None:
-        """End the adaptation; the statistics keep their present values."""
-        for layer, before in zip(self._layers, self._before):
-            layer._adapting = before
-        self._layers = []
-
-    def __enter__(self) -> Adaptation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def adapt(model: nn.Module, window: float = WINDOW) -> Adaptation:
-    """Let forward passes in evaluation update the statistics: learning without labels, for data that drift.
-
-    Each forward pass of a streaming layer adds its input to the statistics, normalizes by them, and commits. Weights,
-    gain, bias and the streams of gradients do not change, and gradients flow through the layer as in evaluation.
-    Frozen layers do not adapt, nor do layers in training mode. To return to the old statistics, keep a ``state_dict``.
-
-    Args:
-        model: a layer, or any module that holds some.
-        window: memory in samples while it adapts, > 0. The layers' own memory may be far too long, as in a converted
-            network.
-
-    Returns:
-        A context manager with a method ``stop``; either ends the adaptation.
-
-    Raises:
-        ValueError: if the model holds no streaming layer, or ``window`` is not above 0.
-
-    Example:
-        >>> import streamnorm as sn
-        >>> model = sn.StreamingNorm1d(2).eval()
-        >>> with sn.adapt(model, window=10):
-        ...     for x in torch.randn(100, 1, 2) + 5:
-        ...         _ = model(x)
-        >>> bool((model.long[0] > 4).all())
-        True
-    """
-    layers = streaming_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} holds no streaming layer to adapt; call streamnorm.convert(model) first"
-        )
-    stream = Stream(window, limit=math.inf)
-    adaptation = Adaptation(layers, [layer._adapting for layer in layers])
-    for layer in layers:
-        moment = layer.moment
-        layer._adapting = stream.formula(float(moment.p), moment.center == "mean", moment.k, layer.eps)
-    return adaptation
 
 
 def reset_stats(model: nn.Module) -> None:

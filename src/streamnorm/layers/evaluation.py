@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,11 +36,19 @@ def affine_map(x: Tensor, mu: Tensor, variance: Tensor, layer: Streaming, mask: 
     return y if mask is None else y.masked_fill(~mask.unsqueeze(1), 0)
 
 
-def adapt(layer: Streaming, x: Tensor, mask: Tensor | None, view: View, formula: Formula) -> Tensor:
+class Adapting(NamedTuple):
+    """The adaptation of a layer: its formula, the layer's name, and a function to call with that after each use."""
+
+    formula: Formula
+    name: str
+    guard: Callable[[str], None] | None
+
+
+def adapt(layer: Streaming, x: Tensor, mask: Tensor | None, view: View, adapting: Adapting) -> Tensor:
     """Evaluate by the statistics with this input among them, and let them become the long-term ones."""
     if is_compiling():
         raise RuntimeError("streamnorm.adapt changes statistics in evaluation, in eager mode: call the model itself")
-    state = layer.state
+    state, formula = layer.state, adapting.formula
     with torch.no_grad():
         state = state._replace(seen=torch.full_like(state.seen, ESTABLISHED))  # the memory is the one asked for
         used = state.long.new_empty(2, view.num_stats)
@@ -45,4 +56,6 @@ def adapt(layer: Streaming, x: Tensor, mask: Tensor | None, view: View, formula:
         nothing = {name: torch.zeros_like(getattr(state, name)) for name in GRADIENTS}
         ops.commit([(state._replace(**nothing), formula)])
         variance = formula.k**2 * used[1] ** (2 / formula.p)
+        if adapting.guard is not None:
+            adapting.guard(adapting.name)
     return affine_map(x, used[0], variance, layer, mask, view)

@@ -14,7 +14,7 @@ from ..core import arguments
 from ..core.compiler import as_constant, as_leaf, is_symbolic
 from ..core.moment import LpMoment
 from ..core.reference import NormRef
-from ..core.spec import Call, Formula, View
+from ..core.spec import Call, View
 from ..core.stream import Stream
 from ..ops import graph, processes
 from ..training import agreement, checkpoint, updates
@@ -22,7 +22,7 @@ from ..training.streaming import streaming_modules
 from ..training.ties import Ties
 from . import compiled, inputs
 from .construction import check_eps, check_features, check_kinds, check_switches, state_dtype
-from .evaluation import adapt, affine_map
+from .evaluation import Adapting, adapt, affine_map
 from .state import Stateful
 
 _passes, _backward_pass = checkpoint.passes.get, torch._C._current_graph_task_id
@@ -63,7 +63,7 @@ class Norm(Stateful):
         torch.Size([4, 6, 8, 8])
     """
 
-    _adapting: Formula | None = None
+    _adapting: Adapting | None = None
 
     def __init__(
         self,
