@@ -60,8 +60,8 @@ def monitor(
 
     It is a context manager, and has ``start`` and ``stop``. With ``out`` it writes, while training runs, a log
     ``monitor.jsonl`` and ``monitor.html``, a page that refreshes itself in a browser and stays as the record. Both are
-    bounded in size: on long training their resolution is halved again and again. Of several processes the first one
-    watches.
+    bounded in size: on long training their resolution is halved again and again, and where there are no sinks, samples
+    that would not be kept are not taken. Of several processes the first one watches.
 
     Args:
         model: holds the layers.
@@ -232,7 +232,8 @@ class _Run:
         due = False
         if backward == -1 or backward != self._backward:  # one optimizer per parameter: a backward pass is one update
             record.updates += 1
-            due = record.updates % record.every == 0 or record.updates == self._first
+            distance = record.every if self._sinks else record.distance  # no sample that nobody would keep
+            due = record.updates % distance == 0 or record.updates == self._first
         self._backward = backward
         if not due and self._open is None:
             group.commits += 1

@@ -13,7 +13,7 @@ from .record import Event, Record, Sample, line
 
 LOG, PAGE = "monitor.jsonl", "monitor.html"
 
-PAGE_SHARE = 400
+PAGE_SHARE = 1000
 """Between two writings of the page passes at least this many times as long as one takes."""
 
 PAGE_PAUSE = 2.0

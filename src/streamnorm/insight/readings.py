@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -88,12 +89,9 @@ class Reader:
         for i, layer in enumerate(layers):
             self._kinds.setdefault(_Kind.of(layer), []).append(i)
         self._taken: list[_Snapshot] = []
+        self.waiting = 0
+        """The number of values in the snapshots that are not evaluated yet."""
         self._last = [_Last(None, 0.0, 0) for _ in layers]
-
-    @property
-    def waiting(self) -> int:
-        """How many numbers the snapshots hold that are not evaluated yet."""
-        return sum(snapshot.averages.numel() for snapshot in self._taken)
 
     def take(self, which: Sequence[int], update: int, commits: Sequence[int], commits_now: bool) -> None:
         """Take a snapshot of some layers.
@@ -117,25 +115,27 @@ class Reader:
             samples += (*of["samples"], *of["grad_samples"], *of["seen"])
         numbers = _fetched(averages, counts, samples)
         self._taken.append(_Snapshot(update, members, list(commits), commits_now, *numbers))
+        self.waiting += numbers[0].numel()
 
     def read(self) -> list[tuple[int, dict[int, Reading]]]:
         """Evaluate all snapshots: for each the number of its update, and the readings of its layers."""
-        taken, self._taken = self._taken, []
+        taken, self._taken, self.waiting = self._taken, [], 0
         readings: list[dict[int, Reading]] = [{} for _ in taken]
-        rest = [_Block(snapshot.averages, snapshot.counts, snapshot.samples) for snapshot in taken]
+        alike = [list(run) for _, run in groupby(enumerate(taken), lambda each: each[1].members)]
+        rest = [_Block.of([snapshot for _, snapshot in run]) for run in alike]
         for number, kind in enumerate(self._kinds):
             rows: list[_Row] = []
             blocks: list[_Block] = []
-            for when, snapshot in enumerate(taken):
-                members = snapshot.members[number]
-                block, rest[when] = rest[when].split(len(members), kind.channels)
+            for place, run in enumerate(alike):
+                members = run[0][1].members[number]
+                block, rest[place] = rest[place].split(len(members), kind.channels)
                 blocks.append(block)
-                for i, *samples in zip(members, *block.samples.tolist()):
-                    rows.append(self._row(when, i, snapshot, *samples))
+                for (when, snapshot), samples in zip(run, block.samples.tolist()):
+                    rows += (self._row(when, i, snapshot, *of_i) for i, *of_i in zip(members, *samples))
             if rows:
-                averages = torch.cat([block.averages for block in blocks], 2).double().transpose(0, 1)
-                counts = torch.cat([block.counts for block in blocks], 1)
-                for row, numbers in zip(rows, self._evaluate(kind, rows, averages, counts)):
+                averages = torch.cat([block.averages.permute(2, 1, 0, 3, 4).flatten(2, 3) for block in blocks], 2)
+                counts = torch.cat([block.counts.transpose(0, 1).flatten(1, 2) for block in blocks], 1)
+                for row, numbers in zip(rows, self._evaluate(kind, rows, averages.double(), counts)):
                     readings[row.when][row.layer] = Reading._make((*numbers, row.samples, row.idle))
         return [(snapshot.update, reading) for snapshot, reading in zip(taken, readings)]
 
@@ -277,27 +277,32 @@ class _Snapshot(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The state of L layers with G statistics each.
+    """The state of L layers with G statistics each, in W snapshots.
 
-    Before they are split off, other layers follow, and all is flat but the first axis of ``averages``.
+    Before they are split off, other layers follow, and all is flat but W and the second axis of ``averages``.
     """
 
     averages: Tensor
-    """``(2, 4, L, G)``: mu and the moment; long, short, long_grad, short_grad."""
+    """``(W, 2, 4, L, G)``: mu and the moment; long, short, long_grad, short_grad."""
     counts: Tensor
-    """``(2, L, G)``: count, grad_count."""
+    """``(W, 2, L, G)``: count, grad_count."""
     samples: Tensor
-    """``(3, L)``: samples, grad_samples, seen."""
+    """``(W, 3, L)``: samples, grad_samples, seen."""
+
+    @classmethod
+    def of(cls, snapshots: Sequence[_Snapshot]) -> _Block:
+        """Snapshots of the same layers."""
+        return cls(*(torch.stack(tensors) for tensors in zip(*(snapshot[-3:] for snapshot in snapshots))))
 
     def split(self, layers: int, channels: int) -> tuple[_Block, _Block]:
         """Those of the first layers, which are of one kind, and the rest."""
-        size = layers * channels
+        size, times = layers * channels, len(self.samples)
         own = _Block(
-            self.averages[:, : 4 * size].reshape(2, 4, layers, channels),
-            self.counts[: 2 * size].view(2, layers, channels),
-            self.samples[: 3 * layers].view(3, layers),
+            self.averages[..., : 4 * size].reshape(times, 2, 4, layers, channels),
+            self.counts[:, : 2 * size].reshape(times, 2, layers, channels),
+            self.samples[:, : 3 * layers].reshape(times, 3, layers),
         )
-        return own, _Block(self.averages[:, 4 * size :], self.counts[2 * size :], self.samples[3 * layers :])
+        return own, _Block(self.averages[..., 4 * size :], self.counts[:, 2 * size :], self.samples[:, 3 * layers :])
 
 
 def _fetched(averages: list[Tensor], counts: list[Tensor], samples: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,9 +101,14 @@ class Record:
             self._stride *= 2
             self.samples = [each for each in self.samples if self.keeps(each) or each is sample]
 
+    @property
+    def distance(self) -> int:
+        """The weight updates from one sample that stays to the next."""
+        return self.every * self._stride
+
     def keeps(self, sample: Sample) -> bool:
         """Whether a sample stays when others follow."""
-        return sample.update % (self.every * self._stride) == 0 or sample.update <= 1
+        return sample.update % self.distance == 0 or sample.update <= 1
 
     def note(self, event: Event) -> bool:
         """Take in an event, unless it repeats one from less than ``every`` updates before; whether it was taken."""
