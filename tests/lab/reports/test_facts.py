@@ -132,7 +132,7 @@ def test_what_the_guide_says_in_prose_of_streams_of_another_order() -> None:
 
 
 def test_what_a_page_says_in_prose_of_scanners() -> None:
-    """Where volumes differ in gain and offset only Instance Normalization holds; where they do not, Batch is ahead."""
+    """Where volumes differ in gain and offset only Instance Normalization holds; else Batch is not clearly ahead."""
     one, many, standardized = (results_of(HOME / "results" / f"volumes-{name}") for name in SCANNERS)
 
     def mean(results: Results, name: str, setting: Setting) -> float:
@@ -148,9 +148,9 @@ def test_what_a_page_says_in_prose_of_scanners() -> None:
     alone = Setting(1, 1)
     behind = one.difference("streaming-l1", "batch", alone)
     assert behind is not None
-    assert behind.high < 0
-    assert -0.12 < behind.mean < -0.08
-    assert mean(many, "streaming-l1", alone) < 0.25
+    assert behind.low < 0 < behind.high
+    assert -0.08 < behind.mean < -0.04
+    assert 0.3 < mean(many, "streaming-l1", alone) < 0.4
     assert 0.7 < mean(standardized, "streaming-l1", alone) < 0.8
     assert mean(standardized, "instance", alone) > mean(standardized, "streaming-l1", alone) + 0.1
 

@@ -10,6 +10,7 @@ import pytest
 
 from streamnorm_lab.analysis.results import Results
 from streamnorm_lab.common.setting import Setting
+from streamnorm_lab.experiments.adapt import Adapt
 from streamnorm_lab.reports.facts import FACTS, results_of
 
 RESULTS = Path(__file__).parents[3] / "results"
@@ -178,3 +179,17 @@ def test_no_training_of_this_version_ran_away() -> None:
         for record in records:
             method = record["run"]["method"] if record["type"] == "run" else method
             assert "ran_away" not in record or "alpha=" in method, (folder.name, method)
+
+
+def test_ordered_classes_harm_an_adaptation() -> None:
+    """On the digits adapting loses about four points and the statistics of 64 images half; on CIFAR-10 both do."""
+    for name, loses_half in (("adapt-digits-0.2", False), ("adapt-cifar10", True)):
+        evaluated = {
+            (one.finals.method.name, one.mode): one.means for one in Adapt.evaluated(results_of(RESULTS / name).finals)
+        }
+        trained, adapting = (evaluated[OURS, mode] for mode in ("as trained", "adapting"))
+        share = adapting["ordered"].mean / trained["ordered"].mean
+        assert share < 0.5 if loses_half else 0.03 < trained["ordered"].mean - adapting["ordered"].mean < 0.05
+        batch = evaluated["batch", "64 images"]
+        assert batch["ordered"].mean < 0.5 * batch["clean"].mean
+        assert adapting["gradual"].mean > trained["gradual"].mean + 0.05
