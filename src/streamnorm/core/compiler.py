@@ -1,4 +1,4 @@
-"""What is said to the compiler and to torch.fx, without importing the compiler, which takes seconds."""
+"""The interface to the compiler and to torch.fx, without an import of the compiler, which takes seconds."""
 
 from __future__ import annotations
 

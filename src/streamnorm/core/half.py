@@ -52,7 +52,7 @@ class Half:
         self.share = n / (self.count + n).clamp(min=1).to(self.long.dtype)
 
     def mixed(self, row: int, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What the use sees in place of the value of this call, and what the short-term average becomes."""
+        """The value that the use sees in place of that of this call, and the new short-term average."""
         short, unit = self.short[row], None if self.units is None else self.units[row]
         if unit is not None:
             value = torch.where(unit > 0, value / unit, 0)

@@ -176,7 +176,7 @@ class NormRef:
         return count
 
     def least_view(self, num_features: int) -> View:
-        """How the smallest input of this many channels is seen.
+        """The view of the smallest input of this many channels.
 
         Example:
             >>> NormRef.of("n (g k) h w -> g h", g=2, h=5).least_view(6).split
@@ -188,7 +188,7 @@ class NormRef:
         return self.view((shape[0], num_features, *shape[2:]))
 
     def view(self, shape: tuple[int, ...]) -> View:
-        """How an input of this shape, ``(N, C, ...)``, is seen as ``(A, G, B)``.
+        """The view of an input of this shape, ``(N, C, ...)``, as ``(A, G, B)``.
 
         Raises:
             ValueError: if the rank does not fit the pattern, or an axis does not divide as the pattern asks.

@@ -1,4 +1,4 @@
-"""What an engine is told of one use of a layer: the view of the input, the formula, and the state to advance."""
+"""The description of one use of a layer to an engine: the view of the input, the formula, the state to advance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Mix = tuple[float, float, float]
 PRESENT_ONLY: Mix = (0.0, 0.0, 1.0)
 
 PRIOR_SAMPLES = 16
-"""How many samples the prior is worth to the window rule."""
+"""The number of samples that the prior is worth to the window rule."""
 
 
 class View(NamedTuple):
@@ -181,7 +181,7 @@ class State(NamedTuple):
 
 
 class Field(NamedTuple):
-    """What one buffer of a stream is."""
+    """The properties of one buffer of a stream."""
 
     rows: int
     """2: ``(2, G)``, for mu and the moment; 1: ``(G,)``; 0: a scalar."""
@@ -190,11 +190,11 @@ class Field(NamedTuple):
     """int64; other buffers have the dtype of the statistics, see :func:`wide`."""
 
     half: Literal["statistics", "gradients"]
-    """Which half of the stream it belongs to: a forward pass moves its statistics, a backward pass its gradients."""
+    """The half of the stream that it belongs to: a forward pass moves its statistics, a backward pass its gradients."""
 
     joined: Literal["same", "average", "sum"]
-    """What several processes have after a weight update: the same as before, since all make the same commits from the
-    same start; the average over the elements of all of them; or the sum."""
+    """The value that several processes have after they join it at a weight update: the same as before, since all make
+    the same commits from the same start; the average over the elements of all of them; or the sum."""
 
     def shape(self, num_stats: int) -> tuple[int, ...]:
         """The shape for G statistics."""
@@ -237,7 +237,7 @@ class Call(NamedTuple):
 
 
 class Sign(NamedTuple):
-    """What a commit saw of a stream where training may be running away.
+    """The observations of a commit in a stream where training may be running away.
 
     ``use``: the number of the stream in the commit. ``before``, ``after``: the sum of its long-term moments.
     ``present``: the sum of its short-term moments before the commit. ``outgrown``: whether that makes a scale more than

@@ -33,7 +33,7 @@ LIMIT = 4.0
 """c, the default bound of the window rule."""
 
 ESTABLISHED = 2**20
-"""What ``seen`` is where statistics come from elsewhere: more samples than any memory."""
+"""The value of ``seen`` where statistics come from elsewhere: more samples than any memory."""
 
 PAPER_ALPHA = (0.7, 0.3)
 PAPER_BETA = (0.7, 0.3, 0.0)
@@ -153,7 +153,7 @@ class Stream:
         return torch.lerp(state.long, state.short, short_share)
 
     def formula(self, p: float, centered: bool, k: float, eps: float) -> Formula:
-        """What an engine is told of this stream, with the moment's constants."""
+        """The constants of this stream and of the moment, in the form that engines take."""
         weights = self.alpha, self.beta, self.kappa, self.window, self.grad_window, self.limit, self.own
         return Formula(p, centered, k, eps, *weights)  # type: ignore[arg-type]
 

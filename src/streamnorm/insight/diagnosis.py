@@ -34,12 +34,12 @@ UNSURE = 0.15
 """Deviations of chance in the long-term statistics, from where on evaluation suffers."""
 
 LEVEL, CONTRAST = 1.0, 0.5
-"""How far samples differ: standard deviation of their levels, in deviations inside a sample, and of the logarithm of
-their contrasts. Photographs (CIFAR-10) have 0.6 to 0.8 and 0.3 to 0.4."""
+"""Limits on the differences between samples: standard deviation of their levels, in deviations inside a sample, and of
+the logarithm of their contrasts. Photographs (CIFAR-10) have 0.6 to 0.8 and 0.3 to 0.4."""
 
 
 class LayerDiagnosis(NamedTuple):
-    """What a diagnosis says of one layer. A number that cannot be known is nan.
+    """The diagnosis of one layer. A number that cannot be known is nan.
 
     Attributes:
         channels: number of statistics.
@@ -76,7 +76,7 @@ class LayerDiagnosis(NamedTuple):
 
 
 class Diagnosis:
-    """What :func:`streamnorm.diagnose` found; ``print`` shows it as a table, with the advice below.
+    """The result of :func:`streamnorm.diagnose`; ``print`` shows it as a table, with the advice below.
 
     Args:
         layers: by name, from the input to the output.
@@ -253,7 +253,7 @@ def _rate(model: nn.Module) -> float:
 
 
 class _Between(NamedTuple):
-    """How the samples of a batch differ, seen at one layer."""
+    """The differences between the samples of a batch, seen at one layer."""
 
     samples: int
     variance: Tensor
@@ -292,7 +292,7 @@ def _between(layer: Norm, inputs: list[Tensor]) -> _Between | None:
 
 
 class _Evidence:
-    """What is known of one layer, and what follows from it."""
+    """The evidence about one layer, and the conclusions from it."""
 
     def __init__(
         self, layer: Norm, found: State, present: State, reading: Reading, between: _Between | None, rate: float

@@ -96,7 +96,7 @@ def monitor(
 
 
 class Monitor:
-    """What :func:`streamnorm.monitor` makes, where its arguments are explained."""
+    """A monitor of the streaming layers of a model; :func:`streamnorm.monitor` makes it and explains the arguments."""
 
     def __init__(
         self, model: nn.Module, every: int, out: str | Path | None, sinks: Iterable[Sink], name: str | None
@@ -454,7 +454,7 @@ def _near(a: float, b: float, factor: float) -> bool:
 
 
 def _concerns(reading: Reading, every: int) -> Iterator[tuple[str, str]]:
-    """What in a reading is worth a warning: a word for it, and the sentence."""
+    """The warnings that a reading gives rise to, each as a word and a sentence."""
     if reading.nonfinite > 0:
         yield "nonfinite", f"{_channels(reading.nonfinite)} met values that are not finite"
     if reading.exploding > 0:

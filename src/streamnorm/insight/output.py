@@ -1,4 +1,4 @@
-"""Where a monitor writes: a log of JSON lines and a page, side by side in a folder."""
+"""The output of a monitor: a log of JSON lines and a page, side by side in a folder."""
 
 from __future__ import annotations
 

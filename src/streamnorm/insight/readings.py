@@ -1,4 +1,4 @@
-"""What the state of a streaming layer says, as plain numbers; nothing here touches a layer's forward pass.
+"""Readings of the state of streaming layers, as plain numbers; nothing here touches a layer's forward pass.
 
 All layers are read together: their buffers become one vector, which is copied to the host once, and layers with
 equally many statistics are computed as the rows of one matrix.
@@ -235,7 +235,7 @@ class Reader:
 
 
 class _Kind(NamedTuple):
-    """What layers have in common whose readings are computed together."""
+    """The properties shared by layers whose readings are computed together."""
 
     channels: int
     p: float
@@ -318,7 +318,7 @@ def _fetched(averages: list[Tensor], counts: list[Tensor], samples: list[Tensor]
 
 
 class _Last(NamedTuple):
-    """What is remembered of a layer: the long-term statistics and samples of its last reading, its last commit."""
+    """The memory of a layer: long-term statistics and samples of its last reading, and its last commit's update."""
 
     long: Tensor | None
     samples: float

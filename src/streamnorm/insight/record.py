@@ -59,7 +59,7 @@ class Sample(NamedTuple):
 
 
 class LayerFacts(NamedTuple):
-    """What does not change: a layer's name, its class, its number of channels, its stream's constants."""
+    """The facts of a layer that do not change: its name, its class, its number of channels, its stream's constants."""
 
     name: str
     kind: str
@@ -69,7 +69,7 @@ class LayerFacts(NamedTuple):
 
 @dataclass
 class Record:
-    """What a monitor has seen.
+    """The record of a monitored training: its layers, samples and events.
 
     Args:
         name: what is trained.

@@ -1,4 +1,4 @@
-"""Where samples of a monitor can go: TensorBoard, Weights & Biases, and the callbacks of two trainers.
+"""Sinks for the samples of a monitor: TensorBoard, Weights & Biases, and the callbacks of two trainers.
 
 The libraries are imported when they are asked for, and none of them is a dependency.
 """

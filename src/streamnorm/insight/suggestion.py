@@ -54,7 +54,7 @@ CLEARLY = 2.0
 
 
 class Suggestion(NamedTuple):
-    """What :func:`streamnorm.suggest` found; ``print`` shows all that was tried.
+    """The result of :func:`streamnorm.suggest`; ``print`` shows all that was tried.
 
     Attributes:
         rate: the learning rate.
@@ -255,7 +255,7 @@ def _later(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 class _Course:
-    """What all trainings share: where they start, what they see, and how they learn."""
+    """The setup of all trainings: the model that they start from, the mini-batches, the loss and the optimizer."""
 
     def __init__(
         self,
@@ -374,7 +374,7 @@ def _best_memory(trials: dict[float, _Trial]) -> float:
 
 
 def _fitting(course: _Course, rates: Sequence[float], trainings: int, seconds: float) -> int:
-    """How many weight updates fit into the time."""
+    """The number of weight updates that fit into the time."""
     course.train(rates[0], updates=1)  # what happens once, such as compiling, is not counted
     few = 3
     began = time.perf_counter()

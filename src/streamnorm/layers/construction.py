@@ -22,7 +22,7 @@ INSTEAD = {
     "track_running_stats": "it always does; streamnorm.freeze(model) holds its statistics",
     "reset_running_stats": "write layer.reset_stats(), or streamnorm.reset_stats(model)",
 }
-"""What to write for what a BatchNorm has and a streaming layer does not."""
+"""Hints for attributes that a BatchNorm has and a streaming layer does not."""
 
 _FEATURES = "num_features is the number of channels, an integer of at least 1"
 
@@ -33,7 +33,7 @@ def check_features(num_features: int) -> int:
 
 
 def check_eps(eps: float) -> float:
-    """What is added to sigma², or an error."""
+    """The number that is added to sigma², or an error."""
     meaning = "eps is added to sigma² and must be at least 0, such as 1e-5"
     eps = arguments.real(eps, meaning)
     if not 0 <= eps < math.inf:

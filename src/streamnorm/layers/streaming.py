@@ -18,7 +18,7 @@ from .norm import Norm
 
 @arguments.explained
 class _StreamingNorm(Norm):
-    """What StreamingNorm1d, 2d and 3d share: the arguments, and the ranks that each accepts."""
+    """The base of StreamingNorm1d, 2d and 3d: the arguments, and the ranks that each accepts."""
 
     _ranks: tuple[int, ...]
     _window: float  # the default

@@ -1,4 +1,4 @@
-"""What an engine is: an object that normalizes, and that commits streams.
+"""The interface of an engine: an object that normalizes, and that commits streams.
 
 ``ops/choice.py`` holds the table of engines. A new one is a file beside this one, and a row of that table; nobody else
 asks which engine it is.
@@ -18,14 +18,14 @@ Uses = Sequence[tuple[State, Formula]]
 
 
 class Committed(NamedTuple):
-    """What a commit leaves and saw: the streams that the engine does not take, unchanged, and signs of all others."""
+    """The result of a commit: the streams that the engine does not take, unchanged, and signs of all others."""
 
     rest: Uses
     signs: Sequence[Sign] = ()
 
 
 class Plan(NamedTuple):
-    """What an engine prepares for inputs of one shape: a handle of its own, and what it was made from."""
+    """The plan of an engine for inputs of one shape: a handle of its own, and the view and formula behind it."""
 
     handle: Any
     view: View
@@ -60,7 +60,7 @@ class Engine(Protocol):
         ...
 
     def prepare(self, view: View, formula: Formula) -> Plan | None:
-        """What :meth:`attempt` takes; None where an engine has no such short way."""
+        """The plan that :meth:`attempt` takes; None where an engine has no such short way."""
         return None
 
     def attempt(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""What is refused before anything changes: tensors that do not fit each other, and memory that is no longer there.
+"""Checks before anything changes: that tensors fit each other, and that their memory is still there.
 
 Kernels are handed addresses, and PyTorch's own operators read a freed storage too. So sizes and storages are checked in
 one place, for all engines, before a stream moves.

@@ -100,7 +100,7 @@ def is_active(name: str) -> bool:
 
 
 def engines() -> dict[str, str]:
-    """What runs where, and why: one line for each engine, in the order of preference.
+    """The status of each engine, in one line: available, or the reason why not; in the order of preference.
 
     Example:
         >>> "torch" in engines()

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` must be told of a training step: that the statistics of a use are computed once.
+"""Operators that tell ``torch.compile`` to compute the statistics of a use once in a training step.
 
 A compiler takes the graph of a training step apart: it decides by itself what the backward part computes a second time,
 and by then the streams have moved on. So the statistics of a use go through an operator of our own, :func:`hold`, which
@@ -19,7 +19,7 @@ NAME = "traced"
 
 
 def status() -> str:
-    """What runs in graphs, for ``streamnorm.engines()``."""
+    """The status of the operations in graphs, for ``streamnorm.engines()``."""
     return "available: PyTorch operations without a graph break, under torch.compile and torch.export"
 
 
@@ -28,10 +28,10 @@ Held = tuple[Tensor, Tensor]
 
 
 class Surroundings(Protocol):
-    """What happens around a use in training while a graph runs, which is not written into the graph."""
+    """The actions around a use in training while a graph runs, which are not written into the graph."""
 
     def earlier(self, held: Held) -> Held | None:
-        """What was held by the use that this one repeats, in a recomputation; None for a first use."""
+        """The pair held by the use that this one repeats, in a recomputation; None for a first use."""
 
     def notice(self) -> None:
         """A first use is about to change the stream of a layer, which the graph does not know."""

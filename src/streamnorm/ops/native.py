@@ -100,14 +100,14 @@ def keep_memory(most: int) -> int:
 
 
 def waiting_memory() -> int:
-    """How many bytes wait."""
+    """The number of bytes of freed outputs that wait for the next ones."""
     waiting: int = 0 if _native is None else _native.waiting_memory()
     return waiting
 
 
 _MOST_AXES = 16
 _AFTER_A_COPY = 2
-"""What the extension's ``accepts`` says of an input that it takes in another layout."""
+"""The answer of the extension's ``accepts`` for an input that it takes in another layout."""
 
 _plans: dict[tuple[int, int], Plan] = {}
 
@@ -150,7 +150,7 @@ def attempt(x: Tensor, weight: Tensor | None, bias: Tensor | None, use: tuple[Pl
 
 
 def _again(ctx: Any) -> Again:
-    """What a use was computed from, and how."""
+    """The inputs of a use, and a function that computes its output again, or None where a stream advances."""
     (_, view, formula), _, _, weight, bias, *half = ctx.kept
     x, mask = _inputs(ctx.saved_tensors)
     if half:
@@ -200,7 +200,7 @@ def _another_pass(ctx: Any, dy: Tensor) -> Any:
 
 
 _KEPT_HALF = 5
-"""Where the gradient half of the state begins in what is kept for a backward pass."""
+"""The index at which the gradient half of the state begins in what is kept for a backward pass."""
 
 
 def _gradient_state(kept: tuple[Any, ...]) -> State | None:

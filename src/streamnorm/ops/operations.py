@@ -67,7 +67,10 @@ def normalize(call: Call, over: Reduction | None = None) -> Tensor:
 
 
 def again(ctx: Any) -> Again:
-    """What a use was computed from, and how; ``ctx`` is what a forward pass left, see :func:`gradients`."""
+    """The inputs of a use, and a function that computes its output again, or None where there is no such function.
+
+    ``ctx`` is what a forward pass left, see :func:`gradients`.
+    """
     x, weight, mask, saved = ctx.saved_tensors
     bias = saved.new_zeros(x.shape[1], requires_grad=True) if ctx.has_bias else None  # no gradient depends on its value
     inputs = x, weight, bias

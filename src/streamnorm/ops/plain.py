@@ -110,7 +110,7 @@ class Use:
         self.another: AnotherPass | None = None
 
     def statistic(self, b: Tensor, row: int) -> Tensor:
-        """What a use sees: α1·long + α2·short + α3·b. After mu comes m, and then short takes both in."""
+        """The statistic that a use sees: α1·long + α2·short + α3·b. After mu comes m, and then short takes both in."""
         state = self.state
         fresh = running_average(state.short[row], state.count, b.flatten(), self.n)
         self.fresh[row] = fresh
@@ -149,7 +149,7 @@ class Use:
         return (mixed * at_least_one(self.n)).view(total.shape)
 
     def _unit(self, row: int) -> Tensor:
-        """What the streams of gradients are in units of: 1/s for mu and 1/s^p for m under the window rule, else 1."""
+        """The unit of the streams of gradients: 1/s for mu and 1/s^p for m under the window rule, else 1."""
         if self.formula.window is None:
             return torch.ones_like(self.inverse)
         return self.inverse ** (self.formula.p if row == 1 else 1)

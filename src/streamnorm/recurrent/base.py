@@ -1,4 +1,4 @@
-"""What cells and layers share: the normalizations as submodules, and where all parameters start."""
+"""The base of cells and layers: the normalizations as submodules, and the initial values of all parameters."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Normalized(nn.Module):
         return plain.eval()
 
     def _torch_arguments(self) -> dict[str, Any]:
-        """What torch.nn's network is made with besides its sizes."""
+        """The arguments of torch.nn's network besides its sizes."""
         return {}
 
     def _is_plain(self) -> bool:

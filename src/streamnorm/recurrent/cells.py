@@ -58,7 +58,7 @@ _CELL_DOC = """{title}: ``torch.nn.{name}`` with a normalization of the input's 
 
 
 class _Cell(Normalized, nn.RNNCellBase):
-    """What the cells share: the forward pass around a step."""
+    """The base of the cells: the forward pass around a step."""
 
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
         self.kind, self.choice, self.suffixes = kind, NormChoice.of(type(self), norm, options), [""]

@@ -1,4 +1,4 @@
-"""What is refused before a sequence begins, or before backward goes through it: tensors that do not fit each other.
+"""Checks that tensors fit each other, before a sequence begins and before backward goes through it.
 
 Users may put anything in the place of a weight, a gain, a buffer or a hidden state. If a wrong size were found at a
 later step, the streams of the steps before would have moved.

@@ -69,7 +69,7 @@ _LAYER_DOC = """{title}: ``torch.nn.{name}`` with normalized paths.
 
 
 class _Layer(Normalized, nn.RNNBase):
-    """What the layers share: the forward pass around an engine that runs one layer in one direction."""
+    """The base of the layers: the forward pass around an engine that runs one layer in one direction."""
 
     def _setup(self, kind: str, norm: str | Factory | None, options: Any, norm_cell: bool = False) -> None:
         self.kind, self.choice = kind, NormChoice.of(type(self), norm, options)

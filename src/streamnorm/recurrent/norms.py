@@ -1,4 +1,4 @@
-"""What ``norm=`` means in a recurrent layer: the choices, their defaults, and Batch Normalization step by step."""
+"""The choices of ``norm=`` in a recurrent layer, their defaults, and Batch Normalization step by step."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ MOMENTUM = {"batch": 0.002, "batch-per-step": 0.1}
 0.1 remembers ten of those that are used once a sequence."""
 
 GAIN = 1.0
-"""Where gains start. Cooijmans et al. (2016) start those of the batch norms at 0.1, so that tanh does not saturate and
-gradients do not vanish; docs/recurrent.md has the comparison, in which that gained nothing."""
+"""The initial value of gains. Cooijmans et al. (2016) start those of the batch norms at 0.1, so that tanh does not
+saturate and gradients do not vanish; docs/recurrent.md has the comparison, in which that gained nothing."""
 
 _STREAM = ("window", "alpha", "beta", "kappa")
 _ALLOWED = {
@@ -66,12 +66,12 @@ _ELSEWHERE = {
     "affine": _IN_A_FACTORY,
     "ref": _IN_A_FACTORY,
 }
-"""What to write in place of keywords that other networks and normalizations have."""
+"""Hints for keywords that only other networks and normalizations have."""
 
 
 @dataclass(frozen=True)
 class NormChoice:
-    """Which normalization the paths of a recurrent layer get.
+    """The normalization of the paths of a recurrent layer.
 
     Args:
         norm: ``"streaming"``, ``"batch"``, ``"batch-per-step"``, ``"layer"``, None, or a factory: a function that
@@ -199,7 +199,7 @@ def _stream_defaults(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class When(NamedTuple):
-    """Where in a sequence a normalization is used.
+    """The position in a sequence at which a normalization is used.
 
     ``step`` is the number of the time step, None if nobody said; ``alone`` says that one sequence is left at this
     step out of several that have ended.
@@ -210,7 +210,7 @@ class When(NamedTuple):
 
 
 class PathNorm(Norm):
-    """What the normalizations of recurrent paths share: their gain is the parameter ``gain``.
+    """The base of the normalizations of recurrent paths: their gain is the parameter ``gain``.
 
     In a recurrent layer, as in torch.nn's, "weight" in the name of a parameter means a matrix: a loop that makes all of
     these orthogonal leaves gains alone. ``weight`` stays another name of the gain, and a state that has it loads.

@@ -1,1 +1,1 @@
-"""What a training loop does to layers: updates noticed, statistics joined between processes, passes recomputed."""
+"""The layers in a training loop: updates noticed, statistics joined between processes, passes recomputed."""

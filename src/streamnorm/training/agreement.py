@@ -30,7 +30,7 @@ from ..core.spec import FIELDS, State
 from .streaming import Streaming
 
 FIRST_WORD = timedelta(seconds=30)
-"""How long a process waits for the others at a weight update before it says so."""
+"""The time that a process waits for the others at a weight update before it warns."""
 
 
 def group_of(layer: Streaming) -> dist.ProcessGroup | None:
@@ -146,7 +146,7 @@ def _check_join(layer: Streaming) -> None:
 
 
 class _Agreement:
-    """What the processes of a group have agreed on: the sets of layers that they commit, numbered from 1.
+    """The agreement between the processes of a group: the sets of layers that they commit, numbered from 1.
 
     A set is made known by a collective that all take part in; from then on its number is enough. Every all-reduce has
     the same length, room for the largest set, and begins with a header that shows whether all mean the same set: so
@@ -168,7 +168,7 @@ class _Agreement:
 
     @cached_property
     def group(self) -> Any:
-        """What the collectives run over, made when the first one is due, which all processes come to."""
+        """The group that the collectives run over, made when the first one is due, which all processes come to."""
         group = self._beside()
         assert group is not None
         if self.device.type != "cpu" or not dist.is_gloo_available():

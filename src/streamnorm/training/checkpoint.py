@@ -83,14 +83,14 @@ class _Pass:
         self.tape.starts.append((layer, start))
 
     def replay(self, layer: Streaming) -> dict[str, Tensor]:
-        """What the next use starts from."""
+        """Copies of the statistics that the next use starts from."""
         noted, start = next(self.starts, (None, {}))
         if noted is not layer:
             raise RuntimeError(_ANOTHER_ORDER.format(type(layer).__name__))
         return {name: buffer.clone() for name, buffer in start.items()}
 
     def replay_held(self, like: Tensor) -> Held:
-        """What the next use in a graph held."""
+        """The pair that the next use in a graph held."""
         noted = next(self.held, None)
         if noted is None or noted[0].shape != like.shape:
             raise RuntimeError(_ANOTHER_ORDER.format("a compiled layer"))

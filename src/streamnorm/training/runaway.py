@@ -31,7 +31,7 @@ from ..core.spec import Sign
 from .streaming import Streaming
 
 TIMES = 3
-"""How many signs lead to a warning. The first leap may be that from the prior to the data."""
+"""The number of signs that leads to a warning. The first leap may be that from the prior to the data."""
 
 IN_A_ROW = 64
 """The updates in a row for which the long-term scale may be outgrown: windows to 200 have followed a jump by then."""
@@ -45,7 +45,7 @@ EVERY = 16
 
 @dataclass
 class _Record:
-    """What has been seen of a layer: its signs, its level at the last look, and after its last leap.
+    """The observations of a layer: its signs, its level at the last look, and after its last leap.
 
     ``outgrown``: the first and the last of the updates in a row, counted by the layer, whose scale was outgrown.
     """
@@ -63,7 +63,7 @@ _records: weakref.WeakKeyDictionary[Streaming, _Record] = weakref.WeakKeyDiction
 """Of layers that gave a sign, or were looked at."""
 
 _unread: dict[torch.device, tuple[list[weakref.ref[Streaming]], Tensor, Any]] = {}
-"""What an accelerator was asked for at the last look."""
+"""The measurements that an accelerator was asked for at the last look."""
 
 _commits = count(1)
 

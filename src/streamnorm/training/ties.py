@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 Seen = tuple[int, list[int], list[Tensor]]
-"""What the watchdog remembers of a layer: samples, and of some parameters their versions and a few values."""
+"""The watchdog's record of a layer: its samples, and the versions and a few values of some parameters."""
 
 
 class Parameters:
@@ -31,7 +31,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Binding:
-    """What :func:`streamnorm.bind` said: whose steps are updates of a layer.
+    """The binding of a layer by :func:`streamnorm.bind`: the optimizers whose steps are its updates.
 
     Args:
         parameters: what these optimizers train; any optimizer that trains some of it counts.
@@ -50,7 +50,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class Sync:
-    """When a layer joins its statistics with those of other processes, and which ones; None finds them out.
+    """The schedule for joining statistics with other processes, and their group; with None a layer finds the group.
 
     A process group lives in one process. A copy of a layer keeps it, a pickled layer starts without one.
     """
@@ -116,7 +116,7 @@ class Ties:
     grad_scale: Tensor | None = None
 
     def of_a_copy(self) -> Ties:
-        """What a copy of the layer starts with."""
+        """The ties that a copy of the layer starts with."""
         return Ties(self.name, self.sync, around=self.around)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ties:
@@ -126,10 +126,13 @@ class Ties:
         return Ties(self.name, self.sync, around=around)
 
     def __reduce__(self) -> tuple[type[Ties], tuple[str, Sync, bool]]:
-        """What an unpickled layer stands in is not known: with statistics to commit, it follows any optimizer."""
+        """Pickle the name and the synchronization alone.
+
+        The modules around an unpickled layer are not known: with statistics to commit, it follows any optimizer.
+        """
         return Ties, (self.name, self.sync, True)
 
 
 def alive(references: Sequence[weakref.ref[Any]]) -> Iterator[Any]:
-    """What is left of the things referred to."""
+    """The objects referred to that still exist."""
     return (thing for reference in references if (thing := reference()) is not None)

@@ -108,7 +108,7 @@ def notice_in_graph() -> None:
 
 
 class _AroundGraphs:
-    """What a compiled graph is told at each use of a layer that trains, see ``ops.graph.Surroundings``."""
+    """The actions around each use of a layer that trains in a compiled graph, see ``ops.graph.Surroundings``."""
 
     earlier = staticmethod(checkpoint.use_in_graph)
     notice = staticmethod(notice_in_graph)
@@ -279,7 +279,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 _trained: weakref.WeakKeyDictionary[Optimizer, Parameters] = weakref.WeakKeyDictionary()
-"""What each optimizer trained at its last step."""
+"""The parameters that each optimizer trained at its last step."""
 
 
 def optimizers_of(model: nn.Module) -> list[Optimizer]:

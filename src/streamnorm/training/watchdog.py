@@ -29,7 +29,7 @@ _MOST_VALUES = 16
 
 
 def lease(uses: int) -> Iterator[bool]:
-    """What a layer draws from at each use, until it is time for the next look."""
+    """An iterator that a layer advances at each use; when it is exhausted, it is time for the next look."""
     return repeat(True, uses)
 
 

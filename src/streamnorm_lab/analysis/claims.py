@@ -23,7 +23,7 @@ from streamnorm_lab.experiments.coefficients import DEFAULT, NO_GRADIENT, PAPER,
 HOLDS, FALSE, OPEN = "holds", "does not hold", "open"
 PARTLY, MIXED, UNMEASURED = "holds in part", "mixed", "not measured"
 VERDICTS = (HOLDS, PARTLY, FALSE, MIXED, OPEN, UNMEASURED)
-"""What a claim can come to over all results."""
+"""The verdicts that a claim can come to over all results."""
 OURS = "not in the paper: our own"
 
 

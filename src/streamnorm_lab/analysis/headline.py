@@ -16,7 +16,7 @@ FAMILIES = ("Batch", "Recalibrated Batch", "Layer", "Group", "Instance", "Online
 
 
 def headline(results: Results) -> str:
-    """What came out, in one or two sentences."""
+    """The outcome of an experiment, in one or two sentences."""
     section = results.section
     if section is not None and section.headline:
         return section.headline

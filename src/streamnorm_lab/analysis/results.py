@@ -97,7 +97,7 @@ class Results:
 
     @property
     def spread(self) -> str:
-        """What the scores are: a mean and its interval over so many seeds, or one value."""
+        """The description of the scores: a mean and its interval over so many seeds, or one value."""
         return spread_words(len(cell.scores) for cell in self.cells.values())
 
     @property

@@ -134,7 +134,7 @@ MASKS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     ),
     "places": lambda places: torch.rand(places) < 0.5,
 }
-"""What masks keep: of each sample all places up to a length, as of padded sequences; or half of the places."""
+"""The places that masks keep: of each sample all up to a length, as in padded sequences; or half of all."""
 
 
 def _mask_cases() -> list[Case]:

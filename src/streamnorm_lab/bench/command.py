@@ -63,7 +63,7 @@ class BenchOptions:
     is already there. The default folder ends in -kept. For Linux with glibc."""
 
     device: str = "cpu"
-    """Where to measure: cpu, or cuda for an NVIDIA GPU."""
+    """Device to measure on: cpu, or cuda for an NVIDIA GPU."""
 
     def check(self) -> None:
         """Refuse what cannot be measured.

@@ -44,7 +44,7 @@ class CudaCase:
     targets: dict[tuple[str, str], float]
     """By contestant and rival: the largest ratio of device time, of forward and backward together."""
     least_bytes: int | None = None
-    """What no layer can avoid to move: x and y forward, x, dy and dx backward."""
+    """The bytes that every layer has to move: x and y forward, x, dy and dx backward."""
     floor_target: float | None = None
     quick: bool = False
 

@@ -29,7 +29,7 @@ INFERENCE: dict[str, tuple[Callable[[Callable[[int], nn.Module]], nn.Module], tu
 """Networks by name, each with the shape of its input."""
 
 IN_ONNXRUNTIME = "in onnxruntime"
-"""How the names of its contestants end."""
+"""The ending of the names of contestants that run in onnxruntime."""
 
 
 class InferenceSteps(Contestant):
@@ -91,7 +91,7 @@ class InOnnxruntime:
 
 
 def missing_libraries() -> list[str]:
-    """What is not installed of the libraries for onnxruntime (they come with ``streamnorm[integrations]``)."""
+    """The libraries for onnxruntime that are not installed (they come with ``streamnorm[integrations]``)."""
     return [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
 
 

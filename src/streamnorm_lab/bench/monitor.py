@@ -45,7 +45,7 @@ EVERY = 50
 """Weight updates from sample to sample, the monitor's default."""
 
 TARGET = 0.01
-"""What was asked before it was built: a share of the step's time."""
+"""The target set before the monitor was built: a share of the step's time."""
 
 
 class Watched(NamedTuple):

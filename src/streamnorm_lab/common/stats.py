@@ -50,7 +50,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def spread_words(seeds: Iterable[int]) -> str:
-    """What values are that were made of so many seeds.
+    """The description of values that come from so many seeds.
 
     Example:
         >>> spread_words([5, 5]), spread_words([1, 0])

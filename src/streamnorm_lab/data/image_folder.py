@@ -13,10 +13,10 @@ from streamnorm_lab.data.source import Samples, Source, of_files
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"))
 TEST = ("test", "val", "valid", "validation")
-"""What the folder of test images may be called, beside ``train``."""
+"""The names that the folder of test images may have, beside ``train``."""
 
 TEST_SHARE = 5
-"""Where there is no such folder, one image of so many is for testing."""
+"""The number of images of which one is for testing, where there is no such folder."""
 
 Files = list[tuple[Path, int]]
 """Images with their labels."""

@@ -79,7 +79,7 @@ class Task(ABC, Generic[DataT]):
     """
 
     unit: ClassVar[str]
-    """What is counted along a run, such as images; a key of the logs."""
+    """The unit that is counted along a run, such as images; a key of the logs."""
     form: ClassVar[type] = DataRecord
     """The facts, as a TypedDict."""
 

@@ -30,7 +30,7 @@ from streamnorm_lab.networks.images import feedforward_convolutional
 
 
 class Mode(NamedTuple):
-    """What a way of evaluating adds to a method's name, and its look if not the method's own."""
+    """A way of evaluating: its addition to a method's name, and its look if not the method's own."""
 
     addition: str
     colour: str | None = None
@@ -327,7 +327,7 @@ def _line(one: Evaluated, kinds: Sequence[str]) -> Line:
 
 
 def _headline(evaluated: Iterable[Evaluated]) -> str:
-    """What adapting gave back."""
+    """The accuracy that adapting gave back, in a sentence."""
     found = {(one.finals.method.name, one.mode): one for one in evaluated}
     adapting = next((one for (_, mode), one in found.items() if mode == "adapting"), None)
     if adapting is None:

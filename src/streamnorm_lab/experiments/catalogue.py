@@ -37,7 +37,7 @@ _ALL: tuple[type[Experiment[Any]], ...] = (
     Volumes,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
-"""What ``streamnorm run`` runs."""
+"""The experiments that ``streamnorm run`` runs, by name."""
 
 
 def find(name: str) -> type[Experiment[Any]]:

@@ -94,7 +94,7 @@ class Compare(ImageExperiment):
         return f"{self.name}-{self.function.rpartition(':')[2]}"
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
-        """What the function builds.
+        """The network that the function builds.
 
         Raises:
             UserError: it raises an error, builds no module, or one without a normalization or without parameters.

@@ -74,7 +74,7 @@ class Experiment(ABC, Generic[DataT]):
     summary: ClassVar[str]
     """One line for ``streamnorm list``."""
     question: ClassVar[str]
-    """What is asked, for the report."""
+    """The question that the experiment asks, for the report."""
     reference: ClassVar[str] = "layer"
     """The method that the others' differences are taken to."""
     comparisons: ClassVar[tuple[tuple[str, str], ...]] = (
@@ -97,18 +97,18 @@ class Experiment(ABC, Generic[DataT]):
     catalogue: ClassVar[Mapping[str, Method]]
     """The methods that can be named."""
     score: ClassVar[Score]
-    """What rates are chosen by, and methods compared."""
+    """The score by which rates are chosen and methods compared."""
     kind: ClassVar[type[Task[Any]]]
-    """What is learnt from."""
+    """The class of the learning task."""
     words: ClassVar[Words]
-    """What reports and figures say about the data."""
+    """The sentences of reports and figures about the data."""
     end_form: ClassVar[type] = End
     """The last line of a log, as a TypedDict."""
     per_sample: ClassVar[bool] = False
     """Whether ``rates`` are for one sample per weight update, and scaled with the number of samples."""
 
     data: Folder = None
-    """Where the data lie."""
+    """Folder or file of the data."""
 
     out: Folder = None
     """Folder for logs, figures and the report; the same command continues what an interrupted one left there.
@@ -137,7 +137,8 @@ class Experiment(ABC, Generic[DataT]):
     """Worker processes, one thread each. Default: one per processor core, or 100 jobs of a cluster."""
 
     launcher: Annotated[Literal["local", "slurm"], FREE] = "local"
-    """Where runs go: to processes of this machine, or to a SLURM cluster as jobs, with submitit (extra "slurm")."""
+    """Launcher of the runs: local, in processes of this machine, or slurm, as jobs of a cluster, with submitit (extra
+    "slurm")."""
 
     slurm_partition: Annotated[str | None, conf.arg(metavar="NAME", help_behavior_hint=""), FREE] = None
     """Partition of the cluster. Default: the cluster's own."""
@@ -154,7 +155,7 @@ class Experiment(ABC, Generic[DataT]):
 
     @property
     def label(self) -> str:
-        """What the default output folder is called, before the name of the data."""
+        """The name of the default output folder, before the name of the data."""
         return self.name
 
     @property

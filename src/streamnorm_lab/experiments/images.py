@@ -58,7 +58,7 @@ class ImageTraining(Experiment[Data]):
     """Momentum of SGD."""
 
     device: Annotated[str, FREE] = "cpu"
-    """Where to train: cpu, or cuda for an NVIDIA card, which then holds all images; --jobs runs share it."""
+    """Device to train on: cpu, or cuda for an NVIDIA card, which then holds all images; --jobs runs share it."""
 
     curve_images: Positive = 1000
     """Test images used for the points of a curve; the final accuracy always uses all of them."""
@@ -70,7 +70,7 @@ class ImageTraining(Experiment[Data]):
 
     @property
     def task(self) -> ImageTask:
-        """What a run is trained on: the task of this kind, of the options that it names."""
+        """The learning task of this kind, made from the options that it names."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         given |= {"path": self.data, "augment": self.augment}
         return self.kind(**{field.name: given[field.name] for field in fields(self.kind) if field.name in given})

@@ -76,10 +76,10 @@ class RecurrentConv(ConvExperiment):
     """Learning rates to try. Each method gets its best one per setting, chosen on data held out for that."""
 
     k1: Positive = 2
-    """How often the first block is applied."""
+    """Number of times the first block is applied."""
 
     k2: Positive = 2
-    """How often the second block is applied. With --k1 1 --k2 1 the network is that of `streamnorm run conv`."""
+    """Number of times the second block is applied. With --k1 1 --k2 1 the network is that of `streamnorm run conv`."""
 
     def network(self, shape: tuple[int, ...], classes: int, norm: NormFactory) -> nn.Module:
         """Architecture C."""

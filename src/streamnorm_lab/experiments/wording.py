@@ -10,7 +10,7 @@ from streamnorm_lab.common.score import LOSS, bits
 from streamnorm_lab.methods.method import Method
 
 Config = Mapping[str, Any]
-"""What was asked of a folder: ``experiment.json``."""
+"""The configuration of the experiment in a folder: ``experiment.json``."""
 
 
 def data_name(config: Config) -> str:
@@ -40,16 +40,16 @@ class Words(ABC):
     """The sentences of one kind of data."""
 
     numbers: str
-    """What the cells of the large table are, with places for the spread and for ``difference``."""
+    """The description of the cells of the large table, with places for the spread and for ``difference``."""
     difference: str
-    """What differences in these cells are, with a place for the reference; left out where that was not run."""
+    """The description of differences in these cells, with a place for the reference; left out if that was not run."""
     measure: str
-    """What is measured, in a sentence."""
+    """The name of the measured quantity in a sentence."""
     difference_unit: str
     chosen_by: str
-    """What rates are chosen by, and that it is used for nothing else; after "the rate with"."""
+    """The criterion for choosing rates, with a note that its data serve nothing else; after "the rate with"."""
     guessing: str
-    """What a run that diverged counts with."""
+    """The name of the score that a run that diverged counts with."""
     table_title: str
     difference_title: str
     test_axis: str
@@ -57,7 +57,7 @@ class Words(ABC):
     test_curve: str
     """The axis of the lower row of curves."""
     samples: str = ""
-    """What the made-up texts are, where there are some."""
+    """The introduction to the made-up texts, where there are some."""
 
     @abstractmethod
     def summary(self, config: Config) -> tuple[str, str]:
@@ -169,7 +169,7 @@ class ImageWords(Words):
         ]
 
     def _inputs(self, data: Mapping[str, Any]) -> str:
-        """What is done to an image before the network sees it; other samples have a dtype."""
+        """The description of the preprocessing of images; other samples have a dtype."""
         if "dtype" in data:
             return "Inputs are as the data sets give them, each read once."
         return f"Inputs are standardized per channel with the training images' mean and deviation. {self.augmentation}"

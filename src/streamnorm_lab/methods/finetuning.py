@@ -18,7 +18,7 @@ from streamnorm_lab.methods.peers.sample import group_norm
 
 @dataclass(frozen=True)
 class FinetuneMethod(Method):
-    """What is done to the layers of a trained network before it is trained on.
+    """The change to the layers of a trained network before it is trained on.
 
     Args:
         change: takes the network, images of the new data and ``options``, and gives the network to train.

@@ -54,7 +54,7 @@ class LayerMethod(Method):
 
 
 _EXAMPLE = torch.linspace(-1, 1, 4 * 8 * 9).view(4, 8, 3, 3)
-"""What a layer with options is tried on."""
+"""The input on which a layer with options is tried."""
 
 
 def _none(features: int, axes: int) -> nn.Module:

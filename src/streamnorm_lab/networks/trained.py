@@ -21,12 +21,12 @@ SMALL, LITE, TIMM = "small", "efficientnet-lite0", "timm:"
 EXTRA = 'pip install "streamnorm[finetune]"'
 
 BATCH, RATE = 32, 0.03
-"""How the small network is trained first: samples of a mini-batch, and the learning rate, with a momentum of 0.9."""
+"""The first training of the small network: samples of a mini-batch, and the learning rate, with a momentum of 0.9."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a network expects of a channel of its input: the mean and deviation that are taken off bytes."""
+    """The range that a network expects of each channel of its input: mean and deviation, in units of bytes."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -89,7 +89,7 @@ def _line(results: Results, method: Method, found: Mapping[float, Cell], label: 
 
 
 def _breaks(settings: Sequence[Setting]) -> tuple[float, ...]:
-    """Where mini-batches get larger again: a line across would say nothing."""
+    """The places where mini-batches get larger again: a line across would say nothing."""
     return tuple(float(at) for at in range(1, len(settings)) if settings[at].samples > settings[at - 1].samples)
 
 

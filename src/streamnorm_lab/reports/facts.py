@@ -353,7 +353,7 @@ def adaptation_streams(root: Path) -> str:
 
 
 def adaptation_sentence(root: Path) -> str:
-    """What adapting gave back."""
+    """The accuracy that adapting gave back, in a sentence."""
     section = results_of(newest(root, "adapt-cifar10", OURS)).section
     assert section is not None
     return section.headline
@@ -439,7 +439,7 @@ KEPT = (
     ("bench-keep-0", "kept by nobody (`STREAMNORM_KEEP_MIB=0`)"),
     ("bench-kept", "kept by the allocator, for all layers"),
 )
-"""Where the memory of freed outputs stays, by benchmark."""
+"""The keeper of the memory of freed outputs, by benchmark."""
 
 
 def kept_memory(root: Path) -> str:

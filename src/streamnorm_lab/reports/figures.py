@@ -139,7 +139,7 @@ def _draw_points(axes: Axes, chart: Chart, panel: Panel) -> None:
 
 
 def shifts(chart: Chart, count: int) -> Sequence[float]:
-    """How far each line's points lie beside their place, so that intervals do not cover each other."""
+    """The shift of each line's points from their place, so that intervals do not cover each other."""
     reach = 0.14 if chart.names else 0.08
     return [float(shift) for shift in np.linspace(-reach, reach, count)] if count > 1 else [0.0] * count
 

@@ -20,7 +20,7 @@ from streamnorm_lab.running.plan import TUNE_SEED, cells
 from streamnorm_lab.running.train import Diverged, Training, evaluate
 
 SECONDS = 0.5
-"""How long each method is trained at each setting, to measure its speed."""
+"""The time for which each method is trained at each setting, to measure its speed."""
 
 FEWEST_UPDATES = 10
 """Weight updates of a run. Fewer are not worth their time."""

@@ -72,7 +72,7 @@ def backward_stream(state: State | None, use: int | None = None) -> Stream:
 
 
 class OnePass(NamedTuple):
-    """What writes dx while gradients are collected; all None where dx is written later."""
+    """The arguments for writing dx while gradients are collected; all None where dx is written later."""
 
     dx: Tensor | None = None
     gain: Tensor | None = None

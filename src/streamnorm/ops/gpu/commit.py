@@ -33,7 +33,7 @@ _Row = tuple[tuple[int, ...], tuple[float, ...]]
 
 
 def _row(use: tuple[State, Formula]) -> _Row:
-    """Where the state of a stream lies, and its rates; twice six and twice three numbers."""
+    """The addresses of the state of a stream, and its rates; twice six and twice three numbers."""
     state, formula = use
     keep, take, keep_grad, take_grad = formula.kappa or (0.0, 0.0, 0.0, 0.0)
     size, window, grad_window = state.long.shape[1], formula.window or 0.0, formula.grad_window or 0.0

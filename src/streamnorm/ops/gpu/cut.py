@@ -1,4 +1,4 @@
-"""How an input is cut into tiles, and tiles into programs."""
+"""The division of an input into tiles, and of tiles into programs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def channels_per_statistic(view: View) -> int:
 
 
 class Layout(NamedTuple):
-    """How an input lies in memory: (A, C, B) as ``kernels`` explains."""
+    """The layout of an input in memory: (A, C, B) as ``kernels`` explains."""
 
     columns: bool
     rows: int
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How the elements are cut into tiles and tiles into programs."""
+    """The division of the elements into tiles and of tiles into programs."""
 
     block_rows: int
     block_cols: int
@@ -71,7 +71,7 @@ class Cut(NamedTuple):
 
 
 def layout_of(x: Tensor) -> Layout | None:
-    """How a dense input lies in memory, or None where it has to be copied first."""
+    """The layout of a dense input in memory, or None where the input has to be copied first."""
     samples, channels, places = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     if x.is_contiguous() and places > 1 and channels > 1:
         return Layout(False, samples, channels, places)

@@ -1,4 +1,4 @@
-"""Where Triton runs, and launches.
+"""The devices on which Triton runs, and the launch of its kernels.
 
 With ``TRITON_INTERPRET=1`` in the environment before this package is imported, Triton interprets the kernels and the
 engine takes CPU tensors: slow, and for tests.

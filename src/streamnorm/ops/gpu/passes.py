@@ -19,7 +19,7 @@ ONE_PASS = (1.0, 0.0, 0.0)
 
 
 class Plan(NamedTuple):
-    """How one kind of input goes through the kernels."""
+    """The plan of the launches for one kind of input."""
 
     whole: Cut | None
     collect: Cut

@@ -26,7 +26,7 @@ Gradients = tuple[Gradient, ...]
 
 
 class _Use:
-    """What one use of a norm keeps for its backward; it stands where the engine expects autograd's context."""
+    """A record of one use of a norm for its backward; it stands where the engine expects autograd's context."""
 
     checked = True  # by those who go through all steps, before the first one
     function: Any

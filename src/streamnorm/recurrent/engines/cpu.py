@@ -39,7 +39,7 @@ _LANES = 16
 _FEW_ROWS = 4
 """Up to so many rows a matrix is read as it is; for more it is packed into panels first."""
 _BLOCK = 16
-"""Where a sequence has few rows, 1/s is as large as the values. It is kept for so many steps at a time."""
+"""The number of time steps for which 1/s is kept at a time where a step has few rows: it is as large as the values."""
 _SMALL_PRODUCT = 1 << 21
 """Multiplications in a product that one thread finishes before several of PyTorch's have begun."""
 _GRAIN = 1 << 19
@@ -93,9 +93,9 @@ def _fit(kind: str, data: Tensor, rows: int, hidden: Hidden, weights: Weights) -
 
 
 class _Lent(NamedTuple):
-    """What a path has of its layer, to read and to change.
+    """The tensors of its layer that a path reads and changes.
 
-    It is held, and lives on when something else is put in its place: a buffer as it is, and a parameter as a second
+    They are held, and live on when others are put in their place: a buffer as it is, and a parameter as a second
     tensor on the same memory, since ``.data`` gives a parameter other memory.
     """
 
@@ -105,18 +105,18 @@ class _Lent(NamedTuple):
     running: tuple[Tensor, Tensor, Tensor] | None = None
     """Mean, variance and number of batches."""
     steps: int | None = None
-    """How many time steps have running statistics of their own; None where they share one set."""
+    """The number of time steps that have running statistics of their own; None where all share one set."""
 
     @classmethod
     def of(cls, norm: nn.Module | None, gain: Tensor | None, bias: Tensor | None) -> _Lent:
-        """What this norm has."""
+        """The tensors of a path with this norm, gain and bias."""
         if isinstance(norm, GeneralBatchNorm):
             steps = norm.max_steps if isinstance(norm, PerStepBatchNorm) else None
             return cls(gain, bias, None, (norm.running_mean, norm.running_var, norm.num_batches_tracked), steps)
         return cls(gain, bias, norm.state if isinstance(norm, Norm) and norm.stream is not None else None)
 
     def placed(self, values: Tensor) -> Fields:
-        """Where all of it lies now, by the names in ``_Path``, for a path with these values.
+        """The present addresses of all tensors, by the names in ``_Path``, for a path with these values.
 
         Raises:
             _Unfit: something is not what such a layer has.
@@ -135,7 +135,7 @@ class _Lent(NamedTuple):
 
 
 def _kind(norm: nn.Module) -> int:
-    """What the statistics of a norm are collected over, for the kernel; 0 where it does not know the norm."""
+    """The kernel's code for what the statistics of a norm are collected over; 0 for a norm that it does not know."""
     if not isinstance(norm, Norm) or norm.weight is None or norm.formula.p not in (1, 2) or not norm.formula.centered:
         return _UNNORMALIZED
     if norm.formula.own < math.inf:
@@ -267,12 +267,12 @@ _PLAN, _PATH = ({**dict.fromkeys(kind._fields, 0), **kind._field_defaults} for k
 
 
 def _bytes(plan: Fields, path_x: Fields, path_h: Fields) -> bytes:
-    """What the kernel reads: structs one behind the other."""
+    """The bytes that the kernel reads: structs one behind the other."""
     return _pack(*plan.values(), *path_x.values(), *path_h.values())
 
 
 def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | None, tracked: Tensor | None) -> Fields:
-    """What the kernel is told of a path in both directions."""
+    """The fields of a path that the kernel reads in both directions."""
     path = {**_PATH, **lent.placed(values)}
     path.update(values=values.data_ptr(), marks=_pointer(marks), tracked=_pointer(tracked))
     if norm is None:
@@ -294,7 +294,7 @@ def _path(norm: nn.Module | None, values: Tensor, lent: _Lent, marks: Tensor | N
 
 
 def _in_scratch(another: AnotherPass | None) -> Fields:
-    """Where a backward pass that is not the first through its graph has the gradient half of a state."""
+    """The addresses of a state's gradient half in a backward pass that is not the first through its graph."""
     return {} if another is None else {name: getattr(another.scratch, name).data_ptr() for name in GRADIENTS}
 
 
@@ -362,7 +362,7 @@ class _Pass:
         return _panels(self.weight.t() if forward else self.weight)
 
     def plan(self, output: Tensor, panels: Tensor | None) -> Fields:
-        """What forward and backward tell the kernel."""
+        """The fields of the plan that forward and backward share."""
         return {
             **_PLAN,
             "cell": _CELLS[self.kind],
@@ -510,7 +510,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _threads(multiplications: int) -> int:
-    """How many threads share so much work."""
+    """The number of threads for so many multiplications."""
     return max(1, min(torch.get_num_threads(), multiplications // _GRAIN))
 
 
@@ -523,14 +523,14 @@ def _panels(b: Tensor) -> Tensor:
 
 
 def _starts(sizes: list[int]) -> Tensor:
-    """Where the rows of each step begin, and where the last ones end."""
+    """The first row of each step, and the end of the last step."""
     if sizes[0] == sizes[-1]:
         return torch.arange(0, sizes[0] * len(sizes) + 1, sizes[0])
     return torch.tensor([0, *sizes]).cumsum(0)
 
 
 def _count(norm: GeneralBatchNorm, tracked: Tensor) -> None:
-    """What the running statistics' own update would have counted and left behind."""
+    """Count batches and select the last time step, as the running statistics' own update would have done."""
     if isinstance(norm, PerStepBatchNorm):
         norm.select(len(tracked) - 1)
         own, shared = tracked[: norm.max_steps], tracked[norm.max_steps :]

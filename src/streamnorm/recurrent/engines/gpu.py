@@ -84,7 +84,7 @@ class _Path(NamedTuple):
 
 
 class _Into(NamedTuple):
-    """Where the gradients of a path go: ``dy`` has room for the gates of one step, ``dx`` for the products of all."""
+    """Room for the gradients of a path: ``dy`` for the gates of one step, ``dx`` for the products of all steps."""
 
     dy: Tensor
     dx: Tensor | None
@@ -110,7 +110,7 @@ class _Gradients(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a step is cut into programs."""
+    """The division of a step into programs."""
 
     units: int
     rows: int
@@ -181,7 +181,7 @@ class _Pass:
         return output, *(after_last(states, self.sizes) for states in (output, self.cells) if states is not None)
 
     def _constants(self, *, backward: bool) -> dict[str, Any]:
-        """What the kernels of one direction must know beforehand."""
+        """The compile-time constants of the kernels of one direction."""
         dtype = self.h.products.dtype
         of_x, of_h = (f if f is None else use_of(f, dtype, backward=backward) for f in self.formulas)
         return {
@@ -196,12 +196,12 @@ class _Pass:
         }
 
     def _states(self, number: int, output: Tensor) -> _States:
-        """What a step reads and writes."""
+        """The hidden states and cells that a step reads and writes."""
         previous = (self.h0, self.c0) if number == 0 else (output, self.cells)
         return _States(output, self.cells, *previous)
 
     def _numbers(self, number: int, after: int) -> tuple[int, ...]:
-        """Where a step is, in numbers."""
+        """The position of a step in the sequence, as the integer arguments of its kernel."""
         before = self.starts[number - 1] if number else 0
         return number, self.starts[number], before, self.sizes[number], after, self.hidden
 

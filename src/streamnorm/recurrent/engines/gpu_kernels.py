@@ -101,7 +101,7 @@ def _collect_statistics(
 
 @triton.jit
 def _saved_at(path, number, G):
-    """Where a step's statistics lie: ``saved`` is (steps, 4, G)."""
+    """The address of a step's statistics: ``saved`` is (steps, 4, G)."""
     return path.saved + number.to(tl.int64) * 4 * G
 
 
@@ -120,7 +120,7 @@ def _normalized(path, number, gate, row, exists, unit, live, H, G, WIDE: tl.cons
 
 @triton.jit
 def _sum_of_paths(x, h, number, gate, row, exists, unit, live, H, G, WIDE: tl.constexpr):
-    """What both paths bring to a gate."""
+    """The sum of the normalized values of both paths in a gate."""
     from_x = _normalized(x, number, gate, row, exists, unit, live, H, G, WIDE)
     return from_x + _normalized(h, number, gate, row, exists, unit, live, H, G, WIDE)
 

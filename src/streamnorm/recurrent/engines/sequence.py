@@ -162,7 +162,10 @@ class _Formulas(nn.Module):
 
 
 def _again(ctx: Any) -> Again:
-    """What a use was computed from, and how; ``ctx.use`` holds what the Function was told of it."""
+    """The inputs of a use, and a function that computes its outputs again, or None where a stream advances.
+
+    ``ctx.use`` holds the kind, the sizes and the norms.
+    """
     kind, sizes, norms = ctx.use
     _, *tensors = ctx.saved_tensors
 

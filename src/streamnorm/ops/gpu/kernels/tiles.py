@@ -27,7 +27,7 @@ def channels_of(block, sizes, TILE: tl.constexpr):
 
 @triton.jit
 def places_of(t, block, sizes, TILE: tl.constexpr):
-    """Where the elements of tile t lie, and which of them exist. Offsets have 64 bits: inputs may be large."""
+    """The offsets of the elements of tile t, and which of them exist. Offsets have 64 bits: inputs may be large."""
     if TILE.columns:
         rows = t * TILE.rows + tl.arange(0, TILE.rows)
         cols = block * TILE.cols + tl.arange(0, TILE.cols)
@@ -44,7 +44,7 @@ def places_of(t, block, sizes, TILE: tl.constexpr):
 
 @triton.jit
 def elements_in(t, sizes, TILE: tl.constexpr):
-    """How many elements of each statistic exist in tile t."""
+    """The number of elements of each statistic that exist in tile t."""
     if TILE.columns:
         return tl.minimum(sizes.rows - t * TILE.rows, TILE.rows)
     else:
@@ -103,7 +103,7 @@ def reversed_program():
 
 @triton.jit
 def partials_of(statistics, k, part, amounts, C, CHANNELS: tl.constexpr):
-    """Where the partial results of a statistic's channels k, k + 1, … lie."""
+    """The offsets of the partial results of a statistic's channels k, k + 1, …, and which of them exist."""
     channel = k + tl.arange(0, CHANNELS)[None, :]
     at = part * C + statistics.index * amounts.channels + channel
     return at, (part < amounts.parts) & (channel < amounts.channels)
