@@ -186,8 +186,9 @@ class Norm(Stateful):
         if plan is None:
             return NotImplemented
         y = _short_way.attempt(x, weight, bias, (plan, self._buffers, ties.grad_scale, None, None))
-        self._repeats = y is not NotImplemented and shape == self._last_shape and ties.sync.every != "batch"
-        self._last_shape = shape
+        taken = y is not NotImplemented
+        self._repeats = taken and shape == self._last_shape and ties.sync.every != "batch"
+        self._last_shape = shape if taken else None
         return y
 
     def _train_again(self, x: Tensor) -> Any:
