@@ -17,7 +17,7 @@ from .spec import PRIOR_SAMPLES, Formula, Mix, State, by_evidence, with_own
 
 Scalar = float | Tensor
 Averages = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of one half: long, short, count and samples."""
+"""The tensors of one half: long, short, count and samples."""
 
 
 class Half:

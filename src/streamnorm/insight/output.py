@@ -17,7 +17,7 @@ PAGE_SHARE = 1000
 """Between two writings of the page passes at least this many times as long as one takes."""
 
 PAGE_PAUSE = 2.0
-"""And at least this many seconds."""
+"""The seconds between two writings of the page, at least."""
 
 
 class Output:

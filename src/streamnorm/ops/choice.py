@@ -24,7 +24,7 @@ from .checks import check_call
 from .derivatives import is_recorded, refuse
 
 ENGINES: tuple[Engine, ...] = (native.ENGINE, gpu.ENGINE, eager.ENGINE, plain.ENGINE)
-"""From the fastest to the reference. Where a graph is being made, ``operations`` run in their place."""
+"""The engines, from the fastest to the reference. Where a graph is being made, ``operations`` run in their place."""
 
 
 class _ShortWay:

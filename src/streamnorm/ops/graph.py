@@ -24,7 +24,7 @@ def status() -> str:
 
 
 Held = tuple[Tensor, Tensor]
-"""Of one use: its values, and whether a gradient has arrived at it, which the backward part changes."""
+"""The statistics of one use, and whether a gradient has arrived at it, which the backward part changes."""
 
 
 class Surroundings(Protocol):

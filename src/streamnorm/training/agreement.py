@@ -304,7 +304,7 @@ def _kind(layer: Streaming) -> str:
 
 _JOINED = {name: field for name, field in FIELDS.items() if field.joined != "same"}
 _COUNTS = {field.half: name for name, field in FIELDS.items() if field.is_count and field.rows == 1}
-"""Of each half, the elements that its averages are over."""
+"""The counts of each half: the elements that its averages are over."""
 
 
 def _columns(states: Sequence[State]) -> dict[str, list[Tensor]]:

@@ -60,7 +60,7 @@ class _Record:
 
 
 _records: weakref.WeakKeyDictionary[Streaming, _Record] = weakref.WeakKeyDictionary()
-"""Of layers that gave a sign, or were looked at."""
+"""The records of layers that gave a sign, or were looked at."""
 
 _unread: dict[torch.device, tuple[list[weakref.ref[Streaming]], Tensor, Any]] = {}
 """The measurements that an accelerator was asked for at the last look."""

@@ -122,7 +122,7 @@ class Compare(ImageExperiment):
         return 3.0 + setting.samples
 
     def fingerprint(self) -> str:
-        """A number of the code of the function's module, without comments: runs of other code are not continued."""
+        """A hash of the code of the function's module, without comments: runs of other code are not continued."""
         path = inspect.getsourcefile(inspect.unwrap(find_function(self.function)))
         try:
             text = Path(path or "").read_text(encoding="utf-8")

@@ -53,7 +53,8 @@ class ResNet(ConvExperiment):
     """Passes over the training images."""
 
     anneal: Literal["cosine", "step", "constant"] = "cosine"
-    """Decay of the learning rate: cosine, to 0; step, divided by 10 after one half and again after three quarters."""
+    """Decay of the learning rate: cosine, to 0; step, divided by 10 after one half and again after three quarters;
+    constant, none."""
 
     weight_decay: Annotated[float, Between(0)] = 1e-4
     """Weight decay of SGD."""

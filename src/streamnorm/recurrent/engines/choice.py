@@ -33,7 +33,7 @@ ENGINES = (
     Engine("triton", gpu.supports, gpu.run),
     Engine("torch", lambda kind, *rest: sequence.supports(*rest), by_hand.run),
 )
-"""From the fastest. After them comes the loop over the steps of the cells, which takes everything."""
+"""The engines, from the fastest. After them comes the loop over the steps of the cells, which takes everything."""
 
 
 def run(

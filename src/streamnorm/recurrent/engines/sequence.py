@@ -182,7 +182,7 @@ def _again(ctx: Any) -> Again:
 
 
 _NO_TENSORS = (None,) * 4
-"""In the place of the Function's first arguments, which have no gradient."""
+"""The gradients of the Function's first arguments, which have none."""
 
 
 class Sequence(torch.autograd.Function):
