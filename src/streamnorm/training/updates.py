@@ -128,8 +128,8 @@ def before_commit(listener: Listener) -> RemovableHandle:
 
     The listener sees the short- and the long-term statistics of this update side by side, joined over the processes
     where there are several. ``layers`` are those that are about to commit; the list is empty at a step of an optimizer
-    that no layer follows. ``optimizer`` is None after :func:`streamnorm.commit`. It runs in every step of training, so it has to
-    be cheap. The layers commit also if it raises.
+    that no layer follows. ``optimizer`` is None after :func:`streamnorm.commit`. It runs in every step of training, so
+    it has to be cheap. The layers commit also if it raises.
 
     Args:
         listener: the function.
