@@ -193,3 +193,9 @@ def test_ordered_classes_harm_an_adaptation() -> None:
         batch = evaluated["batch", "64 images"]
         assert batch["ordered"].mean < 0.5 * batch["clean"].mean
         assert adapting["gradual"].mean > trained["gradual"].mean + 0.05
+
+
+def test_layer_normalization_takes_less_time_than_a_function_that_computes_nothing() -> None:
+    rows = [line.split(" | ") for line in FACTS["call-floor"](RESULTS).splitlines()[2:]]
+    layer_norm = {case.strip("|` "): float(ratio) for case, ratio, _ in rows}
+    assert layer_norm["(1, 128)"] < 1
