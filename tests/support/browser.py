@@ -100,6 +100,7 @@ class Browser:
     def open(self, path: Path, hash: str = "") -> None:
         """Open a file, and wait until it is drawn."""
         self.call("Page.navigate", url="about:blank")
+        self.wait("location.protocol === 'about:'")  # a busy browser may show the page before for a while
         self.call("Page.navigate", url=path.resolve().as_uri() + hash)
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
