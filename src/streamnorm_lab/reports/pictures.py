@@ -128,10 +128,12 @@ def _changes(axes: Axes, results: Results) -> None:
         )
         axes.plot([place], [low], "o", markerfacecolor=SHEET, markeredgecolor=FRAME, markeredgewidth=1.8, markersize=8)
         axes.plot([place], [high], "o", color=colour, markersize=8)
-        if low < high - 5:  # the arrow is long enough for numbers at both of its ends
-            axes.text(place, low - 1.6, f"{low:.0f}", ha="center", va="top", fontsize=10, color=SOFT)
-            axes.text(place, high + 1.4, f"{high:.0f}", ha="center", va="bottom", fontsize=10, color=colour)
-    axes.set_xticks(range(len(before.means)), list(before.means), fontsize=11.5, color=INK)
+        if abs(high - low) > 5:  # the arrow is long enough for numbers at both of its ends
+            for value, ink in ((low, SOFT), (high, colour)):
+                above = value == max(low, high)
+                shift, side = (1.4, "bottom") if above else (-1.6, "top")
+                axes.text(place, value + shift, f"{value:.0f}", ha="center", va=side, fontsize=10, color=ink)
+    axes.set_xticks(range(len(before.means)), list(before.means), fontsize=10.5, color=INK, rotation=35)
     axes.set_xlim(-0.5, len(before.means) - 0.5)
     axes.set_xlabel("test images")
     axes.set_title("Adapting without labels\n", loc="left")
