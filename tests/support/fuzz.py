@@ -583,7 +583,7 @@ KINDS: dict[str, tuple[type[Player], Callable[[int], tuple[Any, torch.dtype]]]] 
 def check(kind: str, seed: int, engines: list[str] | None = None) -> None:
     """Let every engine carry out the sequence of a seed, and compare with the reference in float64.
 
-    What is float32 may also be what the reference gives in float32.
+    What is float32 may also be what the reference gives in float32, or about as near to float64 as that.
 
     Raises:
         AssertionError: where they differ.
@@ -597,8 +597,13 @@ def check(kind: str, seed: int, engines: list[str] | None = None) -> None:
         except AssertionError:
             if dtype == torch.float64:
                 raise
-            # A deviation of nearly 0 may round to the other sign, of which for p = 1 a gradient is made.
-            _compare(f"{kind} {seed}, {engine}", results, _play(kind, seed, "plain", dtype))
+            rounded = _play(kind, seed, "plain", dtype)
+            try:
+                # A deviation of nearly 0 may round to the other sign, of which for p = 1 a gradient is made.
+                _compare(f"{kind} {seed}, {engine}", results, rounded)
+            except AssertionError:
+                # Where rounding grows from step to step, the reference is as far from itself in float64.
+                _compare(f"{kind} {seed}, {engine}", results, expected, rounded)
 
 
 def _play(kind: str, seed: int, engine: str, dtype: torch.dtype) -> Results:
@@ -618,13 +623,14 @@ def engines_to_run() -> list[str]:
     return [name for name in ENGINES if not ops.engines()[name].startswith("not available") and name != "triton"]
 
 
-def _compare(where: str, results: Results, expected: Results) -> None:
+def _compare(where: str, results: Results, expected: Results, rounded: Results | None = None) -> None:
+    """Compare; with ``rounded``, differences may be four times as large as its own."""
     assert len(results) == len(expected), f"{where}: {len(results)} results, not {len(expected)}"
-    for (label, ours), (_, theirs) in zip(results, expected):
-        _compare_tensors(f"{where}, {label}", ours, theirs)
+    for (label, ours), (_, theirs), (_, other) in zip(results, expected, rounded or expected):
+        _compare_tensors(f"{where}, {label}", ours, theirs, other)
 
 
-def _compare_tensors(where: str, ours: Tensor | None, theirs: Tensor | None) -> None:
+def _compare_tensors(where: str, ours: Tensor | None, theirs: Tensor | None, rounded: Tensor | None) -> None:
     assert (ours is None) == (theirs is None), f"{where}: {ours} is not {theirs}"
     if ours is None or theirs is None:
         return
@@ -637,7 +643,9 @@ def _compare_tensors(where: str, ours: Tensor | None, theirs: Tensor | None) -> 
     assert torch.equal(a.isinf(), b.isinf()), f"{where}: inf in other places\n{a}\n{b}"
     a, b = (t[t.isfinite()] for t in (a, b))
     largest, off = (t.abs().max() if len(b) else 0 for t in (b, a - b))
-    assert off <= relative * largest + floor, f"{where}: off by {off:.1e} of {largest:.1e}\n{ours}\n{theirs}"
+    assert rounded is not None
+    margin = 4 * (rounded.double() - theirs.double()).nan_to_num(0, 0, 0).abs().max() if len(b) else 0
+    assert off <= relative * largest + floor + margin, f"{where}: off by {off:.1e} of {largest:.1e}\n{ours}\n{theirs}"
 
 
 def main() -> None:
