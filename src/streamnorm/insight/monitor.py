@@ -232,8 +232,9 @@ class _Run:
         due = False
         if backward == -1 or backward != self._backward:  # one optimizer per parameter: a backward pass is one update
             record.updates += 1
-            distance = record.every if self._sinks else record.distance  # no sample that nobody would keep
-            due = record.updates % distance == 0 or record.updates == self._first
+            due = record.updates == self._first
+            if record.updates % record.every == 0:  # without sinks, no sample that nobody would keep
+                due = due or bool(self._sinks) or record.updates % record.distance == 0
         self._backward = backward
         if not due and self._open is None:
             group.commits += 1

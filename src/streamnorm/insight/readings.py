@@ -292,7 +292,8 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, snapshots: Sequence[_Snapshot]) -> _Block:
         """Snapshots of the same layers."""
-        return cls(*(torch.stack(tensors) for tensors in zip(*(snapshot[-3:] for snapshot in snapshots))))
+        each = zip(*((snapshot.averages, snapshot.counts, snapshot.samples) for snapshot in snapshots))
+        return cls(*(torch.stack(tensors) for tensors in each))
 
     def split(self, layers: int, channels: int) -> tuple[_Block, _Block]:
         """Those of the first layers, which are of one kind, and the rest."""

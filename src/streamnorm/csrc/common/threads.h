@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #ifndef _WIN32
@@ -20,27 +21,26 @@ GompParallel gomp_parallel = nullptr;
 GetThread thread_number = nullptr;  // omp_get_thread_num
 std::atomic<bool> forked{false};    // GNU's runtime does not survive a fork: a child stays on one thread
 
-// A function of a library that is loaded, or of one that it needs; null where there is none. It loads nothing.
+// A function of a library that is loaded, or of one that it needs; without a library's name, of any. Null where there is none. It loads
+// nothing.
 template <class Function> void find_function(const char* library, const char* name, Function*& function) {
   void* found = nullptr;
 #ifndef _WIN32
-  void* handle = *library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
-  if (handle) found = dlsym(handle, name);
+  void* handle = *library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : RTLD_DEFAULT;
+  if (handle || !*library) found = dlsym(handle, name);
 #endif
   memcpy(&function, &found, sizeof found);
 }
 
 // Whether there is a runtime: PyTorch's own where its library is known, else whichever one the process has; none is loaded.
 bool find_threads(const char* library) {
-  find_function(library, "GOMP_parallel", gomp_parallel);
-  find_function(library, "omp_get_thread_num", thread_number);
-#ifndef _WIN32
-  if (!gomp_parallel || !thread_number) {
-    void *found = dlsym(RTLD_DEFAULT, "GOMP_parallel"), *number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
-    if (!number) found = nullptr;
-    memcpy(&gomp_parallel, &found, sizeof found);
-    memcpy(&thread_number, &number, sizeof number);
+  for (const char* place : {library, ""}) {
+    find_function(place, "GOMP_parallel", gomp_parallel);
+    find_function(place, "omp_get_thread_num", thread_number);
+    if (gomp_parallel && thread_number) break;
   }
+  if (!thread_number) gomp_parallel = nullptr;
+#ifndef _WIN32
   static bool registered = false;
   if (!registered) pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   registered = true;

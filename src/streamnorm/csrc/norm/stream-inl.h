@@ -157,14 +157,17 @@ struct Flag {
 };
 // fn(use, advance, in_units): as types where they are `fixed`.
 template <bool fixed, class Fn> INLINE void with_flags(bool use, bool advance, bool in_units, const Fn& fn) {
-  if (!fixed) return fn(Flag{use}, Flag{advance}, Flag{in_units});
-  auto in = [&](auto units) INLINED {
-    if (use && advance) fn(Constant<true>{}, Constant<true>{}, units);
-    else if (use) fn(Constant<true>{}, Constant<false>{}, units);
-    else if (advance) fn(Constant<false>{}, Constant<true>{}, units);
-  };
-  if (in_units) in(Constant<true>{});
-  else in(Constant<false>{});
+  if constexpr (fixed) {
+    auto in = [&](auto units) INLINED {
+      if (use && advance) fn(Constant<true>{}, Constant<true>{}, units);
+      else if (use) fn(Constant<true>{}, Constant<false>{}, units);
+      else if (advance) fn(Constant<false>{}, Constant<true>{}, units);
+    };
+    if (in_units) in(Constant<true>{});
+    else in(Constant<false>{});
+  } else {
+    fn(Flag{use}, Flag{advance}, Flag{in_units});
+  }
 }
 
 // Whether the streamed gradients are in units of 1/s (the location's) and 1/s^p (the moment's): under a window.
